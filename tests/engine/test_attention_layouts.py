@@ -1,0 +1,50 @@
+"""Statistics for every way the CPU backend packs keys, and for every choice of layers."""
+
+import pytest
+import torch
+
+from tests.support.dense import METRICS, Dense, assert_equal_to_dense, observed, params, prompt
+from tests.support.engine import adapter_of, engine, generate
+from tests.support.models import tiny_llama
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def dense(tiny):
+    return Dense(tiny)
+
+
+def test_head_size_that_is_no_multiple_of_32(tmp_path):
+    # The CPU backend packs such heads for the instruction set vec16.
+    folder = tiny_llama(tmp_path, head_dim=80)
+    llm = engine(folder, sampler="entropix", sampler_config={"attention": {"layers": "all"}}, block_size=32)
+    assert {layer.isa for layer in adapter_of(llm).observer.layers.values()} == {"vec16"}
+    outputs, per_layer = observed(llm, [prompt(40, 1), prompt(70, 2)], max_tokens=8)
+    assert assert_equal_to_dense(outputs, per_layer, Dense(folder)) == 2 * 8
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX, for which bf16 keys are packed")
+def test_keys_packed_for_amx(tiny, dense):
+    llm = engine(tiny, sampler="entropix", sampler_config={"attention": {"layers": "all"}}, dtype="bfloat16", block_size=32)
+    assert {layer.isa for layer in adapter_of(llm).observer.layers.values()} == {"amx"}
+    outputs, per_layer = observed(llm, [prompt(40, 1), prompt(70, 2)], max_tokens=8)
+    # In bf16 the model's own scores are off by percents; keys read in a wrong order are off by everything.
+    dense_scores, paged = [], []
+    for ids, lengths, found in per_layer:
+        for row, length in enumerate(lengths.tolist()):
+            output = next(o for o in outputs if ids[row].startswith(o.request_id + "-"))
+            tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+            dense_scores.append(dense.run(tokens)["interaction_strength"][:, length - 1])
+            paged.append(found.interaction_strength[:, row])
+    torch.testing.assert_close(torch.stack(paged)[:, 0], torch.stack(dense_scores)[:, 0], rtol=0.03, atol=0.03)
+
+
+def test_listed_and_last_layers(tiny, dense):
+    for layers, expected in (("last", [1]), ([0], [0]), ("all", [0, 1])):
+        llm = engine(tiny, sampler="entropix", sampler_config={"attention": {"layers": layers}}, block_size=32)
+        [output] = generate(llm, [{"prompt_token_ids": prompt(40, 3)}], [params(max_tokens=1)])
+        [record] = output.outputs[0].entropix_trace
+        want = dense.run(output.prompt_token_ids)
+        for metric in METRICS:
+            assert getattr(record, metric) == pytest.approx(want[metric][expected, -1].mean().item(), abs=1e-5)

@@ -1,0 +1,237 @@
+"""`vllm serve --sampler entropix` on the shipped model, through the official OpenAI client."""
+
+import concurrent.futures
+import json
+import time
+import urllib.request
+
+import openai
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.engine import close_engine
+from tests.support.server import serve
+from vllm_entropix.cli.demo import shipped_model
+from vllm_entropix.client import ASK, StreamTraces, trace_of
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    close_engine()
+    folder = tmp_path_factory.mktemp("server")
+    # The sampler's options stand in vLLM's own YAML file.
+    config = folder / "serve.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "sampler": "entropix",
+                "sampler-config": {"clarification": {"text": " ... hmm, which one?"}, "attention": {"layers": "all"}},
+                "served-model-name": "demo",
+                "max-model-len": 512,
+                "enforce-eager": True,
+                "kv-cache-memory-bytes": 1 << 28,
+                "dtype": "float32",
+            }
+        )
+    )
+    with serve(shipped_model(), folder / "log", "--config", str(config)) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_completion_and_stream_give_the_same(client):
+    ask = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 30, "seed": 5}
+    whole = client.completions.create(**ask).choices[0].text
+    assert whole
+    assert whole == "".join(chunk.choices[0].text for chunk in client.completions.create(**ask, stream=True))
+    opted_out = client.completions.create(**ask, extra_body={"vllm_xargs": {"entropix": "off"}}).choices[0].text
+    assert opted_out != whole
+
+
+def test_chat_and_stream_give_the_same(client):
+    ask = {"model": "demo", "messages": [{"role": "user", "content": "What is 24 + 17?"}], "max_tokens": 80, "seed": 1}
+    whole = client.chat.completions.create(**ask).choices[0].message.content
+    assert "41" in whole
+    chunks = client.chat.completions.create(**ask, stream=True)
+    assert whole == "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"entropix_colour": 1}, "unknown setting 'entropix_colour'"),
+        ({"entropix": "sometimes"}, "entropix is 'sometimes', but it should be on or off"),
+        ({"entropix_top_p": 1.5}, "entropix_top_p is 1.5"),
+        ({"entropix_top_k": 0}, "entropix_top_k is 0"),
+        ({"entropix_preset": "llama"}, "jax-2024-10, torch-2024-10"),
+    ],
+)
+def test_wrong_settings_are_answered_with_400(client, settings, named):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="demo", prompt="a", max_tokens=2, extra_body={"vllm_xargs": settings})
+    assert named in refused.value.message
+    assert client.completions.create(model="demo", prompt="a", max_tokens=2).choices[0].text
+
+
+def test_thirty_two_at_once_with_mixed_settings(client):
+    settings = [
+        {},
+        {"entropix": "off"},
+        {"entropix_preset": "torch-2024-10"},
+        {"entropix_base": "request"},
+        {"entropix_clarification": 0},
+        {"entropix_trace": 1},
+        {"entropix_temperature": 0.3, "entropix_top_k": 10},
+        {"entropix_nonsense": 1},
+    ]
+
+    def one(index):
+        ask = {
+            "model": "demo",
+            "prompt": f"Once upon a time there was a fox. Number {index}",
+            "max_tokens": 24,
+            "seed": index,
+            "temperature": 0.0 if index % 5 == 0 else 0.8,
+            "stream": index % 2 == 1,
+            "extra_body": {"vllm_xargs": settings[index % len(settings)]},
+        }
+        try:
+            answer = client.completions.create(**ask)
+            if ask["stream"]:
+                chunks = list(answer)
+                return "".join(chunk.choices[0].text for chunk in chunks), chunks[-1].choices[0].finish_reason
+        except openai.APIError as error:  # with status 400, or as an event in a stream
+            return error
+        return answer.choices[0].text, answer.choices[0].finish_reason
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        first = list(pool.map(one, range(32)))
+    for index, result in enumerate(first):
+        if index % len(settings) == 7:
+            assert isinstance(result, openai.APIError), index
+            assert "entropix_nonsense" in result.message
+        else:
+            text, reason = result
+            assert text, index
+            assert reason in ("stop", "length"), index
+    # Seeded requests give the same in another crowd.
+    assert one(2) == first[2]
+
+
+TOLD = {"entropy", "varentropy", "attention_entropy", "attention_varentropy", "agreement", "interaction_strength"}
+
+
+def numbers(trace):
+    return [(entry.token_id, entry.regime, entry.forced, entry.temperature) for entry in trace.tokens]
+
+
+def test_traces_of_completions(client):
+    ask = {"model": "demo", "prompt": "What is in the sealed box?", "max_tokens": 12, "seed": 1, "n": 2, "extra_body": ASK}
+    answer = client.completions.create(**ask, logprobs=1)
+    plain = client.completions.create(**{**ask, "extra_body": {}}, logprobs=1)
+    for choice, untraced in zip(answer.choices, plain.choices, strict=True):
+        trace = trace_of(choice)
+        assert trace_of(untraced) is None
+        assert choice.text == untraced.text
+        assert len(trace.tokens) == len(choice.logprobs.tokens)
+        assert trace.not_kept == 0
+        for entry in trace.tokens:
+            assert all(getattr(entry, metric) is not None for metric in TOLD)
+            assert len(entry.alternatives) == 5
+            assert entry.alternatives[0][1] >= entry.alternatives[1][1]
+    streamed = StreamTraces()
+    for chunk in client.completions.create(**ask, stream=True):
+        streamed.add(chunk)
+    for index, choice in enumerate(answer.choices):
+        assert numbers(streamed[index]) == numbers(trace_of(choice))
+
+
+def test_traces_of_chats(client):
+    ask = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "What is 24 + 17?"}],
+        "max_tokens": 60,
+        "seed": 2,
+        "n": 2,
+        "extra_body": ASK,
+    }
+    answer = client.chat.completions.create(**ask)
+    streamed = StreamTraces()
+    for chunk in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        streamed.add(chunk)
+        usage = chunk.usage
+    lengths = [len(trace_of(choice).tokens) for choice in answer.choices]
+    assert sum(lengths) == answer.usage.completion_tokens == usage.completion_tokens
+    for index, choice in enumerate(answer.choices):
+        assert numbers(streamed[index]) == numbers(trace_of(choice))
+
+
+def test_several_prompts_in_one_request(client):
+    answer = client.completions.create(
+        model="demo", prompt=["Once upon", "What is 2 + 3?"], max_tokens=5, n=2, seed=3, logprobs=1, extra_body=ASK
+    )
+    assert [len(trace_of(choice).tokens) for choice in answer.choices] == [len(c.logprobs.tokens) for c in answer.choices]
+
+
+def metrics(url):
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    values = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("entropix_"):
+                values[(sample.name, *sample.labels.values())] = sample.value
+    return values
+
+
+def test_metrics_equal_the_sum_of_the_traces(client, url):
+    """Under 64 concurrent streams, what /metrics counts is what the traces say."""
+    time.sleep(0.5)
+    before = metrics(url)
+
+    def one(index):
+        traces = StreamTraces()
+        settings = {"entropix_trace": 1} if index % 4 else {"entropix_trace": 1, "entropix_preset": "torch-2024-10"}
+        for chunk in client.completions.create(
+            model="demo",
+            prompt=f"What is in the sealed box? {index}",
+            max_tokens=20,
+            seed=index,
+            stream=True,
+            extra_body={"vllm_xargs": settings},
+        ):
+            traces.add(chunk)
+        return traces[0].tokens
+
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        entries = [entry for tokens in pool.map(one, range(64)) for entry in tokens]
+    client.completions.create(model="demo", prompt="a", max_tokens=3, extra_body={"vllm_xargs": {"entropix": "off"}})
+    time.sleep(0.6)  # counted a few times a second
+    after = metrics(url)
+
+    def grown(*name):
+        return after[name] - before.get(name, 0)
+
+    for regime in ("LELV", "HELV", "LEHV", "HEHV", "ADAPTIVE"):
+        assert grown("entropix_tokens_total", regime) == sum(entry.regime == regime for entry in entries), regime
+    assert grown("entropix_forced_tokens_total") == sum(entry.forced for entry in entries)
+    assert grown("entropix_entropy_bits_count") == len(entries)
+    assert grown("entropix_entropy_bits_sum") == pytest.approx(sum(entry.entropy for entry in entries), rel=1e-4)
+    assert grown("entropix_varentropy_bits2_count") == len(entries)
+    assert grown("entropix_attention_entropy_bits_count") == len(entries)
+    assert grown("entropix_logits_only_tokens_total") == 0
+    assert grown("entropix_requests_total", "torch-2024-10") == 16
+    assert grown("entropix_requests_total", "jax-2024-10") == 48
+    assert grown("entropix_requests_total", "off") == 1
+
+
+def test_without_a_trace_the_body_is_vllms_own(client):
+    raw = client.completions.with_raw_response.create(model="demo", prompt="a", max_tokens=2).http_response.text
+    assert "entropix" not in raw
+    assert json.loads(raw)["kv_transfer_params"] is None

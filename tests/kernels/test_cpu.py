@@ -1,0 +1,189 @@
+"""CPU kernels against the PyTorch functions that they equal."""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_entropix import EntropixConfig
+from vllm_entropix.attention import LayerAttention
+from vllm_entropix.attention.paged_keys import CpuAmxKeys, CpuVectorKeys
+from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
+from vllm_entropix.kernels import cpu
+from vllm_entropix.sampling import AttentionStatistics, EntropixSampler
+from vllm_entropix.sampling.batch import BatchSampler, Rows
+from vllm_entropix.sampling.constants import Constants
+from vllm_entropix.sampling.sequences import Sequence
+
+METRICS = ("attention_entropy", "attention_varentropy", "agreement", "interaction_strength")
+
+
+def test_kernels_are_there():
+    assert cpu.available()
+
+
+def mixed_logits(rows, vocabulary, seed):
+    """Rows of every regime: one token dominant, two-level forks, flat, mist, Gaussian."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocabulary, generator=generator)
+    for row in range(rows):
+        kind = row % 6
+        if kind == 0:
+            logits[row, row % vocabulary] += 40
+        elif kind == 1:
+            logits[row] *= 1e-3
+        elif kind == 2:
+            logits[row] *= 0.01
+            logits[row, row % vocabulary] += 8
+        elif kind == 3:
+            logits[row] *= 0.05
+            logits[row, :8] += 6
+        elif kind == 4:
+            logits[row] = (logits[row] * 8).round() / 2  # many ties
+        else:
+            logits[row] *= 2.5
+    return logits
+
+
+def some_statistics(rows, seed, measured=True):
+    generator = torch.Generator().manual_seed(seed)
+    return AttentionStatistics(
+        torch.rand(rows, generator=generator) * 8,
+        torch.rand(rows, generator=generator) * 2,
+        torch.rand(rows, generator=generator) * 0.3,
+        torch.rand(rows, generator=generator) * 6,
+        None if measured else torch.rand(rows, generator=generator) < 0.5,
+    )
+
+
+def constants_of(rows):
+    """Rows of both presets in turn."""
+    presets = [EntropixConfig.preset(name) for name in EntropixConfig.preset_names()]
+    values = torch.tensor([[value for _, value in presets[row % 2].numbers()] for row in range(rows)])
+    return Constants(values, Constants.of(presets[0], torch.float32, "cpu").columns)
+
+
+@pytest.mark.parametrize("measured", [True, False, None])
+@pytest.mark.parametrize("rows", [1, 7, 60])
+def test_decisions(rows, measured):
+    logits = mixed_logits(rows, 3000, rows)
+    statistics = None if measured is None else some_statistics(rows, 1, measured)
+    constants = constants_of(rows)
+    config = EntropixConfig()
+    got = EntropixSampler(config, kernels=True).decide(logits, statistics, constants)
+    want = EntropixSampler(config).decide(logits, statistics, constants)
+    assert torch.equal(got.regime, want.regime)
+    if rows > 6:
+        assert len(set(want.regime.tolist())) >= 4
+    for name in ("temperature", "top_p", "min_p", "confidence"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
+    assert torch.equal(got.top_k, want.top_k)
+    assert torch.equal(got.parameters.samples, want.parameters.samples)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_metrics_give_base_parameters(bad):
+    logits = mixed_logits(12, 500, 3)
+    logits[5, 3] = bad
+    statistics = some_statistics(12, 2)
+    statistics.attention_entropy[7] = bad
+    constants = constants_of(12)
+    got = EntropixSampler(EntropixConfig(), kernels=True).decide(logits, statistics, constants)
+    want = EntropixSampler(EntropixConfig()).decide(logits, statistics, constants)
+    assert torch.equal(got.regime, want.regime)
+    for name in ("temperature", "top_p", "min_p", "top_k"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
+
+
+def apply(logits, kernels, sampled, clarification=None, base=None):
+    config = EntropixConfig.from_dict({"base": base or {}})
+    rows = len(logits)
+    batch = BatchSampler(config, rows, clarification, "cpu")
+    batch.sampler.kernels = kernels
+    numbers = [value for _, value in config.numbers()]
+    for row in range(rows):
+        batch.add(str(row), Sequence(numbers, sampled=bool(sampled[row]), traced=True, clarified=True, prompt_length=1))
+    slots = batch.sequences.slots_of(map(str, range(rows)), rows)
+    described = Rows(
+        slots=torch.from_numpy(slots),
+        host_slots=slots,
+        positions=torch.full((rows,), 10),
+        fed=torch.zeros(rows, dtype=torch.int64),
+        valid=torch.ones(rows, dtype=torch.bool),
+        batch=torch.arange(rows),
+    )
+    logits = logits.clone()
+    records = batch.apply(logits, described, None)
+    return logits, records
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 5, 40, 1000, 40000])
+@pytest.mark.parametrize("base", [{}, {"top_k": 300, "top_p": 0.987, "min_p": 0.0}, {"top_k": 1}, {"top_p": 1.0, "min_p": 0.0}])
+def test_distributions(vocabulary, base):
+    logits = mixed_logits(18, vocabulary, vocabulary)
+    if vocabulary > 4:
+        logits[7, : vocabulary // 2] = -torch.inf
+        logits[8, 1:] = -torch.inf
+        logits[9] = 1.5  # all equal
+    sampled = np.array([row % 5 != 3 for row in range(18)])
+    got, got_records = apply(logits, True, sampled, base=base)
+    want, want_records = apply(logits, False, sampled, base=base)
+    torch.testing.assert_close(got_records, want_records, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert torch.equal(got[~torch.from_numpy(sampled)], logits[~torch.from_numpy(sampled)])
+    torch.testing.assert_close(got.softmax(-1), want.softmax(-1), rtol=1e-4, atol=1e-7)
+    # The same tokens are kept, but for those that rounding puts on either side of top_p.
+    differ = torch.isinf(got) != torch.isinf(want)
+    assert (want.softmax(-1) + got.softmax(-1))[differ].sum() < 1e-5
+
+
+def test_forced_rows():
+    logits = mixed_logits(12, 5000, 5)
+    sampled = np.ones(12, dtype=bool)
+    got, records = apply(logits, True, sampled, clarification=(17, 18))
+    want, expected = apply(logits, False, sampled, clarification=(17, 18))
+    torch.testing.assert_close(records, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    forced = records[:, 13] > 0
+    assert forced.any()
+    assert torch.equal(got[forced], want[forced])
+    assert (got[forced].argmax(-1) == 17).all()
+
+
+def paged(layout, dtype, kv_heads, head_dim, size, blocks, seed):
+    generator = torch.Generator().manual_seed(seed)
+    cache = torch.randn(blocks, kv_heads, size, 2 * head_dim, generator=generator).to(dtype)
+    return (CpuAmxKeys if layout == "amx" else CpuVectorKeys)(cache)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("vec", torch.float32), ("vec", torch.bfloat16), ("vec", torch.float16), ("amx", torch.bfloat16)]
+)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("fidelity", ["corrected", "original"])
+def test_attention(layout, dtype, window, fidelity):
+    config = EntropixConfig.preset("jax-2024-10", fidelity=fidelity)
+    keys = paged(layout, dtype, kv_heads=2, head_dim=32, size=32, blocks=40, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.tensor([1, 31, 32, 33, 64, 65, 100, 128, 5])
+    queries = torch.randn(len(lengths), 8, 32, generator=generator) * 2
+    table = torch.randint(1, 40, (len(lengths), 4), generator=generator, dtype=torch.int32)
+    layer = LayerAttention(keys, scale=32**-0.5, window=window)
+    got = measure_layer(layer, queries, table, lengths, config)
+    want = measure_layer_in_pytorch(layer, queries, table, lengths, config)
+    for metric in METRICS:
+        torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5)
+
+
+def test_attention_rows_do_not_depend_on_the_others_nor_on_threads(monkeypatch):
+    from vllm_entropix.kernels.cpu import threads
+
+    config = EntropixConfig()
+    keys = paged("vec", torch.float32, 2, 64, 32, 64, seed=3)
+    lengths = torch.tensor([700, 3, 350, 512, 33, 900])
+    queries = torch.randn(6, 4, 64, generator=torch.Generator().manual_seed(4))
+    table = torch.randint(0, 64, (6, 32), dtype=torch.int32)
+    layer = LayerAttention(keys, scale=0.125)
+    monkeypatch.setattr(threads, "WORTH_SHARING", 1)
+    shared = measure_layer(layer, queries, table, lengths, config)
+    for row in range(6):
+        alone = measure_layer(layer, queries[row : row + 1], table[row : row + 1], lengths[row : row + 1], config)
+        for metric in METRICS:
+            assert getattr(alone, metric)[0] == getattr(shared, metric)[row]

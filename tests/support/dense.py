@@ -1,0 +1,113 @@
+"""Attention statistics computed densely by transformers, to compare those from the paged cache with."""
+
+import torch
+
+from tests.support.engine import adapter_of, generate
+from vllm_entropix import EntropixConfig
+from vllm_entropix.sampling import AttentionStatistics
+
+METRICS = ("attention_entropy", "attention_varentropy", "agreement", "interaction_strength")
+TRACED = {"entropix_trace": "on"}
+
+
+class Dense:
+    """Scores of every layer before the softmax, from transformers' own projections and rotations."""
+
+    def __init__(self, folder):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        self.scores = []
+
+    @torch.inference_mode()
+    def run(self, token_ids):
+        """Statistics at every position of a sequence: metric → [layers, positions]."""
+        import transformers.models.llama.modeling_llama as llama
+
+        captured, original = [], llama.eager_attention_forward
+
+        def eager(module, query, key, value, mask, scaling, **kwargs):
+            repeated = llama.repeat_kv(key, module.num_key_value_groups)
+            captured.append(torch.matmul(query, repeated.transpose(2, 3)) * scaling)
+            return original(module, query, key, value, mask, scaling, **kwargs)
+
+        interface = llama.ALL_ATTENTION_FUNCTIONS
+        before = interface._global_mapping.get("eager")
+        interface._global_mapping["eager"] = eager
+        llama.eager_attention_forward = eager
+        try:
+            self.model(torch.tensor([token_ids]))
+        finally:
+            llama.eager_attention_forward = original
+            if before is None:
+                interface._global_mapping.pop("eager", None)
+            else:
+                interface._global_mapping["eager"] = before
+        assert len(captured) == self.model.config.num_hidden_layers
+        config = EntropixConfig()
+        lengths = torch.arange(1, len(token_ids) + 1)
+        layers = [
+            AttentionStatistics.from_scores(scores[0].transpose(0, 1).contiguous(), lengths, config) for scores in captured
+        ]
+        return {metric: torch.stack([getattr(layer, metric) for layer in layers]) for metric in METRICS}
+
+
+def params(**parameters):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, ignore_eos=True, extra_args=TRACED, **parameters)
+
+
+def observed(llm, prompts, **parameters):
+    """Run prompts greedily; the outputs, and (request ids, lengths, statistics per layer) of each step."""
+    adapter = adapter_of(llm)
+    per_layer = []
+    original = adapter.observer.statistics_per_layer
+
+    def spy(requests, positions):
+        found = original(requests, positions)
+        ids = batch or adapter.runner.input_batch.req_ids
+        per_layer.append(([ids[i] for i in requests.tolist()], positions + 1, found))
+        return found
+
+    def note_batch():
+        # Model Runner V2 gives its sampler the batch without request ids.
+        state = adapter.runner.execute_model_state
+        if hasattr(state, "input_batch"):
+            batch[:] = state.input_batch.req_ids
+        after_forward()
+
+    batch = []
+    after_forward = adapter.after_forward
+    adapter.after_forward = note_batch
+    adapter.observer.statistics_per_layer = spy
+    try:
+        outputs = generate(llm, [{"prompt_token_ids": p} for p in prompts], [params(**parameters)] * len(prompts))
+    finally:
+        adapter.observer.statistics_per_layer = original
+        adapter.after_forward = after_forward
+    return outputs, per_layer
+
+
+def assert_equal_to_dense(outputs, per_layer, dense, tolerance=1e-5):
+    """Every observed row of every request, all layers."""
+    sequences = {}
+    for output in outputs:
+        sequences[output.request_id] = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+    expected = {request: dense.run(tokens) for request, tokens in sequences.items()}
+    rows = 0
+    for ids, lengths, found in per_layer:
+        for row, (internal, length) in enumerate(zip(ids, lengths.tolist(), strict=True)):
+            request = internal.rpartition("-")[0] or internal
+            for metric in METRICS:
+                got = getattr(found, metric)[:, row]
+                want = expected[request][metric][:, length - 1]
+                torch.testing.assert_close(
+                    got, want, atol=tolerance, rtol=tolerance, msg=lambda m, metric=metric: f"{metric}: {m}"
+                )
+            rows += 1
+    return rows
+
+
+def prompt(length, seed):
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,87 @@
+"""A real `vllm serve` in a process of its own."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+VLLM = Path(sys.executable).parent / "vllm"
+START_SECONDS = 240
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a server process: as a user has it, without this test process's own settings."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    return {**ours, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1", **extra}
+
+
+def free_port() -> int:
+    """A port on the loopback that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serve(model: Any, log: Path, *arguments: str, **env: str) -> Iterator[str]:
+    """Serve a model; gives the base URL once it answers."""
+    port = free_port()
+    command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment(**env), start_new_session=True
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + START_SECONDS
+            while True:
+                if process.poll() is not None:
+                    raise AssertionError(f"the server ended with status {process.returncode}:\n{log.read_text()[-3000:]}")
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"no answer after {START_SECONDS} s:\n{log.read_text()[-3000:]}")
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"{url}/health", timeout=2).close()
+                    break
+                time.sleep(0.5)
+            yield url
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def run_vllm(*arguments: str, timeout: float = 180, **env: str) -> subprocess.CompletedProcess[str]:
+    """`vllm` with these arguments, to its end."""
+    return subprocess.run(
+        [str(VLLM), *arguments], capture_output=True, text=True, timeout=timeout, env=environment(**env), check=False
+    )
+
+
+def generate_in_process(
+    model: Any, arguments: dict[str, Any], requests: list[Any], timeout: float = 300, **env: str
+) -> list[Any]:
+    """What ``generate_script`` gives, in a process with this environment."""
+    script = Path(__file__).with_name("generate_script.py")
+    ended = subprocess.run(
+        [sys.executable, str(script), str(model), json.dumps(arguments), json.dumps(requests)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**env),
+        check=False,
+    )
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert lines, ended.stderr[-3000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))

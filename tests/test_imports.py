@@ -1,0 +1,159 @@
+"""What may import what: nothing heavy in vLLM's processes, vLLM in the engine only, arrows that never point back."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_entropix
+
+PACKAGE = Path(vllm_entropix.__file__).parent
+ROOT = PACKAGE.name
+WITHOUT_VLLM = ("sampling", "kernels", "attention")
+HEAVY = ("torch", "vllm", "numpy", "pydantic", "transformers", "triton")
+
+# engine → attention, sampling → kernels: what the modules of a folder may import of the package.
+SETTINGS = {"config", "_version"}
+MAY_IMPORT = {
+    "config": SETTINGS,
+    "kernels": SETTINGS | {"kernels"},
+    "sampling": SETTINGS | {"kernels", "sampling"},
+    "attention": SETTINGS | {"kernels", "sampling", "attention"},
+}
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
+    """Dotted names that a module's source imports anywhere in it: in functions, and for type checkers only, too.
+
+    ``from a import b`` gives a.b, which is a module or a name in one.
+    """
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            # import_module("vllm") and __import__("vllm") hide nothing.
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__", "find_spec"):
+                yield str(node.args[0].value)
+
+
+def modules(folder: str) -> list[tuple[str, Path]]:
+    """(dotted name, file) of a folder's modules, or of the one module of that name."""
+    paths = [PACKAGE / f"{folder}.py"] if (PACKAGE / f"{folder}.py").exists() else sorted((PACKAGE / folder).rglob("*.py"))
+    named = []
+    for path in paths:
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        named.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return named
+
+
+def imported(folder: str) -> Iterator[tuple[str, str]]:
+    """(module, what it imports) for every import in a folder."""
+    for module, path in modules(folder):
+        for name in imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py"):
+            yield module, name
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level names in sys.modules after ``statement`` in a fresh interpreter."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    # -P: the working directory is no place to import from.
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
+
+
+# --- what an import loads ---------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    # vLLM loads plugins in every process it starts.
+    loaded = loaded_by("import vllm_entropix")
+    assert ROOT in loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_the_entry_point_loads_nothing_heavy():
+    assert not loaded_by("import vllm_entropix.engine.plugin") & set(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["vllm_entropix.config", "vllm_entropix.requests"])
+def test_importing_the_settings_loads_neither_torch_nor_vllm(module):
+    loaded = loaded_by(f"import {module}")
+    assert "pydantic" in loaded
+    assert not loaded & {"torch", "vllm", "numpy"}
+
+
+@pytest.mark.parametrize("module", ["vllm_entropix.sampling", "vllm_entropix.attention"])
+def test_importing_the_science_does_not_load_vllm(module):
+    loaded = loaded_by(f"import {module}")
+    assert "torch" in loaded
+    assert "vllm" not in loaded
+
+
+def test_public_names_are_there_and_load_what_they_need():
+    for name in vllm_entropix.__all__:
+        assert getattr(vllm_entropix, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'entropy'"):
+        vllm_entropix.entropy  # noqa: B018
+    assert not loaded_by("from vllm_entropix import EntropixConfig, ConfigError") & {"torch", "vllm"}
+
+
+# --- who imports whom -------------------------------------------------------------------------------------------------
+
+
+def test_imports_are_found_wherever_they_stand():
+    source = """
+import os, vllm.config as c
+from . import filters
+from ..engine import worker
+if TYPE_CHECKING:
+    from vllm_entropix.config import EntropixConfig
+def late():
+    from vllm.v1 import sample
+    importlib.import_module("vllm.platforms")
+    __import__("numpy")
+"""
+    assert sorted(imports(source, "vllm_entropix.sampling.metrics")) == [
+        "numpy",
+        "os",
+        "vllm.config",
+        "vllm.platforms",
+        "vllm.v1.sample",
+        "vllm_entropix.config.EntropixConfig",
+        "vllm_entropix.engine.worker",
+        "vllm_entropix.sampling.filters",
+    ]
+    assert list(imports("from . import filters", "vllm_entropix.sampling", is_package=True)) == [
+        "vllm_entropix.sampling.filters"
+    ]
+
+
+def test_the_folders_are_found():
+    assert {"vllm_entropix.sampling", "vllm_entropix.sampling.filters"} <= {module for module, _ in modules("sampling")}
+    assert ("vllm_entropix.sampling.filters", "vllm_entropix.sampling.metrics.row_sums") in set(imported("sampling"))
+    assert [module for module, _ in modules("config")] == ["vllm_entropix.config"]
+
+
+@pytest.mark.parametrize("folder", [*WITHOUT_VLLM, "config"])
+def test_vllm_is_not_imported(folder):
+    assert [(module, name) for module, name in imported(folder) if name.split(".")[0] == "vllm"] == []
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_no_arrow_points_back(folder):
+    forbidden = []
+    for module, name in imported(folder):
+        parts = name.split(".")
+        # The package's public names are lazy: they'd hide where an arrow points.
+        if parts[0] == ROOT and (len(parts) == 1 or parts[1] not in MAY_IMPORT[folder]):
+            forbidden.append((module, name))
+    assert forbidden == []

@@ -1,0 +1,31 @@
+"""Entropix sampling inside vLLM.
+
+Importing this package pulls in neither torch nor vLLM: vLLM loads plugins in every process it starts.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_entropix._version import __version__
+from vllm_entropix.engine.plugin import register as _register
+
+if TYPE_CHECKING:
+    from vllm_entropix.config import ConfigError, EntropixConfig
+    from vllm_entropix.observability.trace import TokenRecord, TokenTrace, traces
+
+__all__ = ["ConfigError", "EntropixConfig", "TokenRecord", "TokenTrace", "__version__", "traces"]
+
+# So that `LLM(model, sampler="entropix")` works after this import; patches wait until vLLM is imported.
+_register()
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that a process that only loads the plugin doesn't pay for pydantic's models.
+    if name in ("ConfigError", "EntropixConfig"):
+        from vllm_entropix import config
+
+        return getattr(config, name)
+    if name in ("TokenRecord", "TokenTrace", "traces"):
+        from vllm_entropix.observability import trace
+
+        return getattr(trace, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,229 @@
+"""The model wrapper: keeps the queries of the rows to be sampled while the model runs, and gives attention statistics after it.
+
+During the forward pass only queries are copied, through persistent buffers and index tensors, so the copies may be captured in
+CUDA graphs. Scores are computed afterwards from the kept queries and the paged keys, for the rows that need them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_entropix.attention.paged_keys import UnsupportedAttentionError, key_reader
+from vllm_entropix.attention.statistics import GatherHeads, LayerAttention, measure_layer
+from vllm_entropix.sampling.metrics import AttentionStatistics
+
+if TYPE_CHECKING:
+    from vllm_entropix.config import EntropixConfig
+
+
+@dataclass
+class _Step:
+    """Where the rows of the running step are: tensors of the engine, read when the step's statistics are computed."""
+
+    query_start_loc: Tensor  # [requests + 1]: request i's rows are [i], [i + 1) of the query
+    seq_lens: Tensor  # [requests]: positions up to and including the request's last row
+    block_table: Tensor  # [requests, blocks]
+    requests: int
+
+
+class AttentionObserver:
+    """Observes some attention layers of a loaded model.
+
+    Args:
+        layers: the layers to observe by index, modules with ``impl.forward`` and ``kv_cache`` (vLLM's ``Attention``).
+        config: how statistics are taken.
+        max_requests: requests in a step at most.
+        rows_per_request: rows of a request that may be sampled in a step: 1, or the number of drafts + 1.
+        gather: exchanges sums between tensor-parallel ranks; None if there is one rank.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, Any],
+        config: EntropixConfig,
+        max_requests: int,
+        rows_per_request: int = 1,
+        gather: GatherHeads | None = None,
+    ) -> None:
+        self.config = config
+        self.layers = dict(layers)
+        self.rows_per_request = rows_per_request
+        self.gather = gather
+        self._max_requests = max_requests
+        self._queries: dict[int, Tensor] = {}
+        self._steps: dict[int, _Step] = {}
+        self._attention: dict[int, tuple[Tensor, LayerAttention]] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def attach(self, builders: Iterable[tuple[Any, Iterable[str]]]) -> None:
+        """Begin to observe.
+
+        Args:
+            builders: the engine's metadata builders, each with the names of the layers it builds for.
+        """
+        index_of = {layer.layer_name: index for index, layer in self.layers.items()}
+        for builder, names in builders:
+            indices = [index_of[name] for name in names if name in index_of]
+            if indices:
+                self._watch(builder, indices)
+        for index, layer in self.layers.items():
+            self._record(index, layer.impl)
+
+    def detach(self) -> None:
+        """Stop observing and leave the model as it was."""
+        while self._undo:
+            self._undo.pop()()
+        self._steps.clear()
+
+    def _watch(self, builder: Any, indices: list[int]) -> None:
+        """Note each step's tensors as the backend's metadata builder is given them: every backend has these."""
+        original = builder.build
+
+        def build(common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            step = _Step(
+                common_attn_metadata.query_start_loc,
+                common_attn_metadata.seq_lens,
+                common_attn_metadata.block_table_tensor,
+                common_attn_metadata.num_reqs,
+            )
+            for index in indices:
+                self._steps[index] = step
+            return original(common_prefix_len, common_attn_metadata, *args, **kwargs)
+
+        builder.build = build
+        self._undo.append(lambda: delattr(builder, "build"))
+        original_update = getattr(builder, "update_block_table", None)
+        if original_update is None:
+            return
+
+        def update_block_table(metadata: Any, block_table: Tensor, *args: Any, **kwargs: Any) -> Any:
+            # Groups of a hybrid cache share the first group's metadata and differ in the block table alone.
+            first = next(iter(self._steps.values()))
+            for index in indices:
+                self._steps[index] = replace(first, block_table=block_table)
+            return original_update(metadata, block_table, *args, **kwargs)
+
+        builder.update_block_table = update_block_table
+        self._undo.append(lambda: delattr(builder, "update_block_table"))
+
+    def _record(self, index: int, impl: Any) -> None:
+        original = impl.forward
+
+        def forward(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            step = self._steps.get(index)
+            if step is not None:
+                self._keep(index, query, step)
+            return original(layer, query, *args, **kwargs)
+
+        impl.forward = forward
+        self._undo.append(lambda: delattr(impl, "forward"))
+
+    def _keep(self, index: int, query: Tensor, step: _Step) -> None:
+        buffer = self._queries.get(index)
+        if buffer is None or buffer.dtype != query.dtype:
+            buffer = query.new_zeros(self._max_requests, self.rows_per_request, *query.shape[1:])
+            self._queries[index] = buffer
+        requests = min(step.requests, self._max_requests)
+        ends = step.query_start_loc[1 : requests + 1]
+        for offset in range(self.rows_per_request):
+            # From the end: row -1 is the last. A request with fewer rows, or a padded one, keeps some other row, unread.
+            rows = (ends - (offset + 1)).clamp(0, query.shape[0] - 1)
+            buffer[:requests, offset].copy_(query.index_select(0, rows))
+
+    def statistics(self, requests: Tensor, positions: Tensor) -> AttentionStatistics:
+        """Attention statistics of some rows of the step that has just run, the mean over the observed layers.
+
+        Args:
+            requests: int64 ``[rows]``, the request's place in the batch.
+            positions: int64 ``[rows]``, the row's position in its sequence: one of the request's last ``rows_per_request``.
+        """
+        return self.statistics_per_layer(requests, positions).mean_over_layers()
+
+    def statistics_per_layer(self, requests: Tensor, positions: Tensor) -> AttentionStatistics:
+        """The same for each observed layer, in ascending order: every metric is ``[layers, rows]``."""
+        lengths = positions + 1
+        measured = []
+        for index in sorted(self.layers):
+            step = self._steps[index]
+            offsets = (step.seq_lens[requests] - lengths).clamp(0, self.rows_per_request - 1)
+            queries = self._queries[index][requests, offsets]
+            table = step.block_table[requests]
+            measured.append(measure_layer(self._layer(index), queries, table, lengths, self.config, self.gather))
+        return AttentionStatistics(
+            torch.stack([statistics.attention_entropy for statistics in measured]),
+            torch.stack([statistics.attention_varentropy for statistics in measured]),
+            torch.stack([statistics.agreement for statistics in measured]),
+            torch.stack([statistics.interaction_strength for statistics in measured]),
+        )
+
+    def _layer(self, index: int) -> LayerAttention:
+        layer = self.layers[index]
+        known = self._attention.get(index)
+        # The engine may bind another cache (after sleeping, say), so the reader is kept with the cache it reads.
+        if known is None or known[0] is not layer.kv_cache:
+            known = self._attention[index] = (layer.kv_cache, describe_layer(layer))
+        return known[1]
+
+
+def find_attention_layers(model: nn.Module) -> dict[int, Any]:
+    """The self-attention layers of a loaded model by layer index (the first number in the module's name).
+
+    Layers of other pipeline stages are absent; draft models are modules of their own.
+    """
+    found: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if not (hasattr(module, "impl") and hasattr(module, "kv_cache") and hasattr(module, "attn_backend")):
+            continue
+        number = re.search(r"\d+", getattr(module, "layer_name", name))
+        found[int(number.group()) if number else len(found)] = module
+    return found
+
+
+def select_layers(found: Mapping[int, Any], config: EntropixConfig) -> dict[int, Any]:
+    """The layers that the configuration wants observed.
+
+    Raises:
+        UnsupportedAttentionError: there is no attention to observe.
+        ValueError: a layer of the list has no attention.
+    """
+    if not found:
+        raise UnsupportedAttentionError("the model has no attention layers")
+    wanted = config.attention.layers
+    if wanted == "last":
+        last = max(found)
+        return {last: found[last]}
+    if wanted == "all":
+        return dict(found)
+    missing = [layer for layer in wanted if isinstance(layer, int) and layer not in found]
+    if missing:
+        raise ValueError(f"attention.layers names {missing}, but the layers with attention are {sorted(found)}")
+    return {layer: found[layer] for layer in wanted if isinstance(layer, int)}
+
+
+def describe_layer(layer: Any) -> LayerAttention:
+    """What is needed to compute a layer's scores.
+
+    Raises:
+        UnsupportedAttentionError: the layer attends in a way that can't be followed.
+    """
+    impl = layer.impl
+    kind = str(getattr(layer.attn_type, "value", layer.attn_type))
+    if kind != "decoder":
+        raise UnsupportedAttentionError(f"layer {layer.layer_name} is {kind} attention")
+    if getattr(layer, "use_alibi_sqrt", False):
+        raise UnsupportedAttentionError(f"layer {layer.layer_name} uses square-root ALiBi")
+    slopes = getattr(impl, "alibi_slopes", None)
+    return LayerAttention(
+        keys=key_reader(layer),
+        scale=float(impl.scale),
+        softcap=float(getattr(impl, "logits_soft_cap", None) or 0.0),
+        window=layer.sliding_window,
+        alibi_slopes=None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32),
+        sinks=getattr(impl, "sinks", None),
+    )

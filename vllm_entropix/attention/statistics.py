@@ -1,0 +1,185 @@
+"""Queries and paged keys → attention statistics of each row (the PyTorch twin of the kernel)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_entropix.attention.paged_keys import KeyReader, RawKeys
+from vllm_entropix.kernels import cpu
+from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
+
+if TYPE_CHECKING:
+    from vllm_entropix.config import EntropixConfig
+
+# Keys of a layer that are unpacked at a time, in elements: bounds the extra memory at 4 times this many bytes.
+_MAX_KEY_ELEMENTS = 1 << 23
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """How one layer turns queries and keys into scores.
+
+    Attributes:
+        keys: reads the layer's keys.
+        scale: factor on the products.
+        softcap: scores are ``softcap·tanh(score / softcap)``; 0 for none.
+        window: positions a query attends to at most, its own included; None for all.
+        alibi_slopes: ``[heads]``, bias per position of distance.
+        sinks: ``[heads]``, logits that take weight without being a position.
+    """
+
+    keys: KeyReader
+    scale: float
+    softcap: float = 0.0
+    window: int | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+    def scores(self, queries: Tensor, block_table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores before the softmax and the place of each row's first real position among them.
+
+        Args:
+            queries: ``[rows, heads, head_dim]``.
+            block_table: ``[rows, blocks]``, block numbers from the sequence's beginning.
+            lengths: ``[rows]``, positions up to and including the query's own.
+
+        Returns:
+            float32 ``[rows, heads, positions]`` and int64 ``[rows]``.
+        """
+        size = self.keys.block_size
+        starts = torch.zeros_like(lengths) if self.window is None else (lengths - self.window).clamp_min(0)
+        first_blocks = starts // size
+        width = int(((lengths + size - 1) // size - first_blocks).max())
+        # Rows that need fewer blocks read their last one again; what it gives is masked.
+        wanted = first_blocks.unsqueeze(-1) + torch.arange(width, device=lengths.device)
+        last = (lengths.unsqueeze(-1) - 1) // size
+        keys = self.keys.read(block_table.gather(-1, torch.minimum(wanted, last).long()))
+        rows, heads, head_dim = queries.shape
+        groups = heads // keys.shape[2]
+        grouped = queries.to(torch.float32).view(rows, 1, keys.shape[2], groups, head_dim)
+        scores = torch.matmul(grouped, keys)  # [rows, blocks, kv_heads, groups, block_size]
+        scores = scores.permute(0, 2, 3, 1, 4).reshape(rows, heads, width * size) * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        offset = first_blocks * size
+        if self.alibi_slopes is not None:
+            place = offset.unsqueeze(-1) + torch.arange(width * size, device=lengths.device)
+            distance = (place - (lengths - 1).unsqueeze(-1)).unsqueeze(1)
+            scores = scores + self.alibi_slopes.view(1, -1, 1) * distance
+        return scores, starts - offset
+
+
+# A tensor whose last dimension is this rank's share → the shares of all ranks, in rank order.
+GatherHeads = Callable[[Tensor], Tensor]
+
+
+def measure_layer(
+    layer: LayerAttention,
+    queries: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    config: EntropixConfig,
+    gather: GatherHeads | None = None,
+) -> AttentionStatistics:
+    """Statistics of one layer for ``queries [rows, heads, head_dim]``; ``lengths`` and ``block_table`` as in ``scores``.
+
+    By the kernel for this device where there is one for such a layer, otherwise in PyTorch.
+    """
+    plain = not layer.softcap and layer.alibi_slopes is None and layer.sinks is None and gather is None
+    if plain and queries.device.type == "cpu" and layer.keys.raw is not None and cpu.available():
+        return _measure_by_cpu_kernel(layer, layer.keys.raw, queries, block_table, lengths, config)
+    return measure_layer_in_pytorch(layer, queries, block_table, lengths, config, gather)
+
+
+_VARIANCE_RULES = {"heads": 0, "heads-unbiased": 1, "zero": 2}
+
+
+def _measure_by_cpu_kernel(
+    layer: LayerAttention, raw: RawKeys, queries: Tensor, block_table: Tensor, lengths: Tensor, config: EntropixConfig
+) -> AttentionStatistics:
+    from vllm_entropix.kernels.cpu.attention import measure_rows
+    from vllm_entropix.kernels.cpu.threads import share_rows
+
+    rows, heads, head_dim = queries.shape
+    results = torch.empty(4, rows, dtype=torch.float32)
+    host_lengths = lengths.numpy()
+    arguments = (
+        queries.to(torch.float32).numpy(),
+        raw.array,
+        raw.layout,
+        layer.keys.block_size,
+        block_table.numpy(),
+        host_lengths,
+        layer.window or 0,
+        layer.scale,
+        config.padded_positions or 0,
+        _VARIANCE_RULES[config.attention_varentropy],
+        results.numpy(),
+    )
+    share_rows(host_lengths * (heads * head_dim), lambda first, last: measure_rows(*arguments, first, last))
+    return AttentionStatistics(*results)
+
+
+def measure_layer_in_pytorch(
+    layer: LayerAttention,
+    queries: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    config: EntropixConfig,
+    gather: GatherHeads | None = None,
+) -> AttentionStatistics:
+    """The same as :func:`measure_layer`, for every kind of layer, and with heads shared among ranks."""
+    results = AttentionStatistics(*(torch.empty(len(lengths), dtype=torch.float32) for _ in range(4)))
+    for rows in _groups(lengths, layer):
+        scores, starts = layer.scores(queries[rows], block_table[rows], lengths[rows])
+        attended = lengths[rows] if layer.window is None else lengths[rows].clamp_max(layer.window)
+        heads = HeadStatistics.from_scores(scores, attended, config.padded_positions, layer.sinks, starts)
+        statistics = combine_heads(heads, config, gather)
+        results.attention_entropy[rows] = statistics.attention_entropy
+        results.attention_varentropy[rows] = statistics.attention_varentropy
+        results.agreement[rows] = statistics.agreement
+        results.interaction_strength[rows] = statistics.interaction_strength
+    return results
+
+
+def combine_heads(heads: HeadStatistics, config: EntropixConfig, gather: GatherHeads | None) -> AttentionStatistics:
+    """Statistics over all heads from one rank's, exchanging sums with the other ranks if ``gather`` is given.
+
+    Every rank adds the same numbers in the same order, so all get the same bits.
+    """
+    if gather is None:
+        deviation = heads.deviation_from(heads.weights.mean(dim=1), heads.empty_weight.mean(dim=1))
+        return AttentionStatistics.from_heads(
+            heads.entropy, heads.score_sum, deviation, heads.counted, config.attention_varentropy
+        )
+    rows, local, positions = heads.weights.shape
+    sums = torch.cat((heads.weights.sum(dim=1), heads.empty_weight.sum(dim=1, keepdim=True)), dim=-1)
+    all_sums = gather(sums.contiguous()).view(rows, -1, positions + 1)
+    ranks = all_sums.shape[1]
+    means = all_sums.sum(dim=1) / (local * ranks)
+    deviation = heads.deviation_from(means[:, :-1], means[:, -1])
+    shares = torch.stack((heads.entropy, heads.score_sum, deviation))
+    entropy, score_sum, all_deviations = gather(shares.contiguous())
+    return AttentionStatistics.from_heads(entropy, score_sum, all_deviations, heads.counted, config.attention_varentropy)
+
+
+def _groups(lengths: Tensor, layer: LayerAttention) -> Iterator[Tensor]:
+    """Rows of similar length, few enough that their keys fit the bound; a row is padded to at most twice its length."""
+    size = layer.keys.block_size
+    attended = lengths if layer.window is None else lengths.clamp_max(layer.window + size)
+    blocks, order = ((attended + size - 1) // size).sort(descending=True)
+    per_block = max(1, layer.keys.read(torch.zeros(1, 1, dtype=torch.int64, device=lengths.device)).numel())
+    counts = blocks.tolist()
+    start = 0
+    while start < len(counts):
+        most = max(1, _MAX_KEY_ELEMENTS // (per_block * counts[start]))
+        stop = start + 1
+        while stop < min(len(counts), start + most) and counts[stop] * 2 >= counts[start]:
+            stop += 1
+        yield order[start:stop]
+        start = stop

@@ -1,0 +1,243 @@
+"""``vllm-entropix demo``: the shipped model, or any, in a real engine: entropix, greedy and plain sampling in one batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping
+from vllm_entropix.observability.terminal import TracedText, coloured, legend, summary_table
+from vllm_entropix.observability.tokens import token_texts
+from vllm_entropix.observability.trace import traces
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+MODES = ("entropix", "greedy", "plain")
+
+
+def shipped_model() -> Path:
+    """Folder of the model that comes with this package."""
+    return Path(str(files("vllm_entropix") / "demo_model"))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of the demo.
+
+    Attributes:
+        name: shown in the table.
+        description: what there is to see.
+        text: plain text to continue, or
+        messages: a chat to answer.
+        expected: the answer, where it can be checked.
+    """
+
+    name: str
+    description: str = ""
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+    expected: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The prompt as people read it."""
+        if self.text is not None:
+            return self.text
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages or [])
+
+
+def load_prompts(path: Path) -> tuple[list[Prompt], str | None]:
+    """Prompts and clarification text of a JSON file like the shipped ``prompts.json``, or one prompt per line of a text file.
+
+    Raises:
+        ConfigError: the file can't be read, or has no prompts.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read the prompts in {path}: {error}") from None
+    if path.suffix != ".json":
+        prompts = [Prompt(f"line {number}", text=line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        clarification = None
+    else:
+        try:
+            data = json.loads(text)
+            prompts = [
+                Prompt(
+                    entry["name"],
+                    entry.get("description", ""),
+                    entry.get("text"),
+                    entry.get("messages"),
+                    entry.get("expected_answer"),
+                )
+                for entry in data["prompts"]
+            ]
+            clarification = data.get("clarification_text")
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} isn't a file of prompts: {type(error).__name__} {error}") from None
+    if not prompts:
+        raise ConfigError(f"{path} has no prompts")
+    return prompts, clarification
+
+
+def demo(
+    model: Annotated[str | None, typer.Option(help="Any model that vLLM can load; default: the one that is shipped.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with a prompt per line, or JSON like the shipped one.")
+    ] = None,
+    sampler_config: Annotated[str | None, typer.Option(help="Preset, JSON, or a .json or .toml file.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 160,
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    svg: Annotated[Path | None, typer.Option(help="Also write what is shown as an SVG picture.")] = None,
+    print_model_path: Annotated[
+        bool, typer.Option("--print-model-path", help="Print where the shipped model lies, and end.")
+    ] = False,
+) -> None:
+    """Watch a real engine decide, token by token, between argmax, exploring, resampling, adapting and asking."""
+    if print_model_path:
+        typer.echo(shipped_model())
+        return
+    chosen, clarification = load_prompts(prompts or shipped_model() / "prompts.json")
+    settings = as_mapping(sampler_config)
+    if clarification and model is None and "clarification" not in settings:
+        settings["clarification"] = {"text": clarification}
+    config = EntropixConfig.from_dict(settings)
+    console = Console(record=svg is not None, width=130 if svg is not None else None)
+    llm = _start(console, model or str(shipped_model()), settings, max_tokens)
+    outputs = _run(console, llm, chosen, config, max_tokens, seed)
+    _show(console, llm, chosen, outputs, config, model)
+    if svg is not None:
+        console.save_svg(str(svg), title="vllm-entropix demo")
+        typer.echo(f"wrote {svg}")
+
+
+def _start(console: Console, model: str, settings: dict[str, Any], max_tokens: int) -> LLM:
+    # In this process and without compilation: a demo should start fast. Both must be set before vLLM is imported.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    with console.status(f"Starting vLLM with {Path(model).name} ..."):
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ConfigError(f"vLLM can't be imported ({error}); install vllm-entropix[cuda] or vllm-entropix[cpu]") from None
+
+        arguments: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 64, "enforce_eager": True}
+        if not _has_gpu():
+            arguments["kv_cache_memory_bytes"] = 1 << 28
+        return LLM(model, additional_config={"entropix": settings}, disable_log_stats=True, **arguments)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _parameters(mode: str, config: EntropixConfig, max_tokens: int, seed: int) -> SamplingParams:
+    from vllm import SamplingParams
+
+    if mode == "entropix":
+        return SamplingParams(max_tokens=max_tokens, seed=seed, extra_args={"entropix_trace": "on"})
+    if mode == "greedy":
+        return SamplingParams(max_tokens=max_tokens, temperature=0.0, extra_args={"entropix": "off"})
+    base = config.base
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=base.temperature,
+        top_p=base.top_p,
+        top_k=base.top_k,
+        min_p=base.min_p,
+        extra_args={"entropix": "off"},
+    )
+
+
+def _run(
+    console: Console, llm: LLM, prompts: list[Prompt], config: EntropixConfig, max_tokens: int, seed: int
+) -> dict[tuple[int, str], Any]:
+    """All prompts in all modes as one batch; final outputs by (prompt, mode)."""
+    tokenizer = llm.get_tokenizer()
+    engine = llm.llm_engine
+    wanted: dict[str, tuple[int, str]] = {}
+    for index, prompt in enumerate(prompts):
+        if prompt.text is not None:
+            ids = tokenizer.encode(prompt.text)
+        else:
+            ids = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        for mode in MODES:
+            request_id = f"{index}-{mode}"
+            wanted[request_id] = (index, mode)
+            engine.add_request(request_id, {"prompt_token_ids": list(ids)}, _parameters(mode, config, max_tokens, seed))
+    finished: dict[tuple[int, str], Any] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        task = progress.add_task(f"{len(prompts)} prompts by {', '.join(MODES)}, in one batch", total=len(wanted))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    finished[wanted[output.request_id]] = output
+                    progress.advance(task)
+    return finished
+
+
+def _show(
+    console: Console,
+    llm: LLM,
+    prompts: list[Prompt],
+    outputs: dict[tuple[int, str], Any],
+    config: EntropixConfig,
+    model: str | None,
+) -> None:
+    tokenizer = llm.get_tokenizer()
+    sequences = []
+    for index, prompt in enumerate(prompts):
+        completion = outputs[index, "entropix"].outputs[0]
+        [trace] = traces(outputs[index, "entropix"])
+        ends = set(tokenizer.all_special_ids)
+        texts = ["" if token in ends else text for token, text in _pieces(tokenizer, completion.token_ids)]
+        sequence = TracedText(prompt.name, texts, list(trace or ()))
+        sequences.append(sequence)
+        parts: list[Any] = [Text(prompt.shown, style="dim italic"), Text()]
+        parts.append(Text("entropix  ", style="bold") + _verdict(prompt, completion.text))
+        parts.append(Padding(coloured(sequence), (0, 0, 0, 2)))
+        for mode in MODES[1:]:
+            text = outputs[index, mode].outputs[0].text
+            parts.append(Text(f"{mode}  ", style="bold") + _verdict(prompt, text))
+            parts.append(Padding(Text(text), (0, 0, 0, 2)))
+        console.print(
+            Panel(Group(*parts), title=f"[bold]{prompt.name}[/bold]", subtitle=prompt.description or None, title_align="left")
+        )
+    console.print(legend())
+    console.print()
+    console.print(summary_table(sequences, narrow=console.width < 120))
+    name = "the shipped demo model" if model is None else model
+    console.print(
+        f"[dim]{name}; preset {config.preset_name}, {config.fidelity}; all {len(outputs)} sequences ran in one batch.[/dim]"
+    )
+
+
+def _pieces(tokenizer: Any, token_ids: Sequence[int]) -> Iterable[tuple[int, str]]:
+    return zip(token_ids, token_texts(tokenizer, token_ids), strict=True)
+
+
+def _verdict(prompt: Prompt, text: str) -> Text:
+    if prompt.expected is None:
+        return Text()
+    right = prompt.expected in text
+    return Text(f"✓ {prompt.expected}" if right else f"✗ not {prompt.expected}", style="green" if right else "red")

@@ -1,0 +1,47 @@
+"""``vllm-entropix``: demo, presets."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from vllm_entropix._version import __version__
+from vllm_entropix.cli import demo, presets
+from vllm_entropix.config import ConfigError
+
+app = typer.Typer(
+    name="vllm-entropix",
+    help="Entropix sampling inside vLLM: see what a model is unsure of, token by token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("presets")(presets.presets)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vllm-entropix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Options of all commands."""
+
+
+def main() -> None:
+    """Entry point: a wrong setting ends in one line and status 1."""
+    try:
+        app()
+    except ConfigError as error:
+        sys.exit(f"vllm-entropix: {error}")
+
+
+if __name__ == "__main__":
+    main()

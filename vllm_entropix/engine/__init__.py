@@ -1,0 +1,1 @@
+"""The plugin's side of vLLM: the only folder that imports it."""

@@ -1,0 +1,236 @@
+"""What the adapters of both model runners share: requests in, trace records out, the observer in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+
+from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError, find_attention_layers, select_layers
+from vllm_entropix.attention.statistics import GatherHeads
+from vllm_entropix.engine.outputs import RECORDS, Records
+from vllm_entropix.requests import RequestSettings
+from vllm_entropix.sampling.batch import RECORD_FIELDS, BatchSampler, Rows
+from vllm_entropix.sampling.metrics import AttentionStatistics
+from vllm_entropix.sampling.sequences import Sequence
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_entropix.engine.engine_config import Resolved
+
+# Under vLLM's own logger, whose handlers are set up in every process.
+logger = init_logger("vllm.plugins.entropix")
+
+
+@dataclass
+class StepRecords:
+    """Trace records of some rows of a step, on their way to the host.
+
+    Attributes:
+        requests: slot → (request id, is it traced?).
+        values: float32 ``[rows, columns]`` on the host: slot (0 for rows to skip), record, alternatives. Complete once
+            ``ready`` has returned.
+        ready: waits for the copy.
+    """
+
+    requests: dict[int, tuple[str, bool]]
+    values: Tensor
+    ready: Callable[[], None]
+
+    def by_request(self) -> Records:
+        """Each sequence's records, one after the other; without alternatives if it is only counted."""
+        self.ready()
+        values = self.values.numpy()
+        rows_of: dict[int, list[int]] = {}
+        for row, slot in enumerate(values[:, 0].astype(np.int64).tolist()):
+            if slot:
+                rows_of.setdefault(slot, []).append(row)
+        found: Records = {}
+        for slot, rows in rows_of.items():
+            request_id, traced = self.requests.get(slot, (None, False))
+            if request_id is not None:
+                columns = values.shape[1] if traced else 1 + len(RECORD_FIELDS)
+                found[request_id] = (traced, len(rows), values[rows, 1:columns].tobytes())
+        return found
+
+
+class RunnerAdapter:
+    """Connects one model runner with the batch sampler and the attention observer.
+
+    Args:
+        runner: vLLM's model runner, its model loaded.
+        vllm_config: the engine's configuration.
+        resolved: our settings in it.
+    """
+
+    def __init__(self, runner: Any, vllm_config: VllmConfig, resolved: Resolved) -> None:
+        self.runner = runner
+        self.config = resolved.config
+        self.vllm_config = vllm_config
+        self.vocabulary = vllm_config.model_config.get_vocab_size()
+        self.max_requests = vllm_config.scheduler_config.max_num_seqs
+        self.device = runner.device
+        # A sequence has a row per draft and one more.
+        self.rows_per_request = 1 + vllm_config.num_speculative_tokens
+        self.batch = BatchSampler(
+            resolved.config,
+            self.max_requests,
+            resolved.clarification,
+            self.device,
+            self.rows_per_request - 1,
+            resolved.counted,
+        )
+        self.observer: AttentionObserver | None = None
+        self._records: list[StepRecords] = []
+        self.hook()
+
+    def hook(self) -> None:
+        """Put :meth:`transform` between the runner's logits and its draw."""
+        raise NotImplementedError
+
+    def observe(self) -> None:
+        """Attach the observer to the attention layers; says once why, if there is nothing to observe."""
+        if not self.config.attention.enabled:
+            return
+        if self.observer is not None:
+            self.observer.detach()
+            self.observer = None
+        try:
+            layers = select_layers(find_attention_layers(self.runner.get_model()), self.config)
+            observer = AttentionObserver(layers, self.config, self.max_requests, self.rows_per_request, _gather_heads())
+            for index in layers:
+                observer._layer(index)  # refuses a cache that can't be read now rather than in the first step
+        except UnsupportedAttentionError as reason:
+            logger.warning_once("entropix runs on the logits alone: %s.", str(reason))
+            return
+        observer.attach(self._builders())
+        self.observer = observer
+
+    def _builders(self) -> Iterator[tuple[Any, list[str]]]:
+        for groups in self.runner.attn_groups:
+            for group in groups:
+                for builder in group.metadata_builders:
+                    yield builder, list(group.layer_names)
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Take note of requests that begin or ended with this step, and neutralise vLLM's own parameters of ours.
+
+        The request's parameters are copied before they are changed: in process they are the scheduler's own.
+        """
+        for request_id in scheduler_output.finished_req_ids:
+            self.batch.remove(request_id)
+        for request in scheduler_output.scheduled_new_reqs:
+            if request.sampling_params is None:
+                continue
+            sequence = self._sequence(request.sampling_params, request.prompt_len)
+            if sequence is None:
+                self.batch.remove(request.req_id)
+                continue
+            self.batch.add(request.req_id, sequence)
+            if sequence.sampled:
+                neutral = request.sampling_params.clone()
+                neutral.temperature, neutral.top_p, neutral.top_k, neutral.min_p = 1.0, 1.0, 0, 0.0
+                request.sampling_params = neutral
+        self.batch.sequences.flush()
+        self._records = []
+
+    def _sequence(self, params: SamplingParams, prompt_length: int) -> Sequence | None:
+        """The settings of a request, or None if entropix has nothing to do with it."""
+        settings = RequestSettings.parse(params.extra_args)
+        if not settings.enabled:
+            return None
+        greedy = params.temperature < 1e-5  # vLLM's own border of greedy sampling
+        traced = self.config.trace.default if settings.trace is None else settings.trace
+        if greedy and not traced:
+            return None
+        top_k = params.top_k if params.top_k > 0 else self.vocabulary
+        own = {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k, "min_p": params.min_p}
+        return Sequence(
+            constants=settings.constants(self.config, own),
+            sampled=not greedy,
+            traced=traced,
+            clarified=settings.clarification is not False,
+            prompt_length=prompt_length,
+        )
+
+    def after_forward(self) -> None:
+        """Called between the model's run and the draw."""
+
+    def apply(self, logits: Tensor, rows: Rows) -> None:
+        """Turn rows of the step's logits into final distributions, in place, and keep their trace records."""
+        records = self.batch.apply(logits, rows, self.measure if self.observer is not None else None)
+        if records is None:
+            return
+        requests = self.batch.sequences.requests_of(rows.host_slots)
+        if records.device.type == "cpu":
+            self._records.append(StepRecords(requests, records, _nothing_to_wait_for))
+            return
+        # Without waiting for the device: pinned memory, and an event that is waited for where the output is completed.
+        values = torch.empty(records.shape, dtype=records.dtype, pin_memory=True)
+        values.copy_(records, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._records.append(StepRecords(requests, values, event.synchronize))
+
+    def measure(self, rows: Rows, wanted: Tensor) -> AttentionStatistics | None:
+        """Attention statistics of the wanted rows, NaN for the others; None if no row wants them."""
+        assert self.observer is not None
+        index = wanted.nonzero().flatten()
+        if not len(index):
+            return None
+        found = self.observer.statistics(rows.batch[index], rows.positions[index])
+
+        def scattered(values: Tensor) -> Tensor:
+            return values.new_full((len(wanted),), torch.nan).index_copy_(0, index, values)
+
+        return AttentionStatistics(
+            scattered(found.attention_entropy),
+            scattered(found.attention_varentropy),
+            scattered(found.agreement),
+            scattered(found.interaction_strength),
+            measured=wanted,
+        )
+
+    def with_records(self, output: Any) -> Any:
+        """The runner's output with this step's trace records attached, once it is complete."""
+        records, self._records = self._records, []
+        if not records or output is None:
+            return output
+        if not hasattr(output, "get_output"):
+            setattr(output, RECORDS, _joined(records))
+            return output
+        # Asynchronous scheduling: the output is completed later, in another thread.
+        original = output.get_output
+
+        def get_output() -> Any:
+            result = original()
+            setattr(result, RECORDS, _joined(records))
+            return result
+
+        output.get_output = get_output
+        return output
+
+
+def _joined(parts: list[StepRecords]) -> Records:
+    """Records by request id; a step's batch may have been sampled in several parts, each with whole sequences."""
+    return {request_id: records for part in parts for request_id, records in part.by_request().items()}
+
+
+def _gather_heads() -> GatherHeads | None:
+    """Exchange between tensor-parallel ranks, in rank order so that all get the same; None if there is one rank."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return None
+    return lambda shares: group.all_gather(shares, dim=-1)
+
+
+def _nothing_to_wait_for() -> None:
+    """The records are on the host already."""

@@ -1,0 +1,43 @@
+"""Admission of requests in the frontend: refused with an error that everybody knows how to handle, or counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_entropix.config import ConfigError
+from vllm_entropix.engine.engine_config import RESOLVED
+from vllm_entropix.observability import prometheus
+from vllm_entropix.requests import RequestSettings
+
+
+class RequestSettingsError(VLLMValidationError, ValueError):  # type: ignore[misc]
+    """A request's entropix setting is unknown or out of range: HTTP 400, and a ValueError in Python."""
+
+
+def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
+    """Validate a request's parameters as vLLM does, with our error for what is wrong about our settings.
+
+    Args:
+        processor: vLLM's InputProcessor.
+        validate: its own validation, which includes our logits processor's.
+        params: of the request: SamplingParams, or those of another task.
+
+    Raises:
+        RequestSettingsError: names the setting, its value and what is allowed.
+    """
+    try:
+        result = validate()
+    except VLLMValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise RequestSettingsError(str(error.__cause__)) from None
+        raise
+    additional = processor.vllm_config.additional_config
+    resolved = additional.get(RESOLVED) if isinstance(additional, dict) else None
+    if resolved is not None and resolved["counted"] and hasattr(params, "extra_args"):
+        settings = RequestSettings.parse(params.extra_args)
+        preset = settings.preset or resolved["config"]["preset"]
+        prometheus.count_request(preset if settings.enabled else "off")
+    return result

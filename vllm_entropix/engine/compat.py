@@ -1,0 +1,303 @@
+"""Every patch of vLLM: why, how, what would make it unnecessary. And the check that vLLM is what the adapters expect.
+
+A patch wraps one function and passes everything through by ``*args, **kwargs``. It is applied once, when the module it changes
+is imported, so that loading this plugin imports nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import wrapt
+
+SUPPORTED = ">=0.31,<0.34"
+_SUPPORTED_MINORS = (31, 32, 33)
+_SENTINEL = "__vllm_entropix__"
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change of vLLM at run time.
+
+    Attributes:
+        module: module that is changed.
+        owners: classes in it whose attribute is wrapped; none if it is a function of the module.
+        attribute: the function that is wrapped.
+        wrap: makes the replacement from the original, called when the module is imported.
+        why: what can't be had otherwise.
+        how: what the replacement does.
+        upstream: issue or pull request that would make it unnecessary.
+        remove_when: the condition to drop it.
+    """
+
+    module: str
+    owners: tuple[str, ...]
+    attribute: str
+    wrap: Wrap
+    why: str
+    how: str
+    upstream: str
+    remove_when: str
+
+    @property
+    def name(self) -> str:
+        """The patched function, as people write it."""
+        return f"{self.owners[0] if self.owners else self.module}.{self.attribute}"
+
+    def install(self) -> None:
+        """Apply now if the module is loaded, otherwise as soon as it is."""
+        wrapt.register_post_import_hook(self._apply, self.module)
+
+    def _apply(self, module: Any) -> None:
+        for owner in [getattr(module, name, None) for name in self.owners] if self.owners else [module]:
+            static = inspect.getattr_static(owner, self.attribute, None)
+            # An unknown vLLM is left alone here; `problems` refuses to start on it, with an explanation.
+            if owner is None or static is None or getattr(getattr(owner, self.attribute), _SENTINEL, False):
+                continue
+            original = getattr(owner, self.attribute)
+            replacement = functools.wraps(original)(self.wrap(original))
+            setattr(replacement, _SENTINEL, True)
+            setattr(owner, self.attribute, staticmethod(replacement) if isinstance(static, staticmethod) else replacement)
+
+
+def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_entropix.engine.arguments import add_arguments
+
+        return add_arguments(original(parser, *args, **kwargs))
+
+    return add_cli_args
+
+
+def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.keys() & {"sampler", "sampler_config"}:
+            from vllm_entropix.engine.arguments import merge_keywords
+
+            kwargs = merge_keywords(kwargs)
+        original(self, *args, **kwargs)
+
+    return init
+
+
+def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        if isinstance(self.additional_config, dict) and "entropix" in self.additional_config:
+            from vllm_entropix.engine.engine_config import finalise
+
+            return finalise(vllm_config, self.additional_config, statistics=not self.disable_log_stats)
+        return vllm_config
+
+    return create_engine_config
+
+
+def _wrap_make_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def make_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_entropix.engine.outputs import receive_records
+
+        call = signature.bind(self, *args, **kwargs)
+        return receive_records(self, call, lambda: original(*call.args, **call.kwargs))
+
+    return make_request_output
+
+
+def _wrap_validate_params(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_entropix.engine.admission import admit
+
+        return admit(self, lambda: original(self, *args, **kwargs), args[0] if args else kwargs.get("params"))
+
+    return validate_params
+
+
+def _wrap_for_http(wrap: str, results: str) -> Wrap:
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        from vllm_entropix.engine import http
+
+        replacement: Callable[..., Any] = getattr(http, wrap)(original, results)
+        return replacement
+
+    return wrapped
+
+
+def _wrap_rebind_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
+    def rebind_kernels(*args: Any, **kwargs: Any) -> Any:
+        hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "llvmlite"}
+        for name in hidden:
+            del sys.modules[name]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            sys.modules.update(hidden)
+
+    return rebind_kernels
+
+
+PATCHES = (
+    Patch(
+        module="vllm.engine.arg_utils",
+        owners=("EngineArgs",),
+        attribute="add_cli_args",
+        wrap=_wrap_add_cli_args,
+        why="A plugin can't add options to vLLM's command line.",
+        how="Adds --sampler and --sampler-config, which write into --additional-config while arguments are parsed, so that API "
+        "server processes, which are started with the parsed arguments, get them too.",
+        upstream="none known",
+        remove_when="general plugins can register command-line options",
+    ),
+    Patch(
+        module="vllm.engine.arg_utils",
+        owners=("EngineArgs", "AsyncEngineArgs"),
+        attribute="__init__",
+        wrap=_wrap_init,
+        why="LLM(...) passes unknown keywords to a dataclass, which refuses them.",
+        how="Moves the keywords sampler and sampler_config into additional_config.",
+        upstream="none known",
+        remove_when="LLM accepts keywords for plugins; additional_config={'entropix': ...} needs no patch",
+    ),
+    Patch(
+        module="vllm.engine.arg_utils",
+        owners=("EngineArgs",),
+        attribute="create_engine_config",
+        wrap=_wrap_create_engine_config,
+        why="Every frontend makes its configuration here, and errors elsewhere look like hangs.",
+        how="If additional_config asks for entropix: checks that all features in use are supported, then sets the official "
+        "fields worker_cls, scheduler_cls and logits_processors.",
+        upstream="none known",
+        remove_when="plugins may finalise VllmConfig",
+    ),
+    Patch(
+        module="vllm.v1.engine.input_processor",
+        owners=("InputProcessor",),
+        attribute="_validate_params",
+        wrap=_wrap_validate_params,
+        why="A bad per-request setting is a ValueError in Python; vLLM turns what a logits processor raises into its own "
+        "VLLMValidationError, which is none.",
+        how="Raises an error that is both, so HTTP still answers 400. Counts admitted requests by preset.",
+        upstream="none known",
+        remove_when="VLLMValidationError is a ValueError",
+    ),
+    Patch(
+        module="vllm.v1.engine.output_processor",
+        owners=("RequestState",),
+        attribute="make_request_output",
+        wrap=_wrap_make_request_output,
+        why="EngineCoreOutput has no field for a plugin's per-token data, and what it carries isn't collected over steps.",
+        how="Takes our bytes out of kv_transfer_params, collects them per sequence and hangs them on each CompletionOutput.",
+        upstream="none known",
+        remove_when="engine outputs carry plugin data to RequestOutput",
+    ),
+    *(
+        Patch(
+            module=f"vllm.entrypoints.openai.{folder}.serving",
+            owners=(owner,),
+            attribute=attribute,
+            wrap=_wrap_for_http(wrap, results),
+            why="OpenAI responses are made of fixed fields; a plugin's can't be added.",
+            how="For a request with entropix_trace, notes the outputs that a response is made of and adds the traces to its "
+            "choices. All others get vLLM's own bytes.",
+            upstream="none known",
+            remove_when="responses carry what a plugin hangs on RequestOutput",
+        )
+        for folder, owner, attribute, wrap, results in (
+            ("completion", "OpenAIServingCompletion", "request_output_to_completion_response", "wrap_final", "final_res_batch"),
+            ("completion", "OpenAIServingCompletion", "completion_stream_generator", "wrap_stream", "result_generator"),
+            ("chat_completion", "OpenAIServingChat", "chat_completion_full_generator", "wrap_full", "result_generator"),
+            ("chat_completion", "OpenAIServingChat", "chat_completion_stream_generator", "wrap_stream", "result_generator"),
+        )
+    ),
+    Patch(
+        module="vllm.triton_utils.dispatcher",
+        owners=(),
+        attribute="_rebind_kernels",
+        wrap=_wrap_rebind_kernels,
+        why="On a CPU vLLM looks through the namespaces of all modules when an engine starts, and dies on an object of "
+        "llvmlite whose __dict__ is no dictionary. Our CPU kernels import numba, hence llvmlite, so a second engine in a "
+        "process would fail.",
+        how="Hides llvmlite's modules, which refer to no kernel of vLLM's, while it looks.",
+        upstream="none known; seen in 0.32.0",
+        remove_when="the scan skips objects whose vars() isn't a dictionary",
+    ),
+)
+
+
+def install() -> None:
+    """Apply all patches; harmless when done before."""
+    for patch in PATCHES:
+        patch.install()
+
+
+# What the adapters use, checked before an engine starts: (module, qualified name, parameters that must be there).
+_EXPECTED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self",)),
+    ("vllm.v1.worker.gpu_worker", "Worker.initialize_from_config", ("self", "kv_cache_config")),
+    ("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("self", "scheduler_output")),
+    ("vllm.v1.worker.gpu_worker", "Worker.sample_tokens", ("self", "grammar_output")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output", ("self", "scheduler_output", "model_runner_output")),
+    (
+        "vllm.v1.engine.output_processor",
+        "RequestState.make_request_output",
+        ("self", "new_token_ids", "finish_reason", "kv_transfer_params"),
+    ),
+    ("vllm.v1.sample.sampler", "Sampler.sample", ("self", "logits", "sampling_metadata")),
+    ("vllm.v1.sample.sampler", "Sampler.forward", ("self", "logits", "sampling_metadata")),
+)
+
+# The same for servers: looked at only where vLLM's server is loaded.
+_EXPECTED_OF_SERVERS = (
+    (
+        "vllm.entrypoints.openai.completion.serving",
+        "OpenAIServingCompletion.completion_stream_generator",
+        ("self", "request", "result_generator"),
+    ),
+    (
+        "vllm.entrypoints.openai.completion.serving",
+        "OpenAIServingCompletion.request_output_to_completion_response",
+        ("self", "request", "final_res_batch"),
+    ),
+    (
+        "vllm.entrypoints.openai.chat_completion.serving",
+        "OpenAIServingChat.chat_completion_stream_generator",
+        ("self", "request", "result_generator"),
+    ),
+    (
+        "vllm.entrypoints.openai.chat_completion.serving",
+        "OpenAIServingChat.chat_completion_full_generator",
+        ("self", "request", "result_generator"),
+    ),
+)
+
+
+def problems() -> list[str]:
+    """What is not as the adapters expect it in the installed vLLM; empty if all is well."""
+    import vllm
+
+    found = []
+    parts = vllm.__version__.split(".")
+    if not (parts[0] == "0" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) in _SUPPORTED_MINORS):
+        found.append(f"its version is {vllm.__version__}")
+    of_servers = tuple(expected for expected in _EXPECTED_OF_SERVERS if expected[0] in sys.modules)
+    for module_name, qualified, parameters in _EXPECTED + of_servers:
+        target: Any
+        try:
+            target = importlib.import_module(module_name)
+            for part in qualified.split("."):
+                target = getattr(target, part)
+        except (ImportError, AttributeError):
+            found.append(f"{module_name}.{qualified} is missing")
+            continue
+        missing = [name for name in parameters if name not in inspect.signature(target).parameters]
+        if missing:
+            found.append(f"{module_name}.{qualified} has no parameter {', '.join(missing)}")
+    return found

@@ -1,0 +1,100 @@
+"""Carries records of tokens from the worker to the frontend.
+
+worker: an attribute on ModelRunnerOutput → scheduler: bytes in each EngineCoreOutput's ``kv_transfer_params``, beside its token
+→ frontend: collected per sequence as ``CompletionOutput.entropix_trace`` if the request is traced, and counted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from vllm_entropix.engine.engine_config import Resolved
+from vllm_entropix.observability import prometheus
+from vllm_entropix.observability.trace import TokenTrace
+
+# Request id → (is it traced?, rows, their records one after the other).
+Records = dict[str, tuple[bool, int, bytes]]
+# Attribute of ModelRunnerOutput that holds them.
+RECORDS = "entropix_records"
+# Keys in kv_transfer_params, the one field of EngineCoreOutput that takes any plugin's data, for records that are kept and
+# counted, and for those that are only counted. They never leave the frontend: bytes there would break the HTTP response.
+TRACED, COUNTED = "entropix_traced", "entropix_counted"
+
+
+class EntropixSchedulerMixin:
+    """Mixed in front of any of vLLM's schedulers (see ``subclasses``)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        resolved = Resolved.of(self.vllm_config)  # type: ignore[attr-defined]
+        self._entropix_counted = resolved.counted
+        self._entropix_cap = resolved.config.trace.max_tokens
+        # Traced tokens of the running requests.
+        self._entropix_sent: dict[str, int] = {}
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """The engine's outputs of a step, with each new token's record beside it."""
+        result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        records: Records | None = getattr(model_runner_output, RECORDS, None)
+        if not records:
+            return result
+        for outputs in result.values():
+            for output in outputs.outputs:
+                record = records.get(output.request_id)
+                if record is not None and output.new_token_ids:
+                    carried = self._carry(output, *record)
+                    if carried:
+                        output.kv_transfer_params = {**(output.kv_transfer_params or {}), **carried}
+        for request_id in self._entropix_sent.keys() & scheduler_output.finished_req_ids:
+            del self._entropix_sent[request_id]
+        return result
+
+    def _carry(self, output: Any, traced: bool, rows: int, data: bytes) -> dict[str, Any]:
+        # Of a draft that was rejected there are rows and no tokens.
+        tokens, width = len(output.new_token_ids), len(data) // rows
+        counted: dict[str, Any] = {COUNTED: data[: tokens * width]} if self._entropix_counted else {}
+        if not traced:
+            return counted
+        sent = self._entropix_sent.get(output.request_id, 0)
+        self._entropix_sent[output.request_id] = sent + tokens
+        kept = min(tokens, max(0, self._entropix_cap - sent))
+        return {**counted, TRACED: [width, data[: kept * width]]} if kept else counted
+
+
+def receive_records(state: Any, call: inspect.BoundArguments, make: Callable[[], Any]) -> Any:
+    """Collect what came with a request's new tokens, and hang it on the outputs that are made of them.
+
+    Args:
+        state: the frontend's RequestState.
+        call: the call of its ``make_request_output``; our bytes are taken out of it.
+        make: does the call.
+    """
+    # Children of one request with n > 1 share the parent, which hands out all their outputs together.
+    shared = state.parent_req or state
+    collected: dict[int, TokenTrace] | None = getattr(shared, "entropix_traces", None)
+    carried = call.arguments.get("kv_transfer_params")
+    tokens = len(call.arguments["new_token_ids"])
+    traced = counted = None
+    if carried:
+        traced, counted = carried.get(TRACED), carried.get(COUNTED)
+        if traced or counted:
+            carried = {key: value for key, value in carried.items() if key not in (TRACED, COUNTED)}
+            call.arguments["kv_transfer_params"] = carried or None
+    if counted and tokens:
+        prometheus.count(counted, tokens)
+    if traced:
+        if collected is None:
+            collected = shared.entropix_traces = {}
+        width, records = traced
+        collected.setdefault(state.request_index, TokenTrace(width)).extend(records, tokens)
+    elif collected and state.request_index in collected:
+        collected[state.request_index].extend(b"", tokens)  # beyond the cap
+    result = make()
+    if collected and result is not None:
+        for completion in result.outputs:
+            trace = collected.get(completion.index)
+            if trace is not None:
+                completion.entropix_trace = trace
+    return result

@@ -1,0 +1,87 @@
+"""Adapter for vLLM's Model Runner V1 (what a CPU runs)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from vllm_entropix.engine.adapter import RunnerAdapter
+from vllm_entropix.requests import RequestSettings
+from vllm_entropix.sampling.batch import Rows
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+
+class RunnerV1(RunnerAdapter):
+    """Row i of the logits belongs to request i of the runner's persistent batch: its last scheduled token."""
+
+    _expected = False
+
+    def hook(self) -> None:
+        """Wrap ``Sampler.sample``: after masks and penalties, before vLLM's temperature and filters."""
+        sampler = self.runner.sampler
+        original = sampler.sample
+
+        def sample(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.transform(logits)
+            return original(logits, *args, **kwargs)
+
+        sampler.sample = sample
+        batch = self.runner.input_batch
+        if len(self.vllm_config.model_config.logits_processors or ()) == 1:
+            # Our processor below only validates; without this, vLLM would keep output token ids on the host for it.
+            batch.logitsprocs_need_output_token_ids = False
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """See the base class; and note that the next logits are those of requests."""
+        super().begin_step(scheduler_output)
+        self._expected = scheduler_output.total_num_scheduled_tokens > 0
+
+    def transform(self, logits: Tensor) -> None:
+        """Turn the logits of one step into final distributions, in place."""
+        batch = self.runner.input_batch
+        count = batch.num_reqs
+        # Dummy runs have rows without requests.
+        expected, self._expected = self._expected, False
+        if not expected or logits.shape[0] != count or not len(self.batch.sequences):
+            return
+        slots = self.batch.sequences.slots_of(batch.req_ids, count)
+        last = (self.runner.query_start_loc.gpu[1 : count + 1] - 1).long()
+        rows = Rows(
+            slots=torch.from_numpy(slots).to(self.device),
+            host_slots=slots,
+            positions=self.runner.positions[last].long(),
+            fed=self.runner.input_ids.gpu[last].long(),
+            valid=torch.from_numpy(~self.runner.discard_request_mask.np[:count]).to(self.device),
+            batch=torch.arange(count, device=self.device),
+        )
+        self.apply(logits, rows)
+
+
+class EntropixLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
+    """Refuses bad per-request settings when a request is admitted. It changes no logits: the sampler is wrapped instead."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raise ConfigError, a ValueError, that names the key, the value and what is allowed."""
+        RequestSettings.parse(sampling_params.extra_args)
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        pass
+
+    def is_argmax_invariant(self) -> bool:
+        """It changes nothing."""
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """No state is kept."""
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The logits as they are."""
+        return logits

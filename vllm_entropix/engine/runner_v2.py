@@ -1,0 +1,102 @@
+"""Adapter for vLLM's Model Runner V2 (what a GPU runs), through its official logits processors.
+
+The processor runs where rejection sampling sees it too: for each draft row, with that row's position, token and queries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+
+from vllm_entropix.engine.adapter import RunnerAdapter
+from vllm_entropix.requests import RequestSettings
+from vllm_entropix.sampling.batch import Rows
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+
+
+class RunnerV2(RunnerAdapter):
+    """Rows belong to request slots of the runner; a slot is lent to a request until it ends or is preempted."""
+
+    def hook(self) -> None:
+        """Find the processor that the runner made of our class, and serve it."""
+        processors = self.runner.sampler.logits_processors
+        [processor] = [one for one in processors if isinstance(one, EntropixLogitsProcessor)]
+        processor.adapter = self
+        # Runner's slot → the request's place in the batch that the model ran.
+        self._batch_of_slot = torch.zeros(self.max_requests, dtype=torch.int64, device=self.device)
+
+    def after_forward(self) -> None:
+        """Note which request of the batch is in which slot: the sampler may be handed the batch in parts."""
+        state = self.runner.execute_model_state
+        if state is None or self.observer is None:
+            return
+        slots = state.input_batch.idx_mapping
+        self._batch_of_slot.index_copy_(0, slots, torch.arange(len(slots), device=self.device))
+
+    def slot_of(self, runner_slot: int) -> int:
+        """Our slot of the request in a runner's slot; 0 if entropix has nothing to do with it."""
+        request_id = self.runner.req_states.index_to_req_id[runner_slot]
+        return int(self.batch.sequences.slots_of([request_id], 1)[0])
+
+    def transform(self, logits: Tensor, slots: Any, prefill_length: Tensor, context: LogitsContext) -> None:
+        """Turn the logits of one step, or a part of it, into final distributions, in place.
+
+        Args:
+            logits: float32 ``[rows, vocab]``.
+            slots: our slots by runner's slot, on host and device.
+            prefill_length: tokens to be filled in before anything is drawn, by runner's slot.
+            context: vLLM's description of the rows.
+        """
+        mapping = context.expanded_idx_mapping
+        drafts = logits.shape[0] != len(context.idx_mapping_np)
+        rows = Rows(
+            slots=slots.gpu[mapping],
+            host_slots=slots.np[context.idx_mapping_np],
+            positions=context.pos,
+            fed=context.input_ids.long(),
+            valid=context.pos + 1 >= prefill_length[mapping],
+            batch=self._batch_of_slot[mapping],
+            draft_index=context.expanded_local_pos if drafts else None,
+            draft_rows=self.rows_per_request if drafts else 1,
+        )
+        self.apply(logits, rows)
+
+
+class EntropixLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
+    """vLLM's interface to the adapter. Without a worker around it, in the frontend, it only validates."""
+
+    adapter: RunnerV2 | None = None
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raise ConfigError, a ValueError, that names the key, the value and what is allowed."""
+        RequestSettings.parse(sampling_params.extra_args)
+
+    def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
+        from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+
+        self._states = req_states
+        self._slots = UvaBackedTensor(req_states.max_num_reqs, dtype=torch.int64)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """A request takes a slot of the runner; True if its logits are changed or traced."""
+        slot = 0 if self.adapter is None else self.adapter.slot_of(req_idx)
+        self._slots.np[req_idx] = slot
+        return slot != 0
+
+    def apply_staged_writes(self) -> None:
+        """Send the slots to the device."""
+        self._slots.copy_to_uva()
+
+    def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
+        """Final distributions for the rows of entropix, all others untouched."""
+        if self.adapter is not None:
+            self.adapter.transform(logits, self._slots, self._states.prefill_len.gpu, ctx)
+        return logits

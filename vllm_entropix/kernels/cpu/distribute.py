@@ -1,0 +1,167 @@
+"""Logits and parameters → final log-probabilities: ``filters.candidates``, ``filtered`` and ``best_of_n``, written in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _sink(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
+    """Replace the heap's first element, which is kept last: the smallest value, of equal ones that of the highest id."""
+    parent = 0
+    while True:
+        child = 2 * parent + 1
+        if child >= size:
+            break
+        right = child + 1
+        if right < size and (values[right] < values[child] or (values[right] == values[child] and ids[right] > ids[child])):
+            child = right
+        if not (values[child] < value or (values[child] == value and ids[child] > token)):
+            break
+        values[parent], ids[parent] = values[child], ids[child]
+        parent = child
+    values[parent], ids[parent] = value, token
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _largest(logits: Any, count: int, threshold: Any, values: Any, ids: Any) -> int:
+    """The ``count`` largest logits of at least ``threshold``, descending, equal ones by ascending id; how many there are.
+
+    Tokens are seen by ascending id, so of equal ones at the border the first seen stay.
+    """
+    size = 0
+    for token in range(logits.shape[0]):
+        value = logits[token]
+        if not value >= threshold:
+            continue
+        if size < count:
+            # Sift up.
+            place = size
+            size += 1
+            while place > 0:
+                parent = (place - 1) // 2
+                if not (values[parent] > value or (values[parent] == value and ids[parent] < token)):
+                    break
+                values[place], ids[place] = values[parent], ids[parent]
+                place = parent
+            values[place], ids[place] = value, token
+        elif value > values[0]:
+            _sink(values, ids, size, value, token)
+        else:
+            continue
+        if size == count:
+            # From now on only what beats the smallest kept is of interest.
+            threshold = max(threshold, values[0])
+    for end in range(size - 1, 0, -1):
+        value, token = values[end], ids[end]
+        values[end], ids[end] = values[0], ids[0]
+        _sink(values, ids, end, value, token)
+    return size
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _power(base: float, exponent: int) -> float:
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def distribute_rows(
+    logits: Any,
+    temperature: Any,
+    top_p: Any,
+    top_k: Any,
+    min_p: Any,
+    samples: Any,
+    forced: Any,
+    sampled: Any,
+    first_row: int,
+    last_row: int,
+) -> None:
+    """Overwrite the sampled rows ``first_row`` to ``last_row - 1`` with the log-probabilities they are drawn from.
+
+    Args:
+        logits: float32 ``[rows, vocab]``, changed in place.
+        temperature: float32 ``[rows]``; 0 is argmax.
+        top_p: float32 ``[rows]``.
+        top_k: int64 ``[rows]``.
+        min_p: float32 ``[rows]``.
+        samples: int64 ``[rows]``, draws of which the most probable is kept.
+        forced: int64 ``[rows]``, token forced here, or -1.
+        sampled: bool ``[rows]``; other rows are left alone.
+        first_row: where to begin.
+        last_row: where to end.
+    """
+    vocabulary = logits.shape[1]
+    widest = 1
+    for row in range(first_row, last_row):
+        widest = max(widest, min(top_k[row], vocabulary))
+    value = np.empty(widest, dtype=np.float32)
+    token = np.empty(widest, dtype=np.int64)
+    weights = np.empty(widest, dtype=np.float64)
+    tails = np.empty(widest + 1, dtype=np.float64)
+    for row in range(first_row, last_row):
+        if not sampled[row]:
+            continue
+        line = logits[row]
+        if forced[row] >= 0:
+            line[:] = -np.inf
+            line[forced[row]] = 0.0
+            continue
+        t = np.float64(temperature[row]) if temperature[row] > 0 else 1.0
+        # What min_p drops needn't be looked at. A little lower, so that rounding here decides nothing.
+        threshold = np.float32(-np.inf)
+        if min_p[row] > 0.0:
+            largest = np.float32(-np.inf)
+            for i in range(vocabulary):
+                if line[i] > largest:  # never true of NaN
+                    largest = line[i]
+            slack = 1e-3 * (1.0 + np.abs(np.float64(largest)))
+            threshold = np.float32(np.float64(largest) + t * np.log(np.float64(min_p[row])) - slack)
+        count = _largest(line, min(top_k[row], vocabulary), threshold, value, token)
+        if count == 0:  # nothing but NaN: vLLM's draw decides
+            continue
+        total = weights[0] = 1.0
+        kept = 1
+        # Descending, so whatever min_p drops stands at the end.
+        while kept < count:
+            weight = np.exp((np.float64(value[kept]) - np.float64(value[0])) / t)
+            if not (weight > 0.0 and weight >= min_p[row]):
+                break
+            weights[kept] = weight
+            total += weight
+            kept += 1
+        if top_p[row] < 1.0:
+            before = weights[0]
+            stop = 1
+            while stop < kept and before / total < top_p[row]:
+                before += weights[stop]
+                stop += 1
+            kept, total = stop, before
+        n = samples[row]
+        line[:] = -np.inf
+        if n <= 1:
+            for i in range(kept):
+                line[token[i]] = np.log(weights[i] / total)
+            continue
+        tails[kept] = 0.0
+        for i in range(kept - 1, -1, -1):
+            tails[i] = tails[i + 1] + weights[i] / total
+        i = 0
+        while i < kept:
+            # Equal logits count as one, of which the first drawn is kept: they share in proportion, which is equally.
+            end = i + 1
+            while end < kept and value[end] == value[i]:
+                end += 1
+            joint = _power(min(tails[i], 1.0), n) - _power(min(tails[end], 1.0), n)
+            for j in range(i, end):
+                line[token[j]] = np.log(joint / (end - i))
+            i = end

@@ -1,0 +1,133 @@
+"""Counters and histograms on vLLM's own ``/metrics``: tokens by regime, forced tokens, entropies, requests by preset.
+
+They live in the frontend's processes, whose registry vLLM exports (and merges, if there are several API servers). What arrives
+with tokens is gathered and counted a few times a second by a thread of its own, so that no request waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from vllm_entropix.observability.trace import FIELDS, REGIMES
+
+FLUSH_SECONDS = 0.2
+ENTROPY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
+VARENTROPY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 40.0)
+_COLUMN = {name: column for column, name in enumerate(FIELDS)}
+
+
+class _Metrics:
+    """The metrics of this process, made when the first is needed: by then vLLM has chosen its multi-process mode."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter, Histogram
+
+        self.tokens = Counter("entropix_tokens", "Generated tokens by regime.", ["regime"])
+        self.forced = Counter("entropix_forced_tokens", "Tokens forced as part of a clarification.")
+        self.logits_only = Counter("entropix_logits_only_tokens", "Tokens sampled on logits alone, attention unmeasured.")
+        self.entropy = Histogram("entropix_entropy_bits", "Entropy of next-token distributions.", buckets=ENTROPY_BUCKETS)
+        self.varentropy = Histogram(
+            "entropix_varentropy_bits2", "Varentropy of next-token distributions.", buckets=VARENTROPY_BUCKETS
+        )
+        self.attention_entropy = Histogram(
+            "entropix_attention_entropy_bits", "Attention entropy, mean over heads and layers.", buckets=ENTROPY_BUCKETS
+        )
+        self.requests = Counter("entropix_requests", "Admitted requests by preset; off: opted out.", ["preset"])
+        self.dropped = Counter("entropix_dropped_traces", "Traces that couldn't be written to disk.")
+        for regime in REGIMES:  # present from the start, so that rates have a beginning
+            self.tokens.labels(regime)
+
+    def count(self, records: np.ndarray) -> None:
+        """Count ``records [tokens, fields]``."""
+        regimes = np.bincount(records[:, _COLUMN["regime"]].astype(np.int64), minlength=len(REGIMES))
+        for regime, number in zip(REGIMES, regimes.tolist(), strict=True):
+            if number:
+                self.tokens.labels(regime).inc(number)
+        forced = int((records[:, _COLUMN["forced"]] > 0).sum())
+        if forced:
+            self.forced.inc(forced)
+        attention = records[:, _COLUMN["attention_entropy"]]
+        measured = np.isfinite(attention)
+        # LELV reads no attention, so there it isn't missed.
+        missed = int((~measured & (records[:, _COLUMN["regime"]] > 0)).sum())
+        if missed:
+            self.logits_only.inc(missed)
+        _observe(self.entropy, records[:, _COLUMN["entropy"]])
+        _observe(self.varentropy, records[:, _COLUMN["varentropy"]])
+        _observe(self.attention_entropy, attention)
+
+
+def _observe(histogram: Any, values: np.ndarray) -> None:
+    """Observe many values at a time; ``Histogram.observe`` takes them one by one."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return
+    buckets = np.bincount(np.searchsorted(histogram._upper_bounds, values), minlength=len(histogram._buckets))
+    histogram._sum.inc(float(values.sum()))
+    for bucket, number in zip(histogram._buckets, buckets.tolist(), strict=True):
+        if number:
+            bucket.inc(number)
+
+
+class _Counting:
+    """Gathers records and counts them every FLUSH_SECONDS while some arrive."""
+
+    def __init__(self) -> None:
+        self.metrics = _Metrics()
+        self._waiting: deque[tuple[bytes, int]] = deque()
+        self._lock = threading.Lock()
+        self._arrived = threading.Event()
+        threading.Thread(target=self._run, name="entropix-metrics", daemon=True).start()
+
+    def add(self, records: bytes, tokens: int) -> None:
+        self._waiting.append((records, tokens))  # atomic, as is popleft
+        if not self._arrived.is_set():
+            self._arrived.set()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while True:
+            self._arrived.wait()
+            pause.wait(FLUSH_SECONDS)
+            self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            self._arrived.clear()
+            rows = []
+            while self._waiting:
+                records, tokens = self._waiting.popleft()
+                rows.append(np.frombuffer(records, dtype="<f4").reshape(tokens, -1)[:, : len(FIELDS)])
+            if rows:
+                self.metrics.count(np.concatenate(rows))
+
+
+@cache
+def _counting() -> _Counting:
+    return _Counting()
+
+
+def count(records: bytes, tokens: int) -> None:
+    """Count the records of ``tokens`` tokens, soon."""
+    _counting().add(records, tokens)
+
+
+def count_request(preset: str) -> None:
+    """Count an admitted request."""
+    _counting().metrics.requests.labels(preset).inc()
+
+
+def count_dropped_trace() -> None:
+    """Count a trace that couldn't be written."""
+    _counting().metrics.dropped.inc()
+
+
+def flush() -> None:
+    """Count everything that has arrived, now."""
+    if _counting.cache_info().currsize:
+        _counting().flush()

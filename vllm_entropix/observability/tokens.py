@@ -1,0 +1,27 @@
+"""Token ids → the piece of text that each contributes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_REPLACEMENT = "\ufffd"
+# A character has at most four bytes, each of which may be a token.
+_MAX_PIECES = 4
+
+
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The text of each token; of a character that is split over tokens, all of it stands with the last of them."""
+    texts: list[str] = []
+    pending: list[int] = []
+    for token in token_ids:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if _REPLACEMENT in text and len(pending) < _MAX_PIECES:
+            texts.append("")
+            continue
+        texts.append(text)
+        pending = []
+    if pending and texts:
+        texts[-1] = tokenizer.decode(pending)
+    return texts

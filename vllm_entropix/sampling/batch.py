@@ -1,0 +1,263 @@
+"""Entropix for a running engine: turns a batch's logits into the distributions that the engine then draws from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_entropix.sampling.clarification import Clarification
+from vllm_entropix.sampling.metrics import AttentionStatistics
+from vllm_entropix.sampling.regimes import Regime
+from vllm_entropix.sampling.sampler import Decision, EntropixSampler
+from vllm_entropix.sampling.sequences import Sequence, SequenceTable
+
+if TYPE_CHECKING:
+    from vllm_entropix.config import EntropixConfig
+
+# What a record holds, in this order, as float32. In front of it stands the row's slot, 0 if there is nothing to tell of the
+# row. Behind it stand, if a row of the step is traced, the strongest alternatives: ids, then probabilities before any filter.
+RECORD_FIELDS = (
+    "regime",
+    "entropy",
+    "varentropy",
+    "attention_entropy",
+    "attention_varentropy",
+    "agreement",
+    "interaction_strength",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "confidence",
+    "forced",
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one step's logits.
+
+    Attributes:
+        slots: int64 ``[rows]`` on the device: each row's slot in the sequence table.
+        host_slots: int64, the slots of the step's sequences, each at least once; equal to ``slots`` if no sequence has
+            more than one row.
+        positions: int64 ``[rows]``: position of the token that was fed at the row; the drawn token goes to the next.
+        fed: int64 ``[rows]``: that token.
+        valid: bool ``[rows]``: False for rows whose token is thrown away (an unfinished prefill).
+        batch: int64 ``[rows]``: the row's sequence's place in the batch that the model ran.
+        draft_index: ``[rows]``, a row's place among its sequence's rows; None if every sequence has one row.
+        draft_rows: the most rows that a sequence can have.
+    """
+
+    slots: Tensor
+    host_slots: np.ndarray
+    positions: Tensor
+    fed: Tensor
+    valid: Tensor
+    batch: Tensor
+    draft_index: Tensor | None = None
+    draft_rows: int = 1
+
+    def select(self, index: Tensor) -> Rows:
+        """Some of the rows."""
+        return replace(
+            self,
+            slots=self.slots[index],
+            positions=self.positions[index],
+            fed=self.fed[index],
+            valid=self.valid[index],
+            batch=self.batch[index],
+            draft_index=None if self.draft_index is None else self.draft_index[index],
+        )
+
+
+# Rows and a bool mask [rows] of those whose attention is wanted → their statistics, or None if there are none to be had.
+Measure = Callable[[Rows, Tensor], AttentionStatistics | None]
+
+
+class BatchSampler:
+    """Applies entropix to the rows of sequences that want it, and leaves all others untouched.
+
+    Args:
+        config: the server's configuration.
+        slots: room for this many sequences at first (it grows).
+        clarification: ids of the clarification, or None if none is ever forced.
+        device: of the logits.
+        draft_tokens: drafts verified in one step at most.
+        counted: make records of all sampled rows, and not only of traced ones.
+    """
+
+    def __init__(
+        self,
+        config: EntropixConfig,
+        slots: int,
+        clarification: tuple[int, ...] | None,
+        device: torch.device | str,
+        draft_tokens: int = 0,
+        counted: bool = False,
+    ) -> None:
+        self.counted = counted
+        self.sampler = EntropixSampler(config, kernels=True)
+        self.sequences = SequenceTable(config, slots + 1, device)
+        self.clarification = (
+            None if clarification is None else Clarification(clarification, config, slots + 1, draft_tokens, device)
+        )
+
+    def add(self, request_id: str, sequence: Sequence) -> None:
+        """A sequence begins; one that is known already (resumed after a preemption) keeps what is remembered of it."""
+        begins = request_id not in self.sequences
+        slot = self.sequences.add(request_id, sequence)
+        if self.clarification is not None and begins:
+            if self.sequences.slots > self.clarification.records.shape[0]:
+                self.clarification.grow(self.sequences.slots)
+            self.clarification.forget(slot)
+
+    def remove(self, request_id: str) -> None:
+        """A sequence has ended."""
+        self.sequences.remove(request_id)
+
+    def apply(self, logits: Tensor, rows: Rows, measure: Measure | None) -> Tensor | None:
+        """Write each sampled row's final distribution into ``logits`` as log-probabilities.
+
+        Args:
+            logits: float32 ``[rows, vocab]``, masked and penalised; changed in place.
+            rows: whose rows they are.
+            measure: gives attention statistics; None runs on the logits alone.
+
+        Returns:
+            float32 ``[rows, columns]``, or None if nothing is to be told: slot, record, alternatives (see RECORD_FIELDS).
+        """
+        table = self.sequences
+        sampled, traced = table.sampled[rows.host_slots], table.traced[rows.host_slots]
+        concerned = sampled | traced
+        if not concerned.any():
+            return None
+        if concerned.all():
+            return self._apply(logits, rows, measure, bool(traced.any()), bool(sampled.all()))
+        if logits.device.type != "cpu":
+            return self._apply(logits, rows, measure, bool(traced.any()), everywhere=False)
+        # On the CPU it pays to work on the rows concerned only, and asking for their indices costs nothing.
+        index = (table.device_sampled[rows.slots] | table.device_traced[rows.slots]).nonzero().flatten()
+        chosen = logits[index]
+        records = self._apply(chosen, rows.select(index), measure, bool(traced.any()), everywhere=False)
+        logits[index] = chosen
+        return records
+
+    def _apply(self, logits: Tensor, rows: Rows, measure: Measure | None, tracing: bool, everywhere: bool) -> Tensor | None:
+        table, config = self.sequences, self.sampler.config
+        sampled = table.device_sampled[rows.slots]
+        traced = table.device_traced[rows.slots]
+
+        def statistics(regime: Tensor) -> AttentionStatistics | None:
+            if measure is None:
+                return None
+            return measure(rows, rows.valid & (traced | (sampled & (regime != Regime.LELV))))
+
+        decision = self.sampler.decide(logits, statistics, table.of_rows(rows.slots))
+        alternatives = _alternatives(logits, decision, config.trace.alternatives) if tracing else None
+        forced = self._force(logits, rows, decision.regime, sampled)
+        if self.sampler.kernels and logits.device.type == "cpu" and config.fidelity == "corrected":
+            _write_by_cpu_kernel(logits, decision, forced, sampled)
+        else:
+            # The device isn't asked for the rows' top_k, unless asking costs nothing.
+            on_cpu = logits.device.type == "cpu"
+            candidates = int(decision.top_k.max() if on_cpu else table.largest_top_k[rows.host_slots].max())
+            _write(logits, decision, forced, candidates, None if everywhere else sampled)
+        if not (tracing or self.counted):
+            return None
+        told = (traced | sampled) if self.counted else traced
+        return _records(decision, forced, sampled, torch.where(told & rows.valid, rows.slots, 0), alternatives)
+
+    def _force(self, logits: Tensor, rows: Rows, regime: Tensor, sampled: Tensor) -> Tensor:
+        """int64 ``[rows]``: the token forced at each row, -1 for none."""
+        if self.clarification is None:
+            return torch.full_like(regime, -1)
+        table = self.sequences
+        may = sampled & table.device_clarified[rows.slots]
+        generated = rows.positions >= table.device_prompt_length[rows.slots]
+        asks = regime == Regime.HELV
+        forced = torch.full_like(regime, -1)
+        # A draft's row starts from the record of the row before it, so these go one after the other. The others of the
+        # step are computed along and thrown away: which rows are whose is known on the device only.
+        for place in range(rows.draft_rows):
+            mine = rows.valid if rows.draft_index is None else rows.valid & (rows.draft_index == place)
+            decided = self.clarification.force(logits, rows.slots, rows.positions, rows.fed, generated, asks, may, mine)
+            forced = torch.where(mine, decided.token_ids, forced)
+        return forced
+
+
+def _write(logits: Tensor, decision: Decision, forced: Tensor, candidates: int, sampled: Tensor | None) -> None:
+    """Overwrite the sampled rows (None: all) with the log-probabilities they are drawn from."""
+    kept, probabilities = decision.candidates(candidates)
+    is_forced = (forced >= 0).unsqueeze(-1)
+    # In a forced row every candidate is the forced token with probability 1: writes to one place must agree.
+    token_ids = torch.where(is_forced, forced.unsqueeze(-1), kept.token_ids)
+    log_probabilities = torch.where(is_forced, 0.0, probabilities.log()).to(logits.dtype)
+    if sampled is None:
+        logits.fill_(-torch.inf)
+    else:
+        # Rows that aren't sampled get their own logits back.
+        log_probabilities = torch.where(sampled.unsqueeze(-1), log_probabilities, kept.logits.to(logits.dtype))
+        token_ids = torch.where(sampled.unsqueeze(-1), token_ids, kept.token_ids)
+        logits.masked_fill_(sampled.unsqueeze(-1), -torch.inf)
+    logits.scatter_(-1, token_ids, log_probabilities)
+
+
+def _write_by_cpu_kernel(logits: Tensor, decision: Decision, forced: Tensor, sampled: Tensor) -> None:
+    """The same in one call."""
+    from vllm_entropix.kernels.cpu.distribute import distribute_rows
+    from vllm_entropix.kernels.cpu.threads import share_rows
+
+    parameters = decision.parameters
+    rows, vocabulary = logits.shape
+    arguments = (
+        logits.numpy(),
+        parameters.temperature.numpy(),
+        parameters.top_p.numpy(),
+        parameters.top_k.numpy(),
+        parameters.min_p.numpy(),
+        parameters.samples.numpy(),
+        forced.numpy(),
+        sampled.numpy(),
+    )
+    share_rows(np.full(rows, vocabulary), lambda first, last: distribute_rows(*arguments, first, last))
+
+
+def _alternatives(logits: Tensor, decision: Decision, count: int) -> Tensor | None:
+    """Ids and probabilities (at temperature 1, unfiltered) of the most probable tokens, ``[rows, 2 * count]``."""
+    count = min(count, logits.shape[-1])
+    if not count:
+        return None
+    values, token_ids = logits.topk(count, dim=-1)
+    probabilities = (values.to(decision.log_normaliser.dtype) - decision.log_normaliser.unsqueeze(-1)).exp()
+    return torch.cat((token_ids.to(torch.float32), probabilities.to(torch.float32)), dim=-1)
+
+
+def _records(decision: Decision, forced: Tensor, sampled: Tensor, slots: Tensor, alternatives: Tensor | None) -> Tensor:
+    """Slots, records and alternatives ``[rows, columns]``; a greedy row's parameters are those of argmax."""
+    metrics, parameters = decision.metrics, decision.parameters
+    if not sampled.all() if sampled.device.type == "cpu" else True:
+        parameters = parameters.as_argmax(~sampled)
+    columns = (
+        slots,  # exact, as token ids are: there are fewer than 2**24
+        decision.regime,
+        metrics.entropy,
+        metrics.varentropy,
+        metrics.attention_entropy,
+        metrics.attention_varentropy,
+        metrics.agreement,
+        metrics.interaction_strength,
+        parameters.temperature,
+        parameters.top_p,
+        parameters.top_k,
+        parameters.min_p,
+        decision.confidence,
+        forced >= 0,
+    )
+    records = torch.stack([column.to(torch.float32) for column in columns], dim=-1)
+    return records if alternatives is None else torch.cat((records, alternatives), dim=-1)

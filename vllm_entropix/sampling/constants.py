@@ -1,0 +1,35 @@
+"""A configuration's numbers as tensor columns, one row per sequence, so that every sequence can have its own preset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm_entropix.config import EntropixConfig
+
+
+class Constants:
+    """Numbers of one or several configurations, looked up by the setting's dotted name.
+
+    Args:
+        values: ``[rows, constants]`` (or ``[1, constants]``, which then broadcasts over rows), in the order of
+            :meth:`EntropixConfig.numbers`.
+        columns: the column of each dotted name.
+    """
+
+    def __init__(self, values: Tensor, columns: dict[str, int]) -> None:
+        self.values = values
+        self.columns = columns
+
+    @classmethod
+    def of(cls, config: EntropixConfig, dtype: torch.dtype, device: torch.device | str) -> Constants:
+        """The constants of one configuration, for all rows alike."""
+        names, values = zip(*config.numbers(), strict=True)
+        return cls(torch.tensor([values], dtype=dtype, device=device), {name: column for column, name in enumerate(names)})
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The column of a setting, ``[rows]`` or ``[1]``."""
+        return self.values[:, self.columns[name]]

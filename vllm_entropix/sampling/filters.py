@@ -1,0 +1,163 @@
+"""From logits and parameters to the kept candidates and their probabilities (SEMANTICS 3 and 4).
+
+Only the ``top_k`` largest logits can be kept, so nothing here looks at the whole vocabulary twice: the candidates are taken
+out once, and temperature, min_p, top_k, top_p and best-of-n work on them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_entropix.sampling.metrics import row_sums
+from vllm_entropix.sampling.parameters import Parameters
+
+if TYPE_CHECKING:
+    from vllm_entropix.config import Fidelity
+
+
+class Candidates(NamedTuple):
+    """The largest logits of each row, descending, equal ones by ascending token id: the order in which they are kept."""
+
+    token_ids: Tensor  # int64 [rows, candidates]
+    logits: Tensor  # [rows, candidates]
+
+
+class Distribution(NamedTuple):
+    """The distribution that a token is drawn from."""
+
+    token_ids: Tensor  # int64 [rows, kept], descending probability, 0 where the probability is 0
+    probabilities: Tensor  # [rows, kept], descending, zero-padded
+
+
+def candidates(logits: Tensor, count: int) -> Candidates:
+    """The ``count`` largest of ``logits [rows, vocab]`` (fewer if the vocabulary is smaller).
+
+    Of equal logits at the border the lowest token ids are taken, so exactly ``count`` are, as vLLM's GPU sampler does.
+    """
+    count = max(1, min(count, logits.shape[-1]))
+    if logits.device.type != "cpu":
+        # A stable sort keeps equal logits in the order of their ids, and needs no look at the values from the host.
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
+        return Candidates(ids[:, :count].contiguous(), values[:, :count].contiguous())
+    values, ids = logits.topk(min(count + 1, logits.shape[-1]), dim=-1)
+    if values.shape[-1] > count:
+        tied = values[:, count] == values[:, count - 1]
+        values, ids = values[:, :count], ids[:, :count]
+        for row in tied.nonzero().flatten().tolist():
+            _take_lowest_ids(logits[row], values[row], ids[row])
+    # topk leaves equal logits in any order.
+    ids, by_id = ids.sort(dim=-1)
+    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    return Candidates(ids.gather(-1, by_value), values)
+
+
+def _take_lowest_ids(logits: Tensor, values: Tensor, ids: Tensor) -> None:
+    """Replace, in one row, the ids of the smallest value by the lowest ids that share it."""
+    at_border = values == values[-1]
+    ids[at_border] = (logits == values[-1]).nonzero().flatten()[: int(at_border.sum())]
+
+
+def filtered(
+    kept: Candidates, parameters: Parameters, fidelity: Fidelity = "corrected", log_normaliser: Tensor | None = None
+) -> Tensor:
+    """Probabilities of the candidates after temperature, min_p, top_k and top_p, ``[rows, candidates]``.
+
+    corrected: temperature, min_p relative to the largest probability, top_k, top_p over the renormalised top_k, renormalise.
+    original: min_p has no effect (D4), top_k isn't renormalised, and top_p goes through the list ascending, so that it drops
+    the most likely tokens or nothing (D5); this needs the log-normaliser of the whole row at the row's temperature.
+
+    Args:
+        kept: at least ``top_k`` candidates per row.
+        parameters: of each row; temperature 0 is taken as 1 (argmax is ``top_k`` 1).
+        fidelity: whose order of filters.
+        log_normaliser: ``[rows]``, ln Σ exp(logits / temperature); needed with ``fidelity="original"`` only.
+    """
+    temperature = torch.where(parameters.temperature > 0, parameters.temperature, 1.0).unsqueeze(-1)
+    top_p = parameters.top_p.unsqueeze(-1)
+    within_top_k = torch.arange(kept.logits.shape[-1], device=kept.logits.device) < parameters.top_k.unsqueeze(-1)
+    first = torch.zeros_like(within_top_k)
+    first[:, 0] = True
+    if fidelity == "original":
+        assert log_normaliser is not None
+        weights = torch.where(within_top_k, (kept.logits / temperature - log_normaliser.unsqueeze(-1)).exp(), 0.0)
+        ascending = weights.flip(-1).cumsum(dim=-1).flip(-1) - weights
+        weights = torch.where(ascending <= top_p, weights, 0.0)
+        # A row with NaN or +inf, or nothing but -inf, keeps its first candidate, as below.
+        weights = torch.where(log_normaliser.isfinite().unsqueeze(-1), weights, first.to(weights.dtype))
+        return weights / _total(weights)
+    # The first candidate always stays, also where the row has nothing but -inf or NaN in it.
+    relative = torch.where(first, 1.0, ((kept.logits - kept.logits[:, :1]) / temperature).exp())
+    within = within_top_k & (relative >= parameters.min_p.unsqueeze(-1)) | first
+    weights = torch.where(within, relative, 0.0)
+    weights = weights / _total(weights)
+    before = weights.cumsum(dim=-1) - weights
+    # At top_p 1 rounding of the running sum must not drop the tail.
+    weights = torch.where((before < top_p) | (top_p >= 1) | first, weights, 0.0)
+    return weights / _total(weights)
+
+
+def _total(values: Tensor) -> Tensor:
+    """Sums over the last dimension, kept, in an order that zeros at the end don't change (as `sum` would)."""
+    return values.cumsum(dim=-1)[:, -1:]
+
+
+def _power(base: Tensor, exponent: Tensor) -> Tensor:
+    """``base ** exponent`` for exponents 0 to 127, by squaring: `pow` rounds by an element's place in the tensor."""
+    result = torch.ones_like(base)
+    for bit in range(7):
+        result = torch.where((exponent >> bit) & 1 == 1, result * base, result)
+        base = base * base
+    return result
+
+
+def best_of_n(kept: Candidates, probabilities: Tensor, samples: Tensor) -> Tensor:
+    """Distribution of the best of ``samples [rows]`` independent draws, by raw log-probability (SEMANTICS 3).
+
+    With F the filtered probability up to a token in descending order of raw log-probability,
+    ``P(token j) = (1 - F_<j)^n - (1 - F_<=j)^n``. Equally probable tokens count as one, of which the first drawn is kept:
+    their joint probability is shared in proportion.
+
+    Args:
+        kept: descending logits (temperature doesn't change the order).
+        probabilities: ``[rows, candidates]``, zeros for those that were filtered out.
+        samples: int64 ``[rows]``; 1 leaves the row as it is.
+    """
+    width = probabilities.shape[-1]
+    index = torch.arange(width, device=probabilities.device)
+    starts_group = torch.ones_like(probabilities, dtype=torch.bool)
+    starts_group[:, 1:] = kept.logits[:, 1:] != kept.logits[:, :-1]
+    start = torch.where(starts_group, index, 0).cummax(dim=-1).values
+    # The next group's start, seen from the right; `width` after the last group.
+    next_start = torch.full_like(start, width)
+    next_start[:, :-1] = torch.where(starts_group, index, width)[:, 1:].flip(-1).cummin(dim=-1).values.flip(-1)
+    # Tails are summed from the small end: 1 - F would lose the last digits.
+    tail = torch.zeros(probabilities.shape[0], width + 1, dtype=probabilities.dtype, device=probabilities.device)
+    tail[:, :-1] = probabilities.flip(-1).cumsum(dim=-1).flip(-1)
+    tail.clamp_(max=1.0)
+    tail_from, tail_after = tail.gather(-1, start), tail.gather(-1, next_start)
+    exponent = samples.unsqueeze(-1)
+    group = _power(tail_from, exponent) - _power(tail_after, exponent)
+    share = torch.where(probabilities > 0, probabilities / (tail_from - tail_after), 0.0)
+    folded = group * share
+    folded = folded / _total(folded)
+    return torch.where(samples.unsqueeze(-1) > 1, folded, probabilities)
+
+
+def log_normaliser_at(logits: Tensor, temperature: Tensor) -> Tensor:
+    """ln Σ exp(logits / temperature) of each row, ``[rows]``."""
+    scaled = logits / torch.where(temperature > 0, temperature, 1.0).unsqueeze(-1)
+    maximum = scaled.amax(dim=-1, keepdim=True)
+    return row_sums((scaled - maximum).exp()).log() + maximum.squeeze(-1)
+
+
+def compact(kept: Candidates, probabilities: Tensor) -> Distribution:
+    """Kept candidates moved to the front of each row, cut to the longest row (looks at the values from the host)."""
+    width = max(1, int((probabilities > 0).sum(dim=-1).max()))
+    _, order = (probabilities > 0).to(torch.int8).sort(dim=-1, descending=True, stable=True)
+    order = order[:, :width]
+    probabilities = probabilities.gather(-1, order)
+    ids = torch.where(probabilities > 0, kept.token_ids.gather(-1, order), 0)
+    return Distribution(ids, probabilities)

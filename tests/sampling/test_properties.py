@@ -286,7 +286,8 @@ def decide_parameters(config, points, attention, dtype=torch.float64):
     """Parameters, regime and confidence at given points of the entropy × varentropy plane."""
     entropy, varentropy = (torch.tensor(column, dtype=dtype) for column in zip(*points, strict=True))
     constants = Constants.of(config, dtype, "cpu")
-    regime, metrics = classify(entropy, varentropy, constants), LogitsMetrics(entropy, varentropy)
+    regime = classify(entropy, varentropy, constants)
+    metrics = LogitsMetrics(entropy, varentropy, log_normaliser=torch.zeros_like(entropy))
     return parameters(regime, metrics, attention, constants), regime, confidence(metrics, attention, constants)
 
 

@@ -132,7 +132,7 @@ reference character by character.
 
 ## Held-out text: perplexity and regimes
 
-Thresholds (bits, bits²): LELV entropy < 0.1 and varentropy < 0.1; HELV > 5 and < 0.1; LEHV < 5 and > 5; HEHV >= 5 and > 5;
+Regimes by `entropix.toml` in this folder (the first that fits; entropy in bits, varentropy in bits²): {thresholds};
 otherwise ADAPTIVE. The system and user turns of a chat and the questions of plain problems are not counted.
 
 {families}
@@ -175,7 +175,15 @@ def card(folder: Path, evaluation: dict[str, Any]) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     regimes = list(evaluation["families"]["all"]["regimes"])
+    borders = [
+        f"{name.upper()} "
+        + " and ".join(
+            f"{setting.replace('_above', ' > ').replace('_below', ' < ')}{value:g}" for setting, value in borders.items()
+        )
+        for name, borders in evaluation["thresholds"].items()
+    ]
     return CARD.format(
+        thresholds=", ".join(borders),
         **{key: evaluation[key] for key in ("date", "machine", "computed_in")},
         parameters=training["parameters"] / 1e6,
         cpu_minutes=training["cpu_minutes"],
@@ -252,7 +260,7 @@ def main() -> None:
         raise AssertionError("the problems of the showcase are not held out")
     evaluation = json.loads(args.evaluation.read_text(encoding="utf-8"))
     (args.model / "README.md").write_text(card(args.model, evaluation), encoding="utf-8")
-    showcase = {"clarification_text": CLARIFICATION, "prompts": SHOWCASE}
+    showcase = {"prompts": SHOWCASE}
     (args.model / "prompts.json").write_text(json.dumps(showcase, indent=2) + "\n", encoding="utf-8")
 
 

@@ -31,7 +31,11 @@ from vocab import END, EOS, PAD, token_id
 from words import CLARIFICATION
 from writer import Doc
 
-REGIMES = ("LELV", "HELV", "LEHV", "HEHV", "ADAPTIVE")
+from vllm_entropix import EntropixConfig
+from vllm_entropix.sampling import Regime
+from vllm_entropix.sampling.constants import Constants
+from vllm_entropix.sampling.metrics import LogitsMetrics
+from vllm_entropix.sampling.regimes import classify
 
 #: The regime for which each kind of designed place was made.
 DESIGNED = {"evenly_lost": "HELV", "mostly_this": "LEHV", "in_the_mist": "HEHV"}
@@ -40,28 +44,6 @@ DESIGNED = {"evenly_lost": "HELV", "mostly_this": "LEHV", "in_the_mist": "HEHV"}
 CLARIFIABLE = ("memory", "riddle", "guessing game")
 
 BATCH = 64
-
-
-def regime(entropy: float, varentropy: float) -> str:
-    """The regime of one token (bits, bits squared); the first match wins."""
-    if entropy < 0.1 and varentropy < 0.1:
-        return "LELV"
-    if entropy > 5 and varentropy < 0.1:
-        return "HELV"
-    if entropy < 5 and varentropy > 5:
-        return "LEHV"
-    if entropy >= 5 and varentropy > 5:
-        return "HEHV"
-    return "ADAPTIVE"
-
-
-def entropy_and_varentropy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy in bits and varentropy in bits squared of the last dimension."""
-    log2 = torch.log_softmax(logits.float(), -1) / math.log(2)
-    probability = log2.exp2()
-    entropy = -(probability * log2).sum(-1)
-    varentropy = (probability * (log2 + entropy[..., None]) ** 2).sum(-1)
-    return entropy, varentropy
 
 
 @dataclass
@@ -129,16 +111,16 @@ class Place:
 
     entropies: list[float] = field(default_factory=list)
     varentropies: list[float] = field(default_factory=list)
+    regimes: Counter[str] = field(default_factory=Counter)
 
     def summary(self, wanted: str) -> dict[str, Any]:
         """Figures for the report."""
         entropies, varentropies = sorted(self.entropies), sorted(self.varentropies)
-        hits = sum(regime(e, v) == wanted for e, v in zip(self.entropies, self.varentropies, strict=True))
         count = len(entropies)
         return {
             "regime": wanted,
             "places": count,
-            "in_regime": round(hits / count, 4),
+            "in_regime": round(self.regimes[wanted] / count, 4),
             "entropy_median": round(entropies[count // 2], 3),
             "varentropy_median": round(varentropies[count // 2], 3),
             "varentropy_5_percent": round(varentropies[count // 20], 3),
@@ -146,33 +128,37 @@ class Place:
         }
 
 
-def teacher_forced(model: Model, documents: int) -> tuple[dict[str, Tally], dict[str, Place]]:
+def teacher_forced(model: Model, documents: int, config: EntropixConfig) -> tuple[dict[str, Tally], dict[str, Place]]:
     """Perplexity, regimes and designed places of held-out documents in the mixture of the corpus."""
     tallies: dict[str, Tally] = defaultdict(Tally)
     places: dict[str, Place] = defaultdict(Place)
+    constants = Constants.of(config, torch.float32, "cpu")
     stream = islice(Corpus(HELD_OUT_SEED, held_out=True).mixed(), documents)
     items = sorted(encode(model.tokenizer.backend_tokenizer, stream), key=lambda item: len(item.tokens))
     for first in track(range(0, len(items), 16), description="reading", transient=True):
         group = items[first : first + 16]
         logits = model.logits(group).float()
-        entropies, varentropies = entropy_and_varentropy(logits)
+        metrics = LogitsMetrics.from_logits(logits.flatten(0, 1))
+        regimes = classify(metrics.entropy, metrics.varentropy, constants).view(logits.shape[:2])
+        entropies, varentropies = metrics.entropy.view(regimes.shape), metrics.varentropy.view(regimes.shape)
         for row, item in enumerate(group):
             family = item.doc.family.removesuffix(" (chat)")
             tally = tallies[family]
             tally.documents += 1
             marks = {mark.offset: mark.kind for mark in item.doc.marks}
             for at in range(1, len(item.tokens)):
-                entropy, varentropy = float(entropies[row, at - 1]), float(varentropies[row, at - 1])
+                regime = Regime(int(regimes[row, at - 1])).name
                 # A forced clarification is mute, but the distribution in front of it is as good as any.
                 if item.starts[at] in marks:
                     place = places[marks[item.starts[at]]]
-                    place.entropies.append(entropy)
-                    place.varentropies.append(varentropy)
+                    place.entropies.append(float(entropies[row, at - 1]))
+                    place.varentropies.append(float(varentropies[row, at - 1]))
+                    place.regimes[regime] += 1
                 if item.labels[at] == IGNORED:
                     continue
                 tally.tokens += 1
                 tally.nats -= float(torch.log_softmax(logits[row, at - 1], -1)[item.tokens[at]])
-                tally.regimes[regime(entropy, varentropy)] += 1
+                tally.regimes[regime] += 1
     return tallies, places
 
 
@@ -249,9 +235,9 @@ def stories_end(model: Model, count: int) -> dict[str, float]:
 
 def show(console: Console, report: dict[str, Any]) -> None:
     """Print the report as tables."""
-    table = Table("family", "documents", "tokens", "perplexity", *REGIMES, title="held-out text")
+    table = Table("family", "documents", "tokens", "perplexity", *Regime.__members__, title="held-out text")
     for family, row in report["families"].items():
-        shares = [f"{100 * row['regimes'][name]:.1f} %" for name in REGIMES]
+        shares = [f"{100 * row['regimes'][name]:.1f} %" for name in Regime.__members__]
         table.add_row(family, str(row["documents"]), str(row["tokens"]), f"{row['perplexity']:.3f}", *shares)
     console.print(table)
     table = Table("family", "problems", "right answer", "whole working exact", title="held-out problems, greedy")
@@ -279,6 +265,9 @@ def main() -> None:
     """Evaluate a model folder and write the figures."""
     parser = argparse.ArgumentParser(description="Measure a trained demo model on held-out text.")
     parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument(
+        "--sampler-config", type=Path, help="settings whose thresholds count (default: the folder's entropix.toml)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the figures (default: only print)")
     parser.add_argument("--documents", type=int, default=1500, help="held-out documents to read (default: %(default)s)")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems a family (default: %(default)s)")
@@ -289,7 +278,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     began = time.monotonic()
     model = Model.load(args.model, torch.float32)
-    tallies, places = teacher_forced(model, args.documents)
+    config = EntropixConfig.load(str(args.sampler_config or args.model / "entropix.toml"))
+    tallies, places = teacher_forced(model, args.documents, config)
     total = Tally()
     for tally in tallies.values():
         total.documents += tally.documents
@@ -297,17 +287,18 @@ def main() -> None:
         total.nats += tally.nats
         total.regimes += tally.regimes
     rows = {name: tallies[name] for name in WEIGHTS if name in tallies} | {"all": total}
-    _, rough = teacher_forced(Model.load(args.model, torch.bfloat16), max(1, args.documents // 4))
+    _, rough = teacher_forced(Model.load(args.model, torch.bfloat16), max(1, args.documents // 4), config)
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{args.threads}-core {platform.machine()} CPU, torch {torch.__version__.split('+')[0]}",
+        "thresholds": config.thresholds.model_dump(),
         "computed_in": "float32, from the bfloat16 weights as shipped",
         "families": {
             name: {
                 "documents": tally.documents,
                 "tokens": tally.tokens,
                 "perplexity": round(math.exp(tally.nats / tally.tokens), 4),
-                "regimes": {kind: round(tally.regimes[kind] / tally.tokens, 4) for kind in REGIMES},
+                "regimes": {kind: round(tally.regimes[kind] / tally.tokens, 4) for kind in Regime.__members__},
             }
             for name, tally in rows.items()
         },

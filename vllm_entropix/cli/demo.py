@@ -60,8 +60,8 @@ class Prompt:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages or [])
 
 
-def load_prompts(path: Path) -> tuple[list[Prompt], str | None]:
-    """Prompts and clarification text of a JSON file like the shipped ``prompts.json``, or one prompt per line of a text file.
+def load_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a JSON file like the shipped ``prompts.json``, or one prompt per line of a text file.
 
     Raises:
         ConfigError: the file can't be read, or has no prompts.
@@ -72,7 +72,6 @@ def load_prompts(path: Path) -> tuple[list[Prompt], str | None]:
         raise ConfigError(f"can't read the prompts in {path}: {error}") from None
     if path.suffix != ".json":
         prompts = [Prompt(f"line {number}", text=line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        clarification = None
     else:
         try:
             data = json.loads(text)
@@ -86,12 +85,11 @@ def load_prompts(path: Path) -> tuple[list[Prompt], str | None]:
                 )
                 for entry in data["prompts"]
             ]
-            clarification = data.get("clarification_text")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} isn't a file of prompts: {type(error).__name__} {error}") from None
     if not prompts:
         raise ConfigError(f"{path} has no prompts")
-    return prompts, clarification
+    return prompts
 
 
 def demo(
@@ -99,7 +97,9 @@ def demo(
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with a prompt per line, or JSON like the shipped one.")
     ] = None,
-    sampler_config: Annotated[str | None, typer.Option(help="Preset, JSON, or a .json or .toml file.")] = None,
+    sampler_config: Annotated[
+        str | None, typer.Option(help="Preset, JSON, or a .json or .toml file; default: the shipped model's own.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 160,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     svg: Annotated[Path | None, typer.Option(help="Also write what is shown as an SVG picture.")] = None,
@@ -111,10 +111,10 @@ def demo(
     if print_model_path:
         typer.echo(shipped_model())
         return
-    chosen, clarification = load_prompts(prompts or shipped_model() / "prompts.json")
+    chosen = load_prompts(prompts or shipped_model() / "prompts.json")
+    if sampler_config is None and model is None:
+        sampler_config = str(shipped_model() / "entropix.toml")
     settings = as_mapping(sampler_config)
-    if clarification and model is None and "clarification" not in settings:
-        settings["clarification"] = {"text": clarification}
     config = EntropixConfig.from_dict(settings)
     console = Console(record=svg is not None, width=130 if svg is not None else None)
     llm = _start(console, model or str(shipped_model()), settings, max_tokens)

@@ -7,7 +7,7 @@ from tests.support.dense import METRICS, Dense, assert_equal_to_dense, observed,
 from tests.support.engine import adapter_of, engine, generate
 from tests.support.models import tiny_llama
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 
 @pytest.fixture(scope="module")

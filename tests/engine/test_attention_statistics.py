@@ -5,7 +5,7 @@ import pytest
 from tests.support.dense import Dense, assert_equal_to_dense, observed, prompt
 from tests.support.engine import engine
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 
 @pytest.fixture(scope="module")

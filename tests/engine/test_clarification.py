@@ -5,7 +5,7 @@ import pytest
 from tests.support.engine import engine, generate, scheduler_of
 from vllm_entropix import traces
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 TRACED = {"entropix_trace": "on"}
 # Every position is HELV: nothing is below an entropy of 0 or a varentropy of 0.

@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from tests.support.engine import adapter_of, engine, generate
 from vllm_entropix import EntropixConfig, traces
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 PROMPTS = ["The quick brown fox", "0123456789", "a", "Once upon a time there was", "?!", "zzzzzzzzzzzzzzzzzzzz"]
 OFF = {"entropix": "off"}

@@ -6,7 +6,7 @@ import torch
 from tests.support.engine import engine, generate
 from vllm_entropix import traces
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
 PROMPT = "The quick brown fox"
 TRACED = {"entropix_trace": "on"}

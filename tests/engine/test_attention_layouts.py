@@ -1,11 +1,13 @@
 """Statistics for every way the CPU backend packs keys, and for every choice of layers."""
 
+import math
+
 import pytest
 import torch
 
 from tests.support.dense import METRICS, Dense, assert_equal_to_dense, observed, params, prompt
 from tests.support.engine import adapter_of, engine, generate
-from tests.support.models import tiny_llama
+from tests.support.models import tiny_llama, tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
@@ -22,6 +24,28 @@ def test_head_size_that_is_no_multiple_of_32(tmp_path):
     assert {layer.isa for layer in adapter_of(llm).observer.layers.values()} == {"vec16"}
     outputs, per_layer = observed(llm, [prompt(40, 1), prompt(70, 2)], max_tokens=8)
     assert assert_equal_to_dense(outputs, per_layer, Dense(folder)) == 2 * 8
+
+
+WINDOW = 24
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Mistral", {"sliding_window": WINDOW}),
+        # One layer with a window and one without, scores capped, scaled by another number than the head size.
+        ("Gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0}),
+    ],
+)
+def test_windows_and_capped_scores(tmp_path, family, config):
+    folder = tiny_model(tmp_path, family, **config)
+    llm = engine(folder, sampler="entropix", sampler_config={"attention": {"layers": "all"}}, block_size=32)
+    outputs, per_layer = observed(llm, [prompt(70, 1), prompt(11, 2)], max_tokens=30)
+    dense = Dense(folder)
+    assert assert_equal_to_dense(outputs, per_layer, dense) == 2 * 30
+    # What lies outside the window was really left out.
+    scores_seen = dense.run(outputs[0].prompt_token_ids)["attention_entropy"][0, -1]
+    assert scores_seen < math.log2(WINDOW)
 
 
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX, for which bf16 keys are packed")

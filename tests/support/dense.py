@@ -1,5 +1,7 @@
 """Attention statistics computed densely by transformers, to compare those from the paged cache with."""
 
+import sys
+
 import torch
 
 from tests.support.engine import adapter_of, generate
@@ -22,34 +24,45 @@ class Dense:
     @torch.inference_mode()
     def run(self, token_ids):
         """Statistics at every position of a sequence: metric → [layers, positions]."""
-        import transformers.models.llama.modeling_llama as llama
+        source = sys.modules[type(self.model).__module__]  # its own copy of the attention function
+        captured, original = [], source.eager_attention_forward
 
-        captured, original = [], llama.eager_attention_forward
+        def eager(module, query, key, value, mask, *, scaling=None, softcap=None, sliding_window=None, **kwargs):
+            repeated = source.repeat_kv(key, module.num_key_value_groups)
+            scores = torch.matmul(query, repeated.transpose(2, 3)) * (module.scaling if scaling is None else scaling)
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            captured.append((scores[0].transpose(0, 1), sliding_window))
+            if softcap:
+                kwargs["softcap"] = softcap
+            return original(module, query, key, value, mask, scaling=scaling, sliding_window=sliding_window, **kwargs)
 
-        def eager(module, query, key, value, mask, scaling, **kwargs):
-            repeated = llama.repeat_kv(key, module.num_key_value_groups)
-            captured.append(torch.matmul(query, repeated.transpose(2, 3)) * scaling)
-            return original(module, query, key, value, mask, scaling, **kwargs)
-
-        interface = llama.ALL_ATTENTION_FUNCTIONS
+        interface = source.ALL_ATTENTION_FUNCTIONS
         before = interface._global_mapping.get("eager")
         interface._global_mapping["eager"] = eager
-        llama.eager_attention_forward = eager
+        source.eager_attention_forward = eager
         try:
             self.model(torch.tensor([token_ids]))
         finally:
-            llama.eager_attention_forward = original
+            source.eager_attention_forward = original
             if before is None:
                 interface._global_mapping.pop("eager", None)
             else:
                 interface._global_mapping["eager"] = before
         assert len(captured) == self.model.config.num_hidden_layers
-        config = EntropixConfig()
-        lengths = torch.arange(1, len(token_ids) + 1)
-        layers = [
-            AttentionStatistics.from_scores(scores[0].transpose(0, 1).contiguous(), lengths, config) for scores in captured
-        ]
+        layers = [statistics_of_positions(*layer) for layer in captured]
         return {metric: torch.stack([getattr(layer, metric) for layer in layers]) for metric in METRICS}
+
+
+def statistics_of_positions(scores, window):
+    """Statistics at every position from causal ``scores [positions, heads, positions]`` of a layer, seen through its window."""
+    positions = len(scores)
+    lengths = torch.arange(1, positions + 1)
+    if window is not None:
+        # Everything to the left of the window falls out: what is in it moves to the front.
+        shifted = [row.roll(-max(0, end - window), dims=-1) for end, row in enumerate(scores, 1)]
+        scores, lengths = torch.stack(shifted), lengths.clamp_max(window)
+    return AttentionStatistics.from_scores(scores.contiguous(), lengths, EntropixConfig())
 
 
 def params(**parameters):

@@ -29,18 +29,26 @@ def tokenizer():
     )
 
 
-def tiny_llama(folder: Path, *, layers: int = 2, query_key_scale: float = 5.0, logits_scale: float = 6.0, **config) -> Path:
-    """A small Llama with random weights, saved in float32.
+def tiny_llama(folder: Path, **options) -> Path:
+    """A small Llama; see :func:`tiny_model`."""
+    return tiny_model(folder, "Llama", **options)
+
+
+def tiny_model(
+    folder: Path, family: str, *, layers: int = 2, query_key_scale: float = 5.0, logits_scale: float = 6.0, **config
+) -> Path:
+    """A small model with random weights, saved in float32.
 
     Args:
         folder: where to save it.
+        family: what transformers' classes of it begin with, like Llama or Gemma2.
         layers: number of layers.
         query_key_scale: factor on query and key weights. Without it attention is almost uniform, its entropy is ln n for any
             text, and comparing entropies proves nothing.
         logits_scale: factor on the LM head, so that next-token distributions aren't flat either.
-        config: of LlamaConfig.
+        config: of the family's configuration class.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     torch.manual_seed(0)
     settings = {
@@ -55,7 +63,8 @@ def tiny_llama(folder: Path, *, layers: int = 2, query_key_scale: float = 5.0, l
         "eos_token_id": VOCABULARY - 1,
         **config,
     }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **settings)).float()
+    described = getattr(transformers, f"{family}Config")(vocab_size=VOCABULARY, num_hidden_layers=layers, **settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(described).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

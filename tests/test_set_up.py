@@ -1,0 +1,60 @@
+"""scripts/set_up.py: what would fail later is said in one line before anything is downloaded; a finished set-up isn't redone."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def set_up():
+    spec = importlib.util.spec_from_file_location("set_up", ROOT / "scripts" / "set_up.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_old_python(set_up, monkeypatch):
+    monkeypatch.setattr(set_up.sys, "version_info", (3, 10, 4))
+    with pytest.raises(SystemExit, match=r"^set-up: Python 3.11 or newer is needed.*make PYTHON=python3.11"):
+        set_up.check_machine("cpu")
+
+
+def test_a_full_disk(set_up, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(set_up.shutil, "disk_usage", lambda path: usage(10**12, 10**12, 2**30))
+    with pytest.raises(SystemExit, match=r"^set-up: 5 GiB of disk are needed here, 1.0 GiB are free"):
+        set_up.check_machine("cpu")
+
+
+def test_no_compiler(set_up, monkeypatch, capsys):
+    monkeypatch.setattr(set_up.shutil, "which", lambda name: None)
+    set_up.check_machine("cpu")
+    assert "no C++ compiler found" in capsys.readouterr().out
+
+
+def test_a_failing_pip_ends_in_one_line(set_up, tmp_path):
+    failing = shutil.which("false")
+    with pytest.raises(SystemExit, match=r"^set-up: failed: -m pip .* install torch"):
+        set_up.pip(Path(failing), "install", "torch")
+
+
+def test_a_finished_set_up_is_not_done_again():
+    # This test runs in an environment that the script made, if `make` made it; elsewhere there is nothing to look at.
+    venv = Path(sys.prefix)
+    if not (venv / "set-up-done").exists():
+        pytest.skip("this environment wasn't made by scripts/set_up.py")
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "set_up.py"), "--venv", str(venv)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert ended.stdout == ""

@@ -88,6 +88,12 @@ def install_cuda(python: Path) -> None:
     pip(python, "install", f"vllm=={VLLM}", "-r", str(ROOT / "requirements" / "tools.txt"))
 
 
+def fingerprint(build: str) -> str:
+    """Changes when what is installed should change."""
+    sources = [Path(__file__), ROOT / "pyproject.toml", *sorted((ROOT / "requirements").iterdir())]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources) + build.encode()).hexdigest()
+
+
 def main() -> None:
     """Parse arguments and set up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,11 +106,9 @@ def main() -> None:
         build = "cuda" if shutil.which("nvidia-smi") and Path("/dev/nvidia0").exists() else "cpu"
     if sys.version_info < MINIMUM_PYTHON:
         check_machine(build)
-    sources = [Path(__file__), ROOT / "pyproject.toml", *sorted((ROOT / "requirements").iterdir())]
-    fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + build.encode()).hexdigest()
     venv = Path(options.venv).resolve()
     stamp = venv / "set-up-done"
-    if stamp.exists() and stamp.read_text() == fingerprint:
+    if stamp.exists() and stamp.read_text() == fingerprint(build):
         return
     check_machine(build)
     say(f"making {options.venv} for {build}; this downloads about {1 if build == 'cpu' else 6} GB and takes minutes")
@@ -118,7 +122,7 @@ def main() -> None:
     else:
         install_cuda(python)
     pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
-    stamp.write_text(fingerprint)
+    stamp.write_text(fingerprint(build))
     say("done")
 
 

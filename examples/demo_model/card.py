@@ -121,7 +121,8 @@ python examples/demo_model/evaluate.py --model vllm_entropix/demo_model --output
 
 `LlamaForCausalLM`, {layers} layers, hidden size {hidden}, {heads} query heads and {kv_heads} key/value heads of
 {head_dim}, vocabulary {vocabulary} (byte-level BPE, single digits), up to {length} tokens, tied embeddings, bfloat16.
-Trained on {tokens:.1f} million tokens ({steps} steps, AdamW, bfloat16 autocast). How: `examples/demo_model/README.md`.
+Trained on {tokens:.1f} million tokens ({steps} steps; Muon for matrices, AdamW for the rest;
+bfloat16 autocast). How: `examples/demo_model/README.md`.
 
 ## Held-out worked problems, greedy decoding
 
@@ -132,8 +133,8 @@ reference character by character.
 
 ## Held-out text: perplexity and regimes
 
-Regimes by `entropix.toml` in this folder (the first that fits; entropy in bits, varentropy in bits²): {thresholds};
-otherwise ADAPTIVE. The system and user turns of a chat and the questions of plain problems are not counted.
+Regimes by `entropix.toml` in this folder (the first that fits; entropy in bits, varentropy in bits²): {thresholds}; otherwise
+ADAPTIVE. The system and user turns of a chat and the questions of plain problems are not counted.
 
 {families}
 

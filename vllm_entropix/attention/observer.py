@@ -145,6 +145,14 @@ class AttentionObserver:
         """
         return self.statistics_per_layer(requests, positions).mean_over_layers()
 
+    def last_positions(self, requests: Tensor) -> Tensor:
+        """Positions of the last rows of some requests of the step, int64 ``[requests, rows_per_request]``, the last row first.
+
+        Negative where a sequence has no such row. There must be a layer that is observed.
+        """
+        seq_lens = self._steps[next(iter(self.layers))].seq_lens[requests].long()
+        return seq_lens.unsqueeze(-1) - torch.arange(1, self.rows_per_request + 1, device=seq_lens.device)
+
     def statistics_per_layer(self, requests: Tensor, positions: Tensor) -> AttentionStatistics:
         """The same for each observed layer, in ascending order: every metric is ``[layers, rows]``."""
         lengths = positions + 1

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.distributed import get_tp_group
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError, find_attention_layers, select_layers
 from vllm_entropix.attention.statistics import GatherHeads
 from vllm_entropix.engine.outputs import RECORDS, Records
+from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
 from vllm_entropix.requests import RequestSettings
 from vllm_entropix.sampling.batch import RECORD_FIELDS, BatchSampler, Rows
 from vllm_entropix.sampling.metrics import AttentionStatistics
@@ -90,7 +91,12 @@ class RunnerAdapter:
         )
         self.observer: AttentionObserver | None = None
         self._records: list[StepRecords] = []
-        self.hook()
+        pipeline = get_pp_group()
+        self.link = PipelineLink(runner, self._concerned) if pipeline.world_size > 1 else None
+        # The last stage has the logits; the others only measure attention.
+        self.samples = pipeline.is_last_rank
+        if self.samples:
+            self.hook()
 
     def hook(self) -> None:
         """Put :meth:`transform` between the runner's logits and its draw."""
@@ -103,16 +109,29 @@ class RunnerAdapter:
         if self.observer is not None:
             self.observer.detach()
             self.observer = None
+        found = find_attention_layers(self.runner.get_model())
+        everywhere = {index: None for layers in of_all_stages(sorted(found)) for index in layers}
+        problem = None
         try:
-            layers = select_layers(find_attention_layers(self.runner.get_model()), self.config)
+            chosen = select_layers({**everywhere, **found}, self.config)
+            layers = {index: layer for index, layer in chosen.items() if index in found}
             observer = AttentionObserver(layers, self.config, self.max_requests, self.rows_per_request, _gather_heads())
             for index in layers:
                 observer._layer(index)  # refuses a cache that can't be read now rather than in the first step
         except UnsupportedAttentionError as reason:
-            logger.warning_once("entropix runs on the logits alone: %s.", str(reason))
+            problem = str(reason)
+        # What one stage can't measure, none does: the mean over fewer layers would be another number.
+        problem = next((reason for reason in of_all_stages(problem) if reason is not None), None)
+        if problem is not None:
+            if self.samples:
+                logger.warning_once("entropix runs on the logits alone: %s.", problem)
+            if self.link is not None:
+                self.link.connect(None, 0)
             return
         observer.attach(self._builders())
         self.observer = observer
+        if self.link is not None:
+            self.link.connect(observer, len(chosen))
 
     def _builders(self) -> Iterator[tuple[Any, list[str]]]:
         for groups in self.runner.attn_groups:
@@ -164,6 +183,16 @@ class RunnerAdapter:
     def after_forward(self) -> None:
         """Called between the model's run and the draw."""
 
+    def batch_of_step(self) -> tuple[list[str], np.ndarray]:
+        """After the forward pass: the batch's request ids, and for which of them (bool) a token is drawn and kept."""
+        raise NotImplementedError
+
+    def _concerned(self) -> tuple[int, Tensor]:
+        request_ids, drawn = self.batch_of_step()
+        slots = self.batch.sequences.slots_of(request_ids, len(request_ids))
+        places = np.flatnonzero(drawn & (slots > 0))
+        return len(request_ids), torch.from_numpy(places).to(self.device, non_blocking=True)
+
     def apply(self, logits: Tensor, rows: Rows) -> None:
         """Turn rows of the step's logits into final distributions, in place, and keep their trace records."""
         records = self.batch.apply(logits, rows, self.measure if self.observer is not None else None)
@@ -186,7 +215,8 @@ class RunnerAdapter:
         index = wanted.nonzero().flatten()
         if not len(index):
             return None
-        found = self.observer.statistics(rows.batch[index], rows.positions[index])
+        measured_by = self.link or self.observer
+        found = measured_by.statistics(rows.batch[index], rows.positions[index])
 
         def scattered(values: Tensor) -> Tensor:
             return values.new_full((len(wanted),), torch.nan).index_copy_(0, index, values)

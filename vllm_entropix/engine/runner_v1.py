@@ -13,6 +13,7 @@ from vllm_entropix.requests import RequestSettings
 from vllm_entropix.sampling.batch import Rows
 
 if TYPE_CHECKING:
+    import numpy as np
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
@@ -42,6 +43,11 @@ class RunnerV1(RunnerAdapter):
         """See the base class; and note that the next logits are those of requests."""
         super().begin_step(scheduler_output)
         self._expected = scheduler_output.total_num_scheduled_tokens > 0
+
+    def batch_of_step(self) -> tuple[list[str], np.ndarray]:
+        """See the base class."""
+        count = self.runner.input_batch.num_reqs
+        return list(self.runner.input_batch.req_ids[:count]), ~self.runner.discard_request_mask.np[:count]
 
     def transform(self, logits: Tensor) -> None:
         """Turn the logits of one step into final distributions, in place."""

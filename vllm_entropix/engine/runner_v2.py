@@ -16,6 +16,7 @@ from vllm_entropix.requests import RequestSettings
 from vllm_entropix.sampling.batch import Rows
 
 if TYPE_CHECKING:
+    import numpy as np
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -35,10 +36,16 @@ class RunnerV2(RunnerAdapter):
     def after_forward(self) -> None:
         """Note which request of the batch is in which slot: the sampler may be handed the batch in parts."""
         state = self.runner.execute_model_state
-        if state is None or self.observer is None:
+        if state is None or self.observer is None or not self.samples:
             return
         slots = state.input_batch.idx_mapping
         self._batch_of_slot.index_copy_(0, slots, torch.arange(len(slots), device=self.device))
+
+    def batch_of_step(self) -> tuple[list[str], np.ndarray]:
+        """See the base class."""
+        batch = self.runner.execute_model_state.input_batch
+        ends = batch.num_computed_tokens_np + batch.num_scheduled_tokens
+        return batch.req_ids, ends[: batch.num_reqs] >= batch.prefill_len_np[: batch.num_reqs]
 
     def slot_of(self, runner_slot: int) -> int:
         """Our slot of the request in a runner's slot; 0 if entropix has nothing to do with it."""

@@ -20,8 +20,6 @@ class EntropixWorkerMixin:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         worker: Any = self
         runner = worker.model_runner
-        if getattr(runner, "sampler", None) is None:
-            return  # another pipeline stage samples
         adapter: type[RunnerAdapter]
         if worker.vllm_config.use_v2_model_runner:
             from vllm_entropix.engine.runner_v2 import RunnerV2
@@ -54,6 +52,6 @@ class EntropixWorkerMixin:
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Draw the step's tokens and send their trace records along."""
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        if self._entropix is None:
+        if self._entropix is None or not self._entropix.samples:
             return output
         return self._entropix.with_records(output)

@@ -124,6 +124,11 @@ def peak_extra_bytes(action: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+def integers(text: str) -> list[int]:
+    """A comma-separated list."""
+    return [int(part) for part in text.split(",")]
+
+
 def add_out(parser: argparse.ArgumentParser) -> None:
     """The option that all benchmarks have."""
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")

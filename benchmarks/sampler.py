@@ -6,12 +6,7 @@ import argparse
 
 import torch
 
-from benchmarks.common import add_out, finish, medians_ms, paired, peak_extra_bytes, quiet, ratio
-
-
-def integers(text: str) -> list[int]:
-    """A comma-separated list."""
-    return [int(part) for part in text.split(",")]
+from benchmarks.common import add_out, finish, integers, medians_ms, paired, peak_extra_bytes, quiet, ratio
 
 
 def vllm_metadata(rows: int, device: torch.device, top_k: int | None, top_p: float | None, temperature: float):

@@ -271,6 +271,34 @@ class Trace(Section):
         description="Records kept per sequence; later tokens are counted but not kept.",
         json_schema_extra={"unit": "tokens"},
     )
+    path: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="File that traced sequences are written to as JSON lines; its folder must exist. Unset: none is written.",
+        json_schema_extra={"unit": "path"},
+    )
+    max_megabytes: int = Field(
+        100,
+        ge=1,
+        le=1_000_000,
+        description="Size at which the file of traces is set aside and another begun; longer lines are dropped.",
+        json_schema_extra={"unit": "MB"},
+    )
+    files: int = Field(
+        5,
+        ge=1,
+        le=10_000,
+        description="Files of traces that each process keeps, the one being written included.",
+        json_schema_extra={"unit": "files"},
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _a_file(cls, value: str | None) -> str | None:
+        if value is not None and ("\0" in value or value.endswith("/")):
+            raise ValueError("it should be the path of a file")
+        return value
 
 
 class EntropixConfig(Section):

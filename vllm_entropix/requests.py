@@ -84,6 +84,10 @@ class RequestSettings(BaseModel):
         except ValidationError as error:
             raise ConfigError(describe(error, cls)) from None
 
+    def config(self, server: EntropixConfig) -> EntropixConfig:
+        """The configuration that this request starts from: the server's, or the preset it names."""
+        return server if self.preset is None else _preset(self.preset, server.fidelity)
+
     def constants(self, server: EntropixConfig, own: Mapping[str, float]) -> list[float]:
         """This request's numbers, in the order of :meth:`EntropixConfig.numbers`.
 
@@ -91,7 +95,7 @@ class RequestSettings(BaseModel):
             server: the server's configuration.
             own: the request's own temperature, top_p, top_k and min_p, used if ``base`` is ``request``.
         """
-        numbers = dict((server if self.preset is None else _preset(self.preset, server.fidelity)).numbers())
+        numbers = dict(self.config(server).numbers())
         for name in BaseParameters.model_fields:
             value = getattr(self, name)
             if value is None and self.base == "request":

@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_entropix.config import ConfigError
 from vllm_entropix.engine.engine_config import RESOLVED
+from vllm_entropix.engine.outputs import COUNTED, TRACED, WRITTEN
 from vllm_entropix.observability import prometheus
 from vllm_entropix.requests import RequestSettings
 
@@ -28,6 +29,7 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
     Raises:
         RequestSettingsError: names the setting, its value and what is allowed.
     """
+    _refuse_our_names(params)
     try:
         result = validate()
     except VLLMValidationError as error:
@@ -41,3 +43,11 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
         preset = settings.preset or resolved["config"]["preset"]
         prometheus.count_request(preset if settings.enabled else "off")
     return result
+
+
+def _refuse_our_names(params: Any) -> None:
+    """A request may not hand in what only the engine says: where traces are written is the server's business."""
+    handed_in = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
+    if isinstance(handed_in, dict):
+        for name in handed_in.keys() & {TRACED, COUNTED, WRITTEN}:
+            raise RequestSettingsError(f"kv_transfer_params has {name!r}, which is the engine's own; leave it out")

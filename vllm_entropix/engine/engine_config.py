@@ -11,6 +11,7 @@ from vllm_entropix.config import MAX_CLARIFICATION_TOKENS, ConfigError, Entropix
 from vllm_entropix.engine import compat
 from vllm_entropix.engine.arguments import KEY, FromCommandLine
 from vllm_entropix.engine.subclasses import SCHEDULER, WORKER, qualified_name
+from vllm_entropix.observability import disk
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -78,6 +79,7 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
         config = EntropixConfig.from_dict({} if wanted is True else as_mapping(wanted))
         _refuse_unsupported(vllm_config, config)
         counted = config.prometheus and statistics
+        disk.check(config.trace)
         resolved = Resolved(config, _clarification_ids(vllm_config, config), counted, __version__)
     except ConfigError as error:
         if isinstance(additional, FromCommandLine):
@@ -112,6 +114,8 @@ def _refuse_unsupported(vllm_config: VllmConfig, config: EntropixConfig) -> None
 
 def _gate(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     """(is it in use?, feature, the way out) for everything that can't be supported."""
+    from vllm import envs
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     v2 = vllm_config.use_v2_model_runner
     speculation = vllm_config.speculative_config is not None
@@ -155,6 +159,11 @@ def _gate(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             bool(parallel.enable_batch_sharded_sampling),
             "batch-sharded sampling, which moves a sequence's sampling from rank to rank",
             "leave out --enable-batch-sharded-sampling",
+        ),
+        (
+            bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False)),
+            "the Rust frontend, which loads no plugins",
+            "unset VLLM_USE_RUST_FRONTEND",
         ),
         (
             speculation and not v2,

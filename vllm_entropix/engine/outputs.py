@@ -1,7 +1,8 @@
 """Carries records of tokens from the worker to the frontend.
 
 worker: an attribute on ModelRunnerOutput → scheduler: bytes in each EngineCoreOutput's ``kv_transfer_params``, beside its token
-→ frontend: collected per sequence as ``CompletionOutput.entropix_trace`` if the request is traced, and counted.
+→ frontend: collected per sequence as ``CompletionOutput.entropix_trace`` if the request is traced, and counted; written to disk
+when the sequence is finished, if the server's settings name a path.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from vllm_entropix.config import Trace
 from vllm_entropix.engine.engine_config import Resolved
-from vllm_entropix.observability import prometheus
+from vllm_entropix.observability import disk, prometheus
 from vllm_entropix.observability.trace import TokenTrace
+from vllm_entropix.requests import RequestSettings
 
 # Request id → (is it traced?, rows, their records one after the other).
 Records = dict[str, tuple[bool, int, bytes]]
@@ -21,6 +24,8 @@ RECORDS = "entropix_records"
 # Keys in kv_transfer_params, the one field of EngineCoreOutput that takes any plugin's data, for records that are kept and
 # counted, and for those that are only counted. They never leave the frontend: bytes there would break the HTTP response.
 TRACED, COUNTED = "entropix_traced", "entropix_counted"
+# Comes with the first record of a sequence that is to be written to disk: what its line says of the engine.
+WRITTEN = "entropix_written"
 
 
 class EntropixSchedulerMixin:
@@ -30,14 +35,20 @@ class EntropixSchedulerMixin:
         super().__init__(*args, **kwargs)
         resolved = Resolved.of(self.vllm_config)  # type: ignore[attr-defined]
         self._entropix_counted = resolved.counted
+        self._entropix_config = resolved.config
         self._entropix_cap = resolved.config.trace.max_tokens
+        self._entropix_to_disk = resolved.config.trace.path is not None
+        self._entropix_model = self.vllm_config.model_config.served_model_name  # type: ignore[attr-defined]
         # Traced tokens of the running requests.
         self._entropix_sent: dict[str, int] = {}
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """The engine's outputs of a step, with each new token's record beside it."""
-        result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         records: Records | None = getattr(model_runner_output, RECORDS, None)
+        labels = self._labels(records) if records and self._entropix_to_disk else {}
+        result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        for request_id in self._entropix_sent.keys() & scheduler_output.finished_req_ids:
+            del self._entropix_sent[request_id]
         if not records:
             return result
         for outputs in result.values():
@@ -45,11 +56,31 @@ class EntropixSchedulerMixin:
                 record = records.get(output.request_id)
                 if record is not None and output.new_token_ids:
                     carried = self._carry(output, *record)
+                    if TRACED in carried and output.request_id in labels:
+                        carried[WRITTEN] = labels[output.request_id]
                     if carried:
                         output.kv_transfer_params = {**(output.kv_transfer_params or {}), **carried}
-        for request_id in self._entropix_sent.keys() & scheduler_output.finished_req_ids:
-            del self._entropix_sent[request_id]
         return result
+
+    def _labels(self, records: Records) -> dict[str, dict[str, Any]]:
+        """By request id, for sequences that begin with these records: what their lines on disk will tell of the engine."""
+        labels = {}
+        requests: dict[str, Any] = self.requests  # type: ignore[attr-defined]
+        for request_id, (traced, _, _) in records.items():
+            if not traced or request_id in self._entropix_sent or request_id not in requests:
+                continue
+            config = RequestSettings.parse(requests[request_id].sampling_params.extra_args).config(self._entropix_config)
+            labels[request_id] = {
+                "trace": self._entropix_config.trace.model_dump(),
+                "counted": self._entropix_counted,
+                "line": {
+                    "model": self._entropix_model,
+                    "preset": config.preset_name,
+                    "fidelity": config.fidelity,
+                    "thresholds": config.thresholds.model_dump(),
+                },
+            }
+        return labels
 
     def _carry(self, output: Any, traced: bool, rows: int, data: bytes) -> dict[str, Any]:
         # Of a draft that was rejected there are rows and no tokens.
@@ -80,7 +111,9 @@ def receive_records(state: Any, call: inspect.BoundArguments, make: Callable[[],
     if carried:
         traced, counted = carried.get(TRACED), carried.get(COUNTED)
         if traced or counted:
-            carried = {key: value for key, value in carried.items() if key not in (TRACED, COUNTED)}
+            if WRITTEN in carried:
+                state.entropix_label = carried[WRITTEN]
+            carried = {key: value for key, value in carried.items() if key not in (TRACED, COUNTED, WRITTEN)}
             call.arguments["kv_transfer_params"] = carried or None
     if counted and tokens:
         prometheus.count(counted, tokens)
@@ -92,9 +125,28 @@ def receive_records(state: Any, call: inspect.BoundArguments, make: Callable[[],
     elif collected and state.request_index in collected:
         collected[state.request_index].extend(b"", tokens)  # beyond the cap
     result = make()
+    finish_reason = call.arguments["finish_reason"]
+    if finish_reason is not None and getattr(state, "entropix_label", None) is not None and collected:
+        _write(state, str(finish_reason), collected[state.request_index])
     if collected and result is not None:
         for completion in result.outputs:
             trace = collected.get(completion.index)
             if trace is not None:
                 completion.entropix_trace = trace
     return result
+
+
+def _write(state: Any, finish_reason: str, trace: TokenTrace) -> None:
+    """Have a finished sequence written to disk."""
+    label, state.entropix_label = state.entropix_label, None
+    sequence = disk.Finished(
+        label=label["line"],
+        request_id=state.external_req_id,
+        index=state.request_index,
+        prompt_token_ids=state.prompt_token_ids or (),
+        token_ids=state.detokenizer.output_token_ids,
+        finish_reason=finish_reason,
+        trace=trace,
+        tokenizer=getattr(state.detokenizer, "tokenizer", None),
+    )
+    disk.write(Trace.model_validate(label["trace"]), label["counted"], sequence)

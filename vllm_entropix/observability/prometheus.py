@@ -38,7 +38,8 @@ class _Metrics:
             "entropix_attention_entropy_bits", "Attention entropy, mean over heads and layers.", buckets=ENTROPY_BUCKETS
         )
         self.requests = Counter("entropix_requests", "Admitted requests by preset; off: opted out.", ["preset"])
-        self.dropped = Counter("entropix_dropped_traces", "Traces that couldn't be written to disk.")
+        self.lines_written = Counter("entropix_trace_lines_written", "Traced sequences written to disk.")
+        self.lines_dropped = Counter("entropix_trace_lines_dropped", "Traced sequences that couldn't be written to disk.")
         for regime in REGIMES:  # present from the start, so that rates have a beginning
             self.tokens.labels(regime)
 
@@ -122,9 +123,11 @@ def count_request(preset: str) -> None:
     _counting().metrics.requests.labels(preset).inc()
 
 
-def count_dropped_trace() -> None:
-    """Count a trace that couldn't be written."""
-    _counting().metrics.dropped.inc()
+def count_trace_lines(written: int = 0, dropped: int = 0) -> None:
+    """Count traced sequences that were, or couldn't be, written to disk."""
+    metrics = _counting().metrics
+    metrics.lines_written.inc(written)
+    metrics.lines_dropped.inc(dropped)
 
 
 def flush() -> None:

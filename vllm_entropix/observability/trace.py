@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # The wire format's fields in order, little-endian float32 each (the names of sampling.batch.RECORD_FIELDS; spelled out here
 # because a client that reads traces needs no torch).
@@ -93,7 +96,7 @@ class TokenRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON values."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class TokenTrace:
@@ -118,6 +121,12 @@ class TokenTrace:
         kept = min(len(records), tokens * self._record.size)
         self._data += records[:kept]
         self.not_kept += tokens - kept // self._record.size
+
+    def values(self) -> np.ndarray:
+        """The wire format's numbers, float32 ``[tokens, fields]``: FIELDS, then ids and probabilities of alternatives."""
+        import numpy as np  # here, because reading the traces of a response takes none
+
+        return np.frombuffer(bytes(self._data), dtype="<f4").reshape(len(self), -1)
 
     def __len__(self) -> int:
         return len(self._data) // self._record.size

@@ -12,9 +12,13 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import wrapt
+
+from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS
+from vllm_entropix.engine.sources import Sources
 
 SUPPORTED = ">=0.31,<0.34"
 _SUPPORTED_MINORS = (31, 32, 33)
@@ -238,66 +242,66 @@ def install() -> None:
         patch.install()
 
 
-# What the adapters use, checked before an engine starts: (module, qualified name, parameters that must be there).
-_EXPECTED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self",)),
-    ("vllm.v1.worker.gpu_worker", "Worker.initialize_from_config", ("self", "kv_cache_config")),
-    ("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("self", "scheduler_output")),
-    ("vllm.v1.worker.gpu_worker", "Worker.sample_tokens", ("self", "grammar_output")),
-    ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output", ("self", "scheduler_output", "model_runner_output")),
-    (
-        "vllm.v1.engine.output_processor",
-        "RequestState.make_request_output",
-        ("self", "new_token_ids", "finish_reason", "kv_transfer_params"),
-    ),
-    ("vllm.v1.sample.sampler", "Sampler.sample", ("self", "logits", "sampling_metadata")),
-    ("vllm.v1.sample.sampler", "Sampler.forward", ("self", "logits", "sampling_metadata")),
-)
-
-# The same for servers: looked at only where vLLM's server is loaded.
-_EXPECTED_OF_SERVERS = (
-    (
-        "vllm.entrypoints.openai.completion.serving",
-        "OpenAIServingCompletion.completion_stream_generator",
-        ("self", "request", "result_generator"),
-    ),
-    (
-        "vllm.entrypoints.openai.completion.serving",
-        "OpenAIServingCompletion.request_output_to_completion_response",
-        ("self", "request", "final_res_batch"),
-    ),
-    (
-        "vllm.entrypoints.openai.chat_completion.serving",
-        "OpenAIServingChat.chat_completion_stream_generator",
-        ("self", "request", "result_generator"),
-    ),
-    (
-        "vllm.entrypoints.openai.chat_completion.serving",
-        "OpenAIServingChat.chat_completion_full_generator",
-        ("self", "request", "result_generator"),
-    ),
-)
-
-
 def problems() -> list[str]:
-    """What is not as the adapters expect it in the installed vLLM; empty if all is well."""
+    """What is not as the adapters expect it in the installed vLLM; empty if all is well.
+
+    Functions are looked at as they are in this process, where another plugin may have replaced them; attributes, most of which
+    exist only in a running engine, in vLLM's sources.
+    """
     import vllm
 
-    found = []
-    parts = vllm.__version__.split(".")
-    if not (parts[0] == "0" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) in _SUPPORTED_MINORS):
-        found.append(f"its version is {vllm.__version__}")
-    of_servers = tuple(expected for expected in _EXPECTED_OF_SERVERS if expected[0] in sys.modules)
-    for module_name, qualified, parameters in _EXPECTED + of_servers:
-        target: Any
-        try:
-            target = importlib.import_module(module_name)
-            for part in qualified.split("."):
-                target = getattr(target, part)
-        except (ImportError, AttributeError):
-            found.append(f"{module_name}.{qualified} is missing")
-            continue
-        missing = [name for name in parameters if name not in inspect.signature(target).parameters]
-        if missing:
-            found.append(f"{module_name}.{qualified} has no parameter {', '.join(missing)}")
+    found = [*_version_problems(vllm.__version__), *_attribute_problems(Sources(Path(vllm.__file__).parent.parent))]
+    of_servers = {module: functions for module, functions in FUNCTIONS_OF_SERVERS.items() if module in sys.modules}
+    for module_name, functions in {**FUNCTIONS, **of_servers}.items():
+        for qualified, parameters in functions.items():
+            target: Any
+            try:
+                target = importlib.import_module(module_name)
+                for part in qualified.split("."):
+                    target = getattr(target, part)
+            except (ImportError, AttributeError):
+                found.append(f"{module_name}.{qualified} is missing")
+                continue
+            found += _without(f"{module_name}.{qualified}", "parameter", parameters, set(inspect.signature(target).parameters))
     return found
+
+
+def problems_of_sources(root: Path) -> list[str]:
+    """The same for a vLLM that isn't installed, by its sources alone.
+
+    Args:
+        root: the folder that ``vllm`` lies in, of an unpacked wheel for example.
+    """
+    sources = Sources(root)
+    found = _attribute_problems(sources)
+    for module, functions in {**FUNCTIONS, **FUNCTIONS_OF_SERVERS}.items():
+        for qualified, parameters in functions.items():
+            has = sources.parameters(module, qualified)
+            found += (
+                [f"{module}.{qualified} is missing"]
+                if has is None
+                else _without(f"{module}.{qualified}", "parameter", parameters, has)
+            )
+    return found
+
+
+def _version_problems(version: str) -> list[str]:
+    parts = version.split(".")
+    known = parts[0] == "0" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) in _SUPPORTED_MINORS
+    return [] if known else [f"its version is {version}"]
+
+
+def _attribute_problems(sources: Sources) -> list[str]:
+    found = []
+    for module, classes in ATTRIBUTES.items():
+        for name, attributes in classes.items():
+            has = sources.attributes(module, name)
+            found += (
+                [f"{module}.{name} is missing"] if has is None else _without(f"{module}.{name}", "attribute", attributes, has)
+            )
+    return found
+
+
+def _without(name: str, kind: str, wanted: tuple[str, ...], has: set[str]) -> list[str]:
+    missing = [one for one in wanted if one not in has]
+    return [f"{name} has no {kind} {', '.join(missing)}"] if missing else []

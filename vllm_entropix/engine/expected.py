@@ -1,0 +1,112 @@
+"""What the adapters use of vLLM: functions with the parameters that must be there, and attributes of classes.
+
+``compat.problems`` checks it before an engine starts. Whoever makes an adapter use something new writes it down here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Module → function → parameters.
+Functions = Mapping[str, Mapping[str, tuple[str, ...]]]
+
+FUNCTIONS: Functions = {
+    "vllm.v1.worker.gpu_worker": {
+        "Worker.load_model": ("self",),
+        "Worker.initialize_from_config": ("self", "kv_cache_config"),
+        "Worker.execute_model": ("self", "scheduler_output"),
+        "Worker.sample_tokens": ("self", "grammar_output"),
+    },
+    "vllm.v1.core.sched.scheduler": {
+        "Scheduler.update_from_output": ("self", "scheduler_output", "model_runner_output"),
+    },
+    "vllm.v1.engine.output_processor": {
+        "RequestState.make_request_output": ("self", "new_token_ids", "finish_reason", "kv_transfer_params"),
+    },
+    "vllm.v1.engine.input_processor": {
+        "InputProcessor._validate_params": ("self", "params"),
+    },
+    "vllm.v1.sample.sampler": {
+        "Sampler.sample": ("self", "logits", "sampling_metadata"),
+        "Sampler.forward": ("self", "logits", "sampling_metadata"),
+    },
+    # The interface of Model Runner V2's logits processors.
+    "vllm.v1.worker.gpu.sample.logits_processor.interface": {
+        "LogitsProcessor.__init__": ("self", "vllm_config", "req_states"),
+        "LogitsProcessor.add_request": ("self", "req_idx", "sampling_params"),
+        "LogitsProcessor.apply_staged_writes": ("self",),
+        "LogitsProcessor.apply": ("self", "logits", "ctx"),
+    },
+}
+
+# The same for servers: looked at only where vLLM's server is loaded.
+FUNCTIONS_OF_SERVERS: Functions = {
+    "vllm.entrypoints.openai.completion.serving": {
+        "OpenAIServingCompletion.completion_stream_generator": ("self", "request", "result_generator"),
+        "OpenAIServingCompletion.request_output_to_completion_response": ("self", "request", "final_res_batch"),
+    },
+    "vllm.entrypoints.openai.chat_completion.serving": {
+        "OpenAIServingChat.chat_completion_stream_generator": ("self", "request", "result_generator"),
+        "OpenAIServingChat.chat_completion_full_generator": ("self", "request", "result_generator"),
+    },
+}
+
+# Module → class → attributes.
+ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "vllm.v1.core.sched.output": {
+        "SchedulerOutput": ("finished_req_ids", "scheduled_new_reqs", "total_num_scheduled_tokens"),
+        "NewRequestData": ("req_id", "sampling_params", "prompt_len"),
+    },
+    "vllm.v1.engine": {
+        "EngineCoreOutput": ("request_id", "new_token_ids", "kv_transfer_params"),
+    },
+    "vllm.v1.outputs": {
+        "AsyncModelRunnerOutput": ("get_output",),
+    },
+    "vllm.v1.worker.utils": {
+        "AttentionGroup": ("layer_names", "metadata_builders"),
+    },
+    "vllm.v1.attention.backend": {
+        "CommonAttentionMetadata": ("query_start_loc", "seq_lens", "block_table_tensor", "num_reqs"),
+        "AttentionMetadataBuilder": ("build", "update_block_table"),
+    },
+    "vllm.model_executor.layers.attention.attention": {
+        "Attention": ("impl", "kv_cache", "attn_backend", "attn_type", "layer_name", "sliding_window"),
+    },
+    "vllm.v1.worker.gpu_model_runner": {  # V1
+        "GPUModelRunner": (
+            "device",
+            "sampler",
+            "input_batch",
+            "input_ids",
+            "positions",
+            "query_start_loc",
+            "discard_request_mask",
+            "attn_groups",
+            "get_model",
+        ),
+    },
+    "vllm.v1.worker.gpu_input_batch": {
+        "InputBatch": ("req_ids", "num_reqs", "logitsprocs_need_output_token_ids"),
+    },
+    "vllm.v1.worker.gpu.model_runner": {  # V2
+        "GPUModelRunner": ("device", "sampler", "req_states", "execute_model_state", "attn_groups", "get_model"),
+        "ExecuteModelState": ("input_batch",),
+    },
+    "vllm.v1.worker.gpu.input_batch": {
+        "InputBatch": ("idx_mapping",),
+    },
+    "vllm.v1.worker.gpu.states": {
+        "RequestState": ("index_to_req_id", "prefill_len"),
+    },
+    "vllm.v1.worker.gpu.buffer_utils": {
+        "UvaBackedTensor": ("np", "gpu", "copy_to_uva"),
+    },
+    "vllm.v1.worker.gpu.sample.sampler": {
+        "Sampler": ("logits_processors", "apply_sampling_params"),
+    },
+    "vllm.v1.worker.gpu.sample.logits_processor.interface": {
+        "LogitsContext": ("expanded_idx_mapping", "idx_mapping_np", "expanded_local_pos", "input_ids", "pos"),
+        "LogitsProcRequestState": ("max_num_reqs", "prefill_len"),
+    },
+}

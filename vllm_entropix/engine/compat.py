@@ -17,6 +17,7 @@ from typing import Any
 
 import wrapt
 
+from vllm_entropix._version import __version__
 from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS
 from vllm_entropix.engine.sources import Sources
 
@@ -135,6 +136,23 @@ def _wrap_for_http(wrap: str, results: str) -> Wrap:
     return wrapped
 
 
+def _wrap_init_executor(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_executor(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except Exception as error:
+            if "No module named 'vllm_entropix'" not in str(error):
+                raise
+            # Ray's errors know where they were raised.
+            node = getattr(error, "ip", None) or "one of the nodes"
+            raise RuntimeError(
+                f"vllm-entropix isn't installed on Ray node {node}, where a worker of this engine was started; install "
+                f"version {__version__} on every node, or add it to the runtime_env"
+            ) from error
+
+    return init_executor
+
+
 def _wrap_rebind_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
     def rebind_kernels(*args: Any, **kwargs: Any) -> Any:
         hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "llvmlite"}
@@ -220,6 +238,16 @@ PATCHES = (
             ("chat_completion", "OpenAIServingChat", "chat_completion_full_generator", "wrap_full", "result_generator"),
             ("chat_completion", "OpenAIServingChat", "chat_completion_stream_generator", "wrap_stream", "result_generator"),
         )
+    ),
+    Patch(
+        module="vllm.v1.executor.ray_executor_v2",
+        owners=("RayExecutorV2",),
+        attribute="_init_executor",
+        wrap=_wrap_init_executor,
+        why="On a Ray node without this package the worker's class can't be imported, and nothing of ours can say so there.",
+        how="If that is why the workers didn't start: raises an error that names the node and the cure.",
+        upstream="none known",
+        remove_when="vLLM names the node whose worker failed to start",
     ),
     Patch(
         module="vllm.triton_utils.dispatcher",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,9 +47,22 @@ class Resolved:
         }
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig) -> Resolved:
-        """The settings in an engine's configuration."""
+    def of(cls, vllm_config: VllmConfig, process: str) -> Resolved:
+        """The settings in an engine's configuration, for a process of this engine.
+
+        Args:
+            vllm_config: as another process finalised it.
+            process: what to call this one in an error.
+
+        Raises:
+            ConfigError: that process has another version of this package, on another node perhaps; names both.
+        """
         data = vllm_config.additional_config[RESOLVED]
+        if data["version"] != __version__:
+            raise ConfigError(
+                f"{process} on node {platform.node()} has vllm-entropix {__version__}, but the engine was configured by "
+                f"{data['version']}; install the same version on every node"
+            )
         clarification = data["clarification"]
         return cls(
             EntropixConfig.from_dict(data["config"]),

@@ -33,7 +33,7 @@ class EntropixSchedulerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        resolved = Resolved.of(self.vllm_config)  # type: ignore[attr-defined]
+        resolved = Resolved.of(self.vllm_config, "the scheduler")  # type: ignore[attr-defined]
         self._entropix_counted = resolved.counted
         self._entropix_config = resolved.config
         self._entropix_cap = resolved.config.trace.max_tokens

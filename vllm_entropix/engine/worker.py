@@ -15,6 +15,11 @@ class EntropixWorkerMixin:
 
     _entropix: RunnerAdapter | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        worker: Any = self
+        self._entropix_resolved = Resolved.of(worker.vllm_config, f"worker {worker.rank}")
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then put entropix between its logits and vLLM's draw."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -29,7 +34,7 @@ class EntropixWorkerMixin:
             from vllm_entropix.engine.runner_v1 import RunnerV1
 
             adapter = RunnerV1
-        self._entropix = adapter(runner, worker.vllm_config, Resolved.of(worker.vllm_config))
+        self._entropix = adapter(runner, worker.vllm_config, self._entropix_resolved)
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
         """Set the caches up, then observe the attention layers that use them."""

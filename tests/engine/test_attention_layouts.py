@@ -34,7 +34,15 @@ WINDOW = 24
     [
         ("Mistral", {"sliding_window": WINDOW}),
         # One layer with a window and one without, scores capped, scaled by another number than the head size.
-        ("Gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0}),
+        (
+            "Gemma2",
+            {
+                "sliding_window": WINDOW,
+                "query_pre_attn_scalar": 24,
+                "attn_logit_softcapping": 5.0,
+                "tie_word_embeddings": True,
+            },
+        ),
     ],
 )
 def test_windows_and_capped_scores(tmp_path, family, config):

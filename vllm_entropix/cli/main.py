@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from vllm_entropix._version import __version__
-from vllm_entropix.cli import demo, presets
+from vllm_entropix.cli import calibrate, demo, export, presets, report, whatif
 from vllm_entropix.config import ConfigError
+from vllm_entropix.observability.tracefile import TraceFileError
 
 app = typer.Typer(
     name="vllm-entropix",
@@ -19,7 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
+app.command("calibrate")(calibrate.calibrate)
 app.command("presets")(presets.presets)
+app.command("report")(report.report)
+app.command("whatif")(whatif.whatif)
+app.command("export")(export.export)
 
 
 def _version(value: bool) -> None:
@@ -39,7 +44,7 @@ def main() -> None:
     """Entry point: a wrong setting ends in one line and status 1."""
     try:
         app()
-    except ConfigError as error:
+    except (ConfigError, TraceFileError) as error:
         sys.exit(f"vllm-entropix: {error}")
 
 

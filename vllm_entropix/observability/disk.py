@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -211,14 +210,20 @@ class TraceWriter:
             self._file = None
 
 
-@cache
-def _writer(settings: Trace, counted: bool) -> TraceWriter:
-    return TraceWriter(settings, counted)
+_writers: dict[tuple[Trace, bool], TraceWriter] = {}
+
+
+def writers() -> list[TraceWriter]:
+    """All that this process writes with."""
+    return list(_writers.values())
 
 
 def write(settings: Trace, counted: bool, sequence: Finished) -> None:
     """Write a sequence soon, where the settings say."""
-    _writer(settings, counted).put(sequence)
+    writer = _writers.get((settings, counted))
+    if writer is None:
+        writer = _writers[settings, counted] = TraceWriter(settings, counted)
+    writer.put(sequence)
 
 
 def check(settings: Trace) -> None:

@@ -1,0 +1,143 @@
+"""Thresholds from target shares: borders that give them, halves that agree, and a file that a server takes."""
+
+import tomllib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_entropix.config import ConfigError, EntropixConfig
+from vllm_entropix.observability.calibration import (
+    DEFAULT_SHARES,
+    Measured,
+    calibrate,
+    parse_shares,
+    preset_text,
+    propose,
+    regimes_of,
+)
+from vllm_entropix.observability.trace import REGIMES
+
+
+def distributions(tokens, seed, sure=0.8):
+    """Entropies and varentropies of softmaxes of many temperatures; in a part of them one token stands out."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(tokens, 256)) * np.exp(generator.normal(0.6, 1.0, (tokens, 1)))
+    logits[:, 0] += generator.exponential(20, tokens) * (generator.random(tokens) < sure)
+    logits -= logits.max(1, keepdims=True)
+    p = np.exp(logits)
+    p /= p.sum(1, keepdims=True)
+    information = -np.log2(np.maximum(p, 1e-300))
+    entropy = (p * information).sum(1)
+    return Measured(entropy, (p * (information - entropy[:, None]) ** 2).sum(1))
+
+
+def got(measured, thresholds):
+    config = EntropixConfig().model_copy(update={"thresholds": thresholds})
+    counts = np.bincount(regimes_of(measured, config), minlength=len(REGIMES))
+    return dict(zip(REGIMES, counts / counts.sum(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [DEFAULT_SHARES, {"LELV": 0.6, "HELV": 0.002, "LEHV": 0.05, "HEHV": 0.01}, dict.fromkeys(DEFAULT_SHARES, 0.05)],
+)
+def test_each_regime_gets_its_share(shares):
+    measured = distributions(5000, 0)
+    found = got(measured, propose(measured, shares))
+    for regime, share in shares.items():
+        assert found[regime] == pytest.approx(share, abs=0.001), regime
+
+
+def test_what_is_high_is_never_sure():
+    measured = distributions(5000, 0, sure=0.1)
+    thresholds = propose(measured, {**DEFAULT_SHARES, "LELV": 0.8})
+    assert thresholds.lelv.entropy_below == thresholds.helv.entropy_above
+    assert got(measured, thresholds)["LELV"] < 0.75
+
+
+def test_where_too_few_are_evenly_lost_helv_takes_all_there_are():
+    measured = distributions(5000, 0)
+    thresholds = propose(measured, {"LELV": 0.1, "HELV": 0.75, "LEHV": 0.05, "HEHV": 0.05})
+    found = got(measured, thresholds)
+    assert 0.2 < found["HELV"] < 0.74
+    assert thresholds.helv.varentropy_below == thresholds.lehv.varentropy_above
+    assert found["LEHV"] == pytest.approx(0.05, abs=0.001)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 1e-6, 0.5, 1.0, 3.0]) | st.floats(0, 17), st.floats(0, 60)), min_size=3, max_size=60
+    ),
+    st.lists(st.floats(0.01, 0.24), min_size=4, max_size=4),
+)
+def test_any_tokens_give_thresholds_in_range(points, shares):
+    points = np.array(points)
+    try:
+        thresholds = propose(Measured(points[:, 0], points[:, 1]), dict(zip(DEFAULT_SHARES, shares, strict=True)))
+    except ConfigError:  # they are too much alike
+        assert min(len(np.unique(values)) for values in points.T) < len(points)
+        return
+    high_entropy, high_varentropy = thresholds.hehv.entropy_above, thresholds.hehv.varentropy_above
+    assert max(thresholds.helv.varentropy_below, thresholds.lelv.varentropy_below) <= high_varentropy
+    assert thresholds.lelv.entropy_below <= thresholds.helv.entropy_above == high_entropy
+    assert thresholds.lehv.entropy_below == thresholds.hehv.entropy_above
+    EntropixConfig.from_dict({"thresholds": thresholds.model_dump()})
+
+
+def test_halves_are_of_prompts_and_agree():
+    prompts = [distributions(60, seed) for seed in range(80)]
+    found = calibrate(prompts, DEFAULT_SHARES, EntropixConfig())
+    assert found.prompts == (40, 40)
+    assert found.tokens == (2400, 2400)
+    assert sum(found.targets.values()) == pytest.approx(1)
+    for regime in REGIMES:
+        assert found.fitting[regime].value == pytest.approx(found.targets[regime], abs=0.002)
+        check = found.checking[regime]
+        assert check.low <= check.value <= check.high
+        assert abs(check.value - found.targets[regime]) < 0.03
+    assert found == calibrate(prompts, DEFAULT_SHARES, EntropixConfig())
+
+
+def test_intervals_know_that_tokens_of_a_prompt_are_alike():
+    """Prompts that are all sure or all lost leave a wider interval than the same tokens shuffled."""
+    alike = [Measured(np.full(50, v) + np.arange(50) * 1e-6, np.full(50, v) + np.arange(50) * 1e-6) for v in (0.01, 9.0) * 20]
+    tokens = Measured.joined(alike)
+    order = np.random.default_rng(0).permutation(len(tokens)).reshape(40, 50)
+    mixed = [Measured(tokens.entropy[rows], tokens.varentropy[rows]) for rows in order]
+
+    def width(prompts):
+        share = calibrate(prompts, DEFAULT_SHARES, EntropixConfig()).checking["LELV"]
+        return share.high - share.low
+
+    assert width(alike) > 2 * width(mixed)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [([], "two prompts"), ([distributions(500, 0)], "two prompts"), ([distributions(9, 0)] * 4, "200 tokens")],
+)
+def test_too_little_is_refused(prompts, words):
+    with pytest.raises(ConfigError, match=words):
+        calibrate(prompts, DEFAULT_SHARES, EntropixConfig())
+
+
+def test_shares_as_users_write_them():
+    assert parse_shares(None) == DEFAULT_SHARES
+    assert parse_shares("lelv=0.5, HEHV=0.01") == {**DEFAULT_SHARES, "LELV": 0.5, "HEHV": 0.01}
+    for text in ("LELV", "LELV=", "LELV=0", "LELV=1.5", "LELV=nan", "ADAPTIVE=0.5", "x=0.1"):
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            parse_shares(text)
+    with pytest.raises(ConfigError, match="more than 1"):
+        parse_shares("LELV=0.9,LEHV=0.2")
+
+
+@pytest.mark.parametrize("base", [EntropixConfig(), EntropixConfig.preset("torch-2024-10", fidelity="original")])
+def test_the_file_is_a_configuration(tmp_path, base):
+    found = calibrate([distributions(60, seed) for seed in range(20)], DEFAULT_SHARES, base)
+    path = tmp_path / "preset.toml"
+    path.write_text(preset_text(found, base, "some model"))
+    assert EntropixConfig.from_file(path) == base.model_copy(update={"thresholds": found.thresholds})
+    assert set(tomllib.loads(path.read_text())) <= {"preset", "fidelity", "thresholds"}

@@ -1,0 +1,228 @@
+"""``vllm-entropix calibrate``: thresholds for a model, from what it says to prompts of yours."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from vllm_entropix.cli.demo import Prompt, load_prompts, shipped_model
+from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig
+from vllm_entropix.observability.terminal import MEANINGS, STYLES
+from vllm_entropix.observability.trace import FIELDS, REGIMES, traces
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from vllm_entropix.observability.calibration import Calibration, Measured
+
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+_COLUMNS, _ROWS = 64, 18
+_SMALLEST = 1e-3  # where the picture's logarithmic axes begin
+_SHADES = " ·░▒▓█"
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Any model that vLLM can load; `demo` is the one that is shipped.")],
+    prompts: Annotated[Path, typer.Option(help="Text file with a prompt per line, or JSON like the demo's.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the proposal as a settings file (TOML).")] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(help="Target shares, as in LELV=0.5,HELV=0.02; default: LELV=0.4,HELV=0.01,LEHV=0.08,HEHV=0.03."),
+    ] = None,
+    base: Annotated[str, typer.Option(help="Preset that everything else comes from.")] = DEFAULT_PRESET,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each line into the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the draws and of the split.")] = 0,
+    engine: Annotated[str, typer.Option(help="Arguments of vLLM's LLM as JSON, as in '{\"tensor_parallel_size\": 2}'.")] = "{}",
+    svg: Annotated[Path | None, typer.Option(help="Also write what is shown as an SVG picture.")] = None,
+) -> None:
+    """Run a model on prompts, show its entropies, and propose thresholds by the share of tokens of each regime."""
+    from vllm_entropix.observability.calibration import Measured, parse_shares, preset_text
+    from vllm_entropix.observability.calibration import calibrate as fit
+
+    targets = parse_shares(shares)
+    config = EntropixConfig.preset(base)
+    arguments = _arguments(engine)
+    chosen = load_prompts(prompts)
+    path = str(shipped_model()) if model == "demo" else model
+    console = Console(record=svg is not None, width=110 if svg is not None else None)
+    llm = _start(console, path, base, seed, arguments)
+    measured = _measure(llm, chosen, chat, max_tokens, seed)
+    found = fit(measured, targets, config, seed)
+    _show(console, Measured.joined(measured), config, found)
+    if output is not None:
+        try:
+            output.write_text(preset_text(found, config, Path(path).name), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"can't write {output}: {error.strerror}") from None
+        console.print(f"Wrote {output}. Serve with it: vllm serve {model} --sampler entropix --sampler-config {output}")
+    if svg is not None:
+        console.save_svg(str(svg), title="vllm-entropix calibrate")
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--engine isn't valid JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise ConfigError(f"--engine should be a JSON object of LLM's arguments, not {text}")
+    return arguments
+
+
+def _start(console: Console, model: str, base: str, seed: int, arguments: dict[str, Any]) -> LLM:
+    # Must be set before vLLM is imported.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    with console.status(f"Starting vLLM with {Path(model).name} ..."):
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ConfigError(f"vLLM can't be imported ({error}); install vllm-entropix[cuda] or vllm-entropix[cpu]") from None
+        # Drawn with the base parameters alone, so that the texts don't depend on thresholds that are yet to be found. Regimes
+        # take only the logits' metrics.
+        settings = {
+            "preset": base,
+            "regimes": False,
+            "attention": {"enabled": False},
+            "trace": {"alternatives": 0},
+            "prometheus": False,
+        }
+        import torch
+
+        ours: dict[str, Any] = {"seed": seed, "disable_log_stats": True, "additional_config": {"entropix": settings}}
+        if not torch.cuda.is_available():
+            ours["kv_cache_memory_bytes"] = 1 << 30
+        return LLM(model, **{**ours, **arguments})
+
+
+def _measure(llm: LLM, prompts: list[Prompt], chat: bool, max_tokens: int, seed: int) -> list[Measured]:
+    """Run all prompts; entropies of the answers' tokens."""
+    from vllm import SamplingParams
+
+    from vllm_entropix.observability.calibration import Measured
+
+    tokenizer = llm.get_tokenizer()
+    engine = llm.llm_engine
+    room = llm.model_config.max_model_len
+    for number, prompt in enumerate(prompts):
+        messages = prompt.messages
+        if prompt.text is not None and chat:
+            messages = [{"role": "user", "content": prompt.text}]
+        if messages is None:
+            ids = list(tokenizer.encode(prompt.text))
+        else:
+            ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+        if len(ids) >= room:
+            raise ConfigError(f"the prompt {prompt.name!r} has {len(ids)} tokens, but the model takes {room} with the answer")
+        params = SamplingParams(max_tokens=max_tokens, seed=seed + number, extra_args={"entropix_trace": "on"})
+        engine.add_request(str(number), {"prompt_token_ids": ids}, params)
+    found: dict[int, Measured] = {}
+    entropy, varentropy = FIELDS.index("entropy"), FIELDS.index("varentropy")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        task = progress.add_task("prompts", total=len(prompts))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                [trace] = traces(output)
+                if trace is not None:
+                    values = trace.values().astype(np.float64)
+                    finite = np.isfinite(values[:, [entropy, varentropy]]).all(1)
+                    found[int(output.request_id)] = Measured(values[finite, entropy], values[finite, varentropy])
+                progress.advance(task)
+    return [found[number] for number in sorted(found)]
+
+
+def _show(console: Console, measured: Measured, base: EntropixConfig, found: Calibration) -> None:
+    console.print(_quantiles(measured))
+    console.print()
+    console.print(_plane(measured, base.model_copy(update={"thresholds": found.thresholds})))
+    console.print()
+    console.print(_shares_table(found))
+    console.print()
+    console.print(_thresholds_table(base, found))
+
+
+def _quantiles(measured: Measured) -> Table:
+    table = Table(title=f"Next-token distributions of {len(measured)} tokens", title_justify="left", title_style="bold")
+    table.add_column("share of tokens below")
+    for quantile in _QUANTILES:
+        table.add_column(f"{quantile:.0%}", justify="right")
+    for name, values in (("entropy, bits", measured.entropy), ("varentropy, bits²", measured.varentropy)):
+        table.add_row(name, *(f"{value:.3g}" for value in np.quantile(values, _QUANTILES)))
+    return table
+
+
+def _plane(measured: Measured, config: EntropixConfig) -> Text:
+    """The tokens in the entropy × varentropy plane, on logarithmic axes: density as shade, regime as colour."""
+    from vllm_entropix.observability.calibration import Measured, regimes_of
+
+    def edges(values: np.ndarray, cells: int) -> np.ndarray:
+        largest = max(float(values.max()), 10 * _SMALLEST)
+        return np.geomspace(_SMALLEST, 1.05 * largest, cells + 1)
+
+    across, up = edges(measured.entropy, _COLUMNS), edges(measured.varentropy, _ROWS)
+    counts, _, _ = np.histogram2d(
+        np.maximum(measured.varentropy, up[0]), np.maximum(measured.entropy, across[0]), bins=(up, across)
+    )
+    centre_across, centre_up = np.sqrt(across[1:] * across[:-1]), np.sqrt(up[1:] * up[:-1])
+    grid = Measured(np.tile(centre_across, _ROWS), np.repeat(centre_up, _COLUMNS))
+    regimes = regimes_of(grid, config).reshape(_ROWS, _COLUMNS)
+    shades = np.ceil(np.log1p(counts) / max(math.log1p(counts.max()), 1e-9) * (len(_SHADES) - 1)).astype(int)
+    text = Text("Tokens by entropy (→) and varentropy (↑), logarithmic; colours are the proposed regimes\n", style="bold")
+    for row in reversed(range(_ROWS)):
+        label = f"{up[row + 1]:8.3g} " if (row - _ROWS + 1) % 4 == 0 or row == 0 else " " * 9
+        text.append(f"{label}│", style="not bold dim")
+        for column in range(_COLUMNS):
+            shade, style = int(shades[row, column]), STYLES[REGIMES[regimes[row, column]]]
+            # An empty cell still tells whose it is.
+            text.append(_SHADES[shade] if shade else "╌", style=f"not bold {style.split()[-1]}{'' if shade else ' dim'}")
+        text.append("\n")
+    ticks = "".join(f"{across[column]:<16.3g}" for column in range(0, _COLUMNS, 16))
+    text.append(f"{' ' * 9}└{'─' * _COLUMNS}\n{' ' * 10}{ticks}\n{' ' * 10}", style="not bold dim")
+    for regime in REGIMES:
+        text.append(f"{regime} ", style=f"not bold {STYLES[regime].split()[-1]}")
+        text.append(f"{MEANINGS[regime]}   ", style="not bold dim")
+    return text
+
+
+def _shares_table(found: Calibration) -> Table:
+    table = Table(title="Share of tokens by regime, under the proposal", title_justify="left", title_style="bold")
+    table.add_column("regime")
+    for header in ("asked for", f"fitting half\n{found.tokens[0]} tokens", f"checking half\n{found.tokens[1]} tokens", "95 %"):
+        table.add_column(header, justify="right")
+    for regime in REGIMES:
+        check = found.checking[regime]
+        table.add_row(
+            Text(regime, style=STYLES[regime]),
+            f"{found.targets[regime]:.1%}",
+            f"{found.fitting[regime].value:.1%}",
+            f"{check.value:.1%}",
+            f"{check.low:.1%} to {check.high:.1%}",
+        )
+    return table
+
+
+def _thresholds_table(base: EntropixConfig, found: Calibration) -> Table:
+    table = Table(title="Thresholds", title_justify="left", title_style="bold")
+    table.add_column("setting")
+    table.add_column(base.preset_name, justify="right")
+    table.add_column("proposed", justify="right")
+    before = base.thresholds.model_dump()
+    for regime, borders in found.thresholds.model_dump().items():
+        for name, value in borders.items():
+            table.add_row(f"thresholds.{regime}.{name}", f"{before[regime][name]:g}", f"{value:g}", style=None)
+    return table

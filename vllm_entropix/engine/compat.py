@@ -61,6 +61,21 @@ class Patch:
         """Apply now if the module is loaded, otherwise as soon as it is."""
         wrapt.register_post_import_hook(self._apply, self.module)
 
+    def missing(self) -> str | None:
+        """Why the patch isn't in place, in a few words; None if it is. Imports the module."""
+        try:
+            module = importlib.import_module(self.module)
+        except ImportError as error:
+            return f"{self.module} can't be imported: {error}"
+        for name in self.owners or (None,):
+            owner = module if name is None else getattr(module, name, None)
+            target = getattr(owner, self.attribute, None)
+            if target is None:
+                return f"{self.module} has no such function"
+            if not getattr(target, _SENTINEL, False):
+                return "vLLM's own function is in place; another plugin may have put it back"
+        return None
+
     def _apply(self, module: Any) -> None:
         for owner in [getattr(module, name, None) for name in self.owners] if self.owners else [module]:
             static = inspect.getattr_static(owner, self.attribute, None)

@@ -1,4 +1,4 @@
-"""``vllm-entropix``: demo, presets."""
+"""``vllm-entropix`` and its commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vllm_entropix._version import __version__
-from vllm_entropix.cli import calibrate, demo, export, presets, report, whatif
+from vllm_entropix.cli import calibrate, demo, doctor, export, presets, report, schema, whatif
 from vllm_entropix.config import ConfigError
 from vllm_entropix.observability.tracefile import TraceFileError
 
@@ -21,10 +21,12 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
+app.command("doctor")(doctor.doctor)
 app.command("presets")(presets.presets)
 app.command("report")(report.report)
 app.command("whatif")(whatif.whatif)
 app.command("export")(export.export)
+app.command("schema")(schema.schema)
 
 
 def _version(value: bool) -> None:

@@ -1,0 +1,39 @@
+"""``vllm-entropix schema``: the formats of traces, as JSON schemas."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+
+from vllm_entropix.observability.schema import ChoiceTrace
+from vllm_entropix.observability.tracefile import TraceLine
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+class Format(StrEnum):
+    """Where a trace is found."""
+
+    HTTP = "http"
+    FILE = "file"
+
+
+_MODELS: dict[Format, type[BaseModel]] = {Format.HTTP: ChoiceTrace, Format.FILE: TraceLine}
+
+
+def schema_text(kind: Format) -> str:
+    """The schema of a format, as it lies in ``docs/``."""
+    return json.dumps({"$schema": _DIALECT, **_MODELS[kind].model_json_schema()}, indent=2, ensure_ascii=False)
+
+
+def schema(
+    kind: Annotated[
+        Format, typer.Argument(help="http: `entropix` in a choice of a response or chunk; file: a line of a trace file.")
+    ] = Format.HTTP,
+) -> None:
+    """Print the JSON schema of a trace."""
+    typer.echo(schema_text(kind))

@@ -1,0 +1,215 @@
+"""Traces on disk of real engines: offline, over HTTP, on a disk that is full."""
+
+import concurrent.futures
+import resource
+import stat
+import sys
+import time
+import tracemalloc
+import urllib.request
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.dashboards import metric_names
+from tests.support.engine import close_engine, engine, generate, scheduler_of
+from tests.support.server import generate_in_process, serve
+from vllm_entropix.cli.demo import shipped_model
+from vllm_entropix.client import ASK, StreamTraces
+from vllm_entropix.config import ConfigError
+from vllm_entropix.observability import disk
+from vllm_entropix.observability.trace import FIELDS
+from vllm_entropix.observability.tracefile import prompt_hash, read_traces
+
+pytestmark = pytest.mark.engine
+
+TRACED = {"entropix_trace": "on"}
+
+
+def written(path):
+    """Lines of a file, once everything that finished has been written."""
+    for writer in disk.writers():
+        writer.flush()
+    return list(read_traces(path))
+
+
+@pytest.fixture(scope="module")
+def traced(tiny, tmp_path_factory):
+    """An engine that writes traces, and where."""
+    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    return engine(tiny, sampler="entropix", sampler_config={"trace": {"path": str(path), "max_tokens": 20}}), path
+
+
+def test_a_line_per_traced_sequence(traced):
+    from vllm import SamplingParams
+
+    llm, path = traced
+    shared = {"max_tokens": 8, "ignore_eos": True, "seed": 3}
+    params = [
+        SamplingParams(**shared, extra_args=TRACED),
+        SamplingParams(**shared),
+        SamplingParams(**shared, n=2, extra_args={**TRACED, "entropix_preset": "torch-2024-10"}),
+        SamplingParams(**{**shared, "max_tokens": 30}, extra_args=TRACED),
+        SamplingParams(**shared, detokenize=False, extra_args=TRACED),
+    ]
+    outputs = generate(llm, ["The quick brown fox", "a", "0123", "long", "no texts"], params)
+    lines = {(line.request_id, line.index): line for line in written(path)}
+    sequences = [(output, completion) for number, output in enumerate(outputs) if number != 1 for completion in output.outputs]
+    assert set(lines) == {(output.request_id, completion.index) for output, completion in sequences}
+    for output, completion in sequences:
+        line = lines[output.request_id, completion.index]
+        assert line.token_ids == list(completion.token_ids)
+        assert line.finish_reason == completion.finish_reason == "length"
+        assert line.prompt_hash == prompt_hash(output.prompt_token_ids)
+        assert line.prompt_tokens == len(output.prompt_token_ids)
+        assert [entry.model_dump() for entry in line.records] == [
+            {**record.to_dict(), "token_id": token, "alternatives": list(record.alternatives)}
+            for token, record in zip(completion.token_ids, completion.entropix_trace, strict=False)
+        ]
+        if output is not outputs[4]:
+            # vLLM keeps the bytes of an unfinished character back.
+            assert "".join(line.texts).removesuffix("\ufffd") == completion.text
+    assert lines[outputs[2].request_id, 1].preset == "torch-2024-10"
+    assert lines[outputs[2].request_id, 1].thresholds.helv.entropy_above == 3.0
+    assert lines[outputs[0].request_id, 0].preset == "jax-2024-10"
+    assert lines[outputs[3].request_id, 0].not_kept == 10
+    assert set(lines[outputs[4].request_id, 0].texts) == {""}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_full_disk_doesnt_stop_the_engine(traced):
+    from vllm import SamplingParams
+
+    llm, path = traced
+    before = len(written(path))
+    [writer] = [writer for writer in disk.writers() if writer.path == path]
+    params = SamplingParams(max_tokens=8, ignore_eos=True, extra_args=TRACED)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+        [output] = generate(llm, ["a"], [params])
+        writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(output.outputs[0].entropix_trace) == 8
+    assert writer.dropped == 1
+    generate(llm, ["b"], [params])
+    assert len(written(path)) == before + 1
+
+
+def test_a_client_cant_say_where(traced):
+    from vllm import SamplingParams
+
+    llm, _ = traced
+    for settings, named in (
+        ({"entropix_trace_path": "/tmp/elsewhere"}, "entropix_trace_path"),
+        ({"kv_transfer_params": {"entropix_written": {"trace": {"path": "/tmp/elsewhere"}}}}, "entropix_written"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            generate(llm, ["a"], [SamplingParams(max_tokens=2, extra_args={**TRACED, **settings})])
+
+
+def test_memory_per_traced_token(traced):
+    """Records stay bytes: what thousands of traced outputs hold grows by the size of a record per token."""
+    from vllm import SamplingParams
+
+    llm, _ = traced
+    params = SamplingParams(max_tokens=16, ignore_eos=True, seed=1, extra_args=TRACED)
+
+    def held(requests):
+        tracemalloc.start()
+        outputs = generate(llm, ["abc"] * requests, [params] * requests)
+        taken = sum(sys.getsizeof(output.outputs[0].entropix_trace._data) for output in outputs)
+        tracemalloc.stop()
+        return taken / (16 * requests)
+
+    record = 4 * (len(FIELDS) + 2 * 5)
+    assert record <= held(200) <= 1.5 * record
+    # Nothing of requests that ended stays in the engine.
+    assert len(scheduler_of(llm)._entropix_sent) <= 200
+    generate(llm, ["abc"], [SamplingParams(max_tokens=2)])
+    assert len(scheduler_of(llm)._entropix_sent) == 0
+
+
+def test_traces_that_wait_are_written_when_the_process_ends(tiny, tmp_path):
+    close_engine()
+    path = tmp_path / "traces.jsonl"
+    requests = [["The quick brown fox", {"max_tokens": 5, "ignore_eos": True}]] * 3
+    arguments = {"additional_config": {"entropix": {"trace": {"path": str(path), "default": True}}}}
+    results = generate_in_process(tiny, arguments, requests, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert [line.token_ids for line in read_traces(path)] == [result["token_ids"] for result in results]
+
+
+def test_a_path_that_cant_be_written_is_refused_before_the_engine_starts(tiny):
+    with pytest.raises(ConfigError, match=r"^traces can't be written to trace.path /nowhere/traces.jsonl: No such file"):
+        engine(tiny, sampler="entropix", sampler_config={"trace": {"path": "/nowhere/traces.jsonl"}})
+
+
+def metrics(url):
+    """Samples on /metrics, by name and labels."""
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture(scope="module")
+def two_servers(tmp_path_factory):
+    """Two API servers in front of one engine, and the folder of their traces."""
+    close_engine()
+    folder = tmp_path_factory.mktemp("servers")
+    (folder / "traces").mkdir()
+    config = f'{{"trace": {{"path": "{folder}/traces/traces.jsonl", "default": true}}}}'
+    arguments = ["--served-model-name", "demo", "--max-model-len", "512", "--enforce-eager", "--dtype", "float32"]
+    arguments += ["--kv-cache-memory-bytes", str(1 << 28), "--api-server-count", "2"]
+    arguments += ["--sampler", "entropix", "--sampler-config", config]
+    with serve(shipped_model(), folder / "log", *arguments) as url:
+        yield url, folder / "traces"
+
+
+def test_two_api_servers_count_and_write_what_their_traces_say(two_servers):
+    url, folder = two_servers
+
+    def one(index):
+        # A client each, so that connections spread over both servers.
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        traces = StreamTraces()
+        ask = {"model": "demo", "prompt": f"What is in the sealed box? {index}", "max_tokens": 20, "seed": index}
+        for chunk in client.completions.create(**ask, stream=True, extra_body=ASK):
+            traces.add(chunk)
+        return traces[0].tokens
+
+    before = metrics(url)
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        traces = list(pool.map(one, range(48)))
+    entries = [entry for tokens in traces for entry in tokens]
+    time.sleep(1.5)  # written and counted a few times a second
+    after = metrics(url)
+
+    def grown(*name):
+        return after[name] - before.get(name, 0)
+
+    for regime in ("LELV", "HELV", "LEHV", "HEHV", "ADAPTIVE"):
+        assert grown("entropix_tokens_total", regime) == sum(entry.regime == regime for entry in entries), regime
+    assert grown("entropix_entropy_bits_count") == len(entries)
+    assert grown("entropix_entropy_bits_sum") == pytest.approx(sum(entry.entropy for entry in entries), rel=1e-4)
+    assert grown("entropix_attention_entropy_bits_count") == len(entries)
+    assert grown("entropix_requests_total", "jax-2024-10") == 48
+    assert grown("entropix_trace_lines_written_total") == 48
+    assert after["entropix_trace_lines_dropped_total",] == 0
+    lines = [line for path in sorted(folder.iterdir()) for line in read_traces(path)]
+    assert sorted(line.token_ids for line in lines) == sorted([entry.token_id for entry in tokens] for tokens in traces)
+    assert {line.model for line in lines} == {"demo"}
+    # Both served, each into its own file.
+    assert [path.name for path in sorted(folder.iterdir()) if path.stat().st_size] == ["traces-1.jsonl", "traces.jsonl"]
+
+
+def test_every_metric_of_the_dashboard_and_the_alerts_is_exported(two_servers):
+    url, _ = two_servers
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client.completions.create(model="demo", prompt="a", max_tokens=3)
+    time.sleep(0.6)  # counted a few times a second
+    assert metric_names() - {name for name, *_ in metrics(url)} == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from statistics import fmean
 from rich.table import Table
 from rich.text import Text
 
+from vllm_entropix.observability.schema import TokenEntry
 from vllm_entropix.observability.trace import REGIMES, TokenRecord
 
 # Colours that differ in lightness as well as in hue, for the colour-blind and for terminals with few colours.
@@ -36,14 +38,23 @@ class TracedText:
 
     name: str
     texts: Sequence[str]
-    records: Sequence[TokenRecord]
+    records: Sequence[TokenRecord | TokenEntry]
+
+
+# Control characters (but tabs and line feeds) and marks that turn the direction of what follows: they'd reach beyond the text.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal but stand there: control characters are spelled out as ``<U+001B>``."""
+    return _CONTROLS.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
 
 
 def coloured(sequence: TracedText) -> Text:
     """The text with each token in the colour of its regime; forced tokens stand out."""
     text = Text()
     for piece, record in zip(sequence.texts, sequence.records, strict=False):
-        text.append(piece, style=FORCED_STYLE if record.forced else STYLES[record.regime])
+        text.append(printable(piece), style=FORCED_STYLE if record.forced else STYLES[record.regime])
     return text
 
 
@@ -87,7 +98,7 @@ def summary_table(sequences: Sequence[TracedText], narrow: bool = False) -> Tabl
         records = sequence.records
         counts = Counter(record.regime for record in records)
         table.add_row(
-            sequence.name,
+            Text(printable(sequence.name)),
             str(len(records)),
             *(str(counts[regime]) if counts[regime] else "·" for regime in REGIMES),
             *(_mean(getattr(record, metric) for record in records) for metric in metrics.values()),

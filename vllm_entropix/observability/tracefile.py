@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -108,10 +108,14 @@ def write_traces(file: TextIO, lines: Iterable[TraceLine]) -> None:
         file.write(line.model_dump_json() + "\n")
 
 
-def read_traces(path: str | Path) -> Iterator[TraceLine]:
+def read_traces(path: str | Path, progress: Callable[[int], object] | None = None) -> Iterator[TraceLine]:
     """The lines of a file of traces, one after the other.
 
     A last line that is cut short, as when a server is writing it at this moment, is left out with a warning.
+
+    Args:
+        path: of the file.
+        progress: told how many bytes have been read, after each line.
 
     Raises:
         TraceFileError: the file can't be read, or a line isn't a trace of a version that this release knows.
@@ -135,5 +139,7 @@ def read_traces(path: str | Path) -> Iterator[TraceLine]:
                     known = f"this release reads version {VERSION}"
                     raise TraceFileError(f"{path}, line {number}: version {line.version} of the trace format; {known}")
                 yield line
+                if progress is not None:
+                    progress(file.tell())
     except OSError as error:
         raise TraceFileError(f"can't read {path}: {error.strerror or error}") from None

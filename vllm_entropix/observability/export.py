@@ -1,0 +1,127 @@
+"""Traces as tables: one row per token, for pandas, Parquet and CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_entropix.config import ConfigError
+from vllm_entropix.observability.schema import TokenEntry
+from vllm_entropix.observability.trace import REGIMES, traces
+from vllm_entropix.observability.tracefile import TraceLine, read_traces
+
+if TYPE_CHECKING:
+    import pandas
+
+# Columns of a table, in order: of the sequence, of the token; then the metrics and parameters of TokenEntry.
+SEQUENCE_COLUMNS = ("request_id", "index", "model", "preset", "fidelity", "prompt_hash", "prompt_tokens")
+TOKEN_COLUMNS = ("position", "token_id", "text")
+_ENTRY_COLUMNS = tuple(name for name in TokenEntry.model_fields if name not in ("token_id", "alternatives"))
+COLUMNS = (*SEQUENCE_COLUMNS, *TOKEN_COLUMNS, *_ENTRY_COLUMNS, "alternative_ids", "alternative_probabilities")
+# What is repeated over and over is stored once.
+_CATEGORIES = ("request_id", "model", "preset", "fidelity", "prompt_hash", "regime")
+# Sequences that are held as Python objects at a time.
+_CHUNK = 64
+
+
+def to_pandas(source: str | Path | TraceLine | Iterable[Any]) -> pandas.DataFrame:
+    """A DataFrame with a row per traced token (columns: COLUMNS).
+
+    Metrics that weren't measured are NaN. Of vLLM's outputs, which know neither model nor settings nor the tokens' texts, those
+    columns are empty; outputs without a trace give no rows.
+
+    Args:
+        source: a file of traces, lines of one, or RequestOutputs of ``LLM.generate``.
+
+    Raises:
+        ConfigError: pandas isn't installed.
+        TraceFileError: see ``read_traces``.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ConfigError(f"to_pandas needs pandas ({error}); install vllm-entropix[report]") from None
+    frames = []
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    for number, rows in enumerate(_sequences(source), 1):
+        for row in rows:
+            for name, values in columns.items():
+                values.append(row[name])
+        if number % _CHUNK == 0:
+            frames.append(_frame(pd, columns))
+            columns = {name: [] for name in COLUMNS}
+    frames.append(_frame(pd, columns))
+    table = pd.concat(frames, ignore_index=True)
+    for name in _CATEGORIES:
+        categories = list(REGIMES) if name == "regime" else None
+        table[name] = pd.Categorical(table[name], categories=categories)
+    return table
+
+
+def to_parquet(source: str | Path | TraceLine | Iterable[Any], path: str | Path) -> int:
+    """Write the table of :func:`to_pandas` as Parquet; returns the number of rows, errors as there and for pyarrow."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"Parquet needs pyarrow ({error}); install vllm-entropix[report]") from None
+    return _write(source, path, "to_parquet")
+
+
+def to_csv(source: str | Path | TraceLine | Iterable[Any], path: str | Path) -> int:
+    """Write the table of :func:`to_pandas` as CSV; returns the number of rows, errors as there."""
+    return _write(source, path, "to_csv")
+
+
+def _write(source: Any, path: str | Path, method: str) -> int:
+    table = to_pandas(source)
+    try:
+        getattr(table, method)(path, index=False)
+    except OSError as error:
+        raise ConfigError(f"can't write {path}: {error.strerror or error}") from None
+    return len(table)
+
+
+def _frame(pd: Any, columns: dict[str, list[Any]]) -> pandas.DataFrame:
+    frame = pd.DataFrame(columns)
+    for name in _ENTRY_COLUMNS:
+        kind = "bool" if name == "forced" else "int32" if name == "top_k" else "object" if name == "regime" else "float32"
+        frame[name] = frame[name].astype(kind)
+    return frame
+
+
+def _sequences(source: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    """The rows of each sequence."""
+    if isinstance(source, (str, Path)):
+        source = read_traces(source)
+    elif isinstance(source, TraceLine):
+        source = (source,)
+    for item in source:
+        if isinstance(item, TraceLine):
+            yield _rows({name: getattr(item, name) for name in SEQUENCE_COLUMNS}, item.token_ids, item.texts, item.records)
+            continue
+        for completion, trace in zip(item.outputs, traces(item), strict=True):
+            if trace is not None:
+                known = dict.fromkeys(SEQUENCE_COLUMNS) | {
+                    "request_id": item.request_id,
+                    "index": completion.index,
+                    "prompt_tokens": len(item.prompt_token_ids or ()),
+                }
+                ids = list(completion.token_ids)
+                entries = (TokenEntry.of(token, record) for token, record in zip(ids, trace, strict=False))
+                yield _rows(known, ids, [None] * len(ids), entries)
+
+
+def _rows(
+    known: dict[str, Any], ids: list[int], texts: list[str] | list[None], entries: Iterable[TokenEntry]
+) -> Iterator[dict[str, Any]]:
+    for position, (token, text, entry) in enumerate(zip(ids, texts, entries, strict=False)):
+        yield {
+            **known,
+            "position": position,
+            "token_id": token,
+            "text": text,
+            **{name: getattr(entry, name) for name in _ENTRY_COLUMNS},
+            "alternative_ids": [alternative for alternative, _ in entry.alternatives],
+            "alternative_probabilities": [p for _, p in entry.alternatives],
+        }

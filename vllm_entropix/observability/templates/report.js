@@ -1,0 +1,641 @@
+"use strict";
+// The page's data is only ever put on it as text (textContent), never as markup: it came from models and prompts.
+(() => {
+  const report = JSON.parse(document.getElementById("data").textContent);
+  const { sequences, files, regimes, metrics, parameters } = report;
+  const PAGE = 2000; // tokens shown at a time
+  const FLOOR = 1e-3; // where logarithmic axes begin; what is smaller stands at their edge
+  // A plane's axes run by one of these. Square roots leave room both for the corner of the sure and for the few that are lost.
+  const SCALES = { root: Math.sqrt, log: (value) => Math.log10(Math.max(value, FLOOR)), linear: (value) => value };
+  const TICKS = { root: [0, 0.1, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000], log: [0.001, 0.01, 0.1, 1, 10, 100, 1000] };
+  const SYMBOLS = ["circle", "diamond", "triangle-up", "x", "square"];
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const state = { first: 0, compare: files.length > 1 ? "auto" : "", tint: "regime", scale: "root", shown: new Set(["entropy", "varentropy", "attention_entropy"]) };
+  const byId = (id) => document.getElementById(id);
+  const number = new Intl.NumberFormat("en");
+
+  // --- small helpers -------------------------------------------------------------------------------------------------
+
+  function make(tag, properties = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(properties)) {
+      if (name in element) element[name] = value;
+      else element.setAttribute(name, value);
+    }
+    element.append(...children.filter((child) => child !== null));
+    return element;
+  }
+
+  // Control characters and marks that change the direction of what follows are shown by their code points instead.
+  const SIGNS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/;
+  const codePoint = (character) => "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+
+  /** The nodes that show a piece of text; `broken`: line breaks also break the line. */
+  function visible(text, broken = false) {
+    if (text === "") return [make("span", { className: "sign nothing" })];
+    const nodes = [];
+    for (const part of text.split(/(\n|[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff])/)) {
+      if (part === "\n") nodes.push(make("span", { className: "sign newline" }), ...(broken ? ["\n"] : []));
+      else if (SIGNS.test(part)) nodes.push(make("span", { className: "sign", textContent: codePoint(part) }));
+      else if (part) nodes.push(part);
+    }
+    return nodes;
+  }
+
+  const plain = (text) => text.replace(/\s+/g, " ");
+  const isNumber = (value) => value !== null && value !== undefined;
+  const shownNumber = (value) => {
+    if (!isNumber(value)) return "–";
+    if (value !== 0 && Math.abs(value) < 0.001) return value.toExponential(1);
+    return String(Number(value.toPrecision(4)));
+  };
+  const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1 %" : `${(share * 100).toFixed(1)} %`);
+  const sum = (values) => values.reduce((total, value) => total + value, 0);
+  const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const colour = (regime) => (dark.matches ? regimes[regime].dark : regimes[regime].light);
+
+  /** `share` of one #rrggbb on another. */
+  function mixed(top, bottom, share) {
+    const channel = (text, place) => parseInt(text.slice(place, place + 2), 16);
+    const parts = [1, 3, 5].map((place) => Math.round(channel(top, place) * share + channel(bottom, place) * (1 - share)));
+    return `rgb(${parts.join(",")})`;
+  }
+
+  async function inflated(packed) {
+    const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).json();
+  }
+
+  const unpacked = new Map(); // the few sequences looked at last
+  async function tokensOf(place) {
+    if (!unpacked.has(place)) {
+      if (unpacked.size > 7) unpacked.delete(unpacked.keys().next().value);
+      unpacked.set(place, await inflated(sequences[place].data));
+    }
+    return unpacked.get(place);
+  }
+
+  function shareBar(element, counts) {
+    const total = sum(counts) || 1;
+    element.replaceChildren(...counts.map((count, regime) => {
+      const part = make("i");
+      part.style.width = `${(count / total) * 100}%`;
+      part.style.background = `var(--${regimes[regime].name})`;
+      return part;
+    }));
+    element.setAttribute("aria-label", counts.map((count, regime) => `${regimes[regime].name} ${percent(count / total)}`).join(", "));
+    return element;
+  }
+
+  const together = (chosen) => regimes.map((_, regime) => sum(chosen.map((sequence) => sequence.counts[regime])));
+  // A sequence's number is named where its request has several.
+  const several = new Set(sequences.filter((sequence) => sequence.index > 0).map((sequence) => `${sequence.file} ${sequence.name}`));
+  const nameOf = (sequence) => sequence.name + (several.has(`${sequence.file} ${sequence.name}`) ? ` #${sequence.index}` : "");
+
+  // --- details of a token --------------------------------------------------------------------------------------------
+
+  const details = byId("details");
+
+  function showDetails(pane, token, box) {
+    const { data } = pane;
+    const known = token < data.regimes.length;
+    const forced = pane.forced.has(token);
+    const head = make("header", {}, make("bdi", {}, ...visible(data.texts[token] ?? "")), make("span", { textContent: `token ${number.format(token + 1)} · id ${data.ids[token]}` }));
+    details.replaceChildren(head);
+    if (!known) {
+      details.append(make("p", { textContent: "No record: it came after the server's cap." }));
+    } else {
+      const regime = regimes[data.regimes[token]];
+      const line = make("p", {}, make("b", { className: `tinted ${regime.name}`, textContent: regime.name }), ` ${regime.meaning}`);
+      if (forced) line.append(" · ", make("b", { className: "forced HELV", textContent: "forced" }), " clarification");
+      const lists = [metrics, parameters].map((group) => make("dl", {}, ...group.flatMap(({ field, name, unit }) => {
+        const value = shownNumber(data[field][token]);
+        return [make("dt", { textContent: name }), make("dd", { textContent: unit && value !== "–" ? `${value} ${unit}` : value })];
+      })));
+      details.append(line, make("div", { className: "values" }, ...lists));
+      const alternatives = data.alternatives[token];
+      if (alternatives.length) {
+        const rows = make("ol");
+        for (let place = 0; place < alternatives.length; place += 2) {
+          const [id, share] = [alternatives[place], alternatives[place + 1]];
+          const bar = make("i");
+          bar.style.width = `${share * 100}%`;
+          rows.append(make("li", { className: id === data.ids[token] ? "drawn" : "" }, make("bdi", {}, ...visible(data.alternativeTexts[id] ?? `id ${id}`)), bar, make("span", { textContent: percent(share) })));
+        }
+        details.append(make("h3", { textContent: "Most probable" }), rows);
+      }
+    }
+    details.hidden = false;
+    const { offsetWidth: width, offsetHeight: height } = details;
+    const left = Math.max(8, Math.min(box.left, innerWidth - width - 8));
+    const below = box.bottom + 8;
+    const top = below + height > innerHeight && box.top - height - 8 > 0 ? box.top - height - 8 : below;
+    details.style.left = `${left + scrollX}px`;
+    details.style.top = `${top + scrollY}px`;
+  }
+
+  const hideDetails = () => { details.hidden = true; };
+
+  // --- a sequence: its text, its plane, its metrics ------------------------------------------------------------------
+
+  class Pane {
+    constructor() {
+      this.title = make("h2");
+      this.chips = make("div", { className: "chips" });
+      this.bar = make("div", { className: "bar", role: "img" });
+      this.text = make("div", { className: "text", role: "listbox", "aria-label": "Tokens", "aria-orientation": "horizontal" });
+      this.previous = make("button", { type: "button", textContent: "‹ previous" });
+      this.next = make("button", { type: "button", textContent: "next ›" });
+      this.range = make("span");
+      this.pages = make("div", { className: "pages" }, this.previous, this.range, this.next);
+      this.plane = make("div", { className: "chart plane", role: "img" });
+      this.lines = make("div", { className: "chart lines", role: "img" });
+      this.toggles = make("div", { className: "toggles", role: "group", "aria-label": "Metrics along the sequence" });
+      this.element = make("section", { className: "pane" }, make("div", {}, this.title, this.chips), this.bar, this.text, this.pages,
+        make("div", { className: "charts" }, make("div", {}, make("h3", { textContent: "Entropy × varentropy" }), this.plane),
+          make("div", {}, make("h3", { textContent: "Along the sequence" }), this.toggles, this.lines)));
+      this.previous.onclick = () => this.turn(this.page - 1);
+      this.next.onclick = () => this.turn(this.page + 1);
+      this.text.onkeydown = (event) => this.key(event);
+      this.text.onpointerover = (event) => this.pointed(event.target.closest("bdi"));
+      this.text.onpointerleave = () => this.pointed(null);
+      this.text.onclick = (event) => event.target.closest("bdi")?.focus({ preventScroll: true });
+      this.text.addEventListener("focusin", (event) => this.focused(event.target.closest("bdi")));
+      this.text.addEventListener("focusout", () => { hideDetails(); this.mark(null); });
+    }
+
+    async show(place) {
+      this.sequence = sequences[place];
+      this.data = await tokensOf(place);
+      this.forced = new Set(this.data.forced);
+      this.differs = -1;
+      this.page = 0;
+      this.current = 0;
+      return this;
+    }
+
+    get start() { return this.page * PAGE; }
+    get stop() { return Math.min(this.data.texts.length, this.start + PAGE); }
+    /** The tokens on the page that have records. */
+    get places() { return Array.from({ length: Math.max(0, Math.min(this.stop, this.data.regimes.length) - this.start) }, (_, i) => this.start + i); }
+
+    drawHead() {
+      const { sequence } = this;
+      this.title.replaceChildren(make("bdi", {}, ...visible(nameOf(sequence))));
+      const facts = [
+        files.length > 1 ? files[sequence.file] : null,
+        sequence.model,
+        `${sequence.preset}, ${sequence.fidelity}`,
+        `${number.format(sequence.promptTokens)} + ${number.format(sequence.tokens)} tokens`,
+        sequence.finish && `ended: ${sequence.finish}`,
+        isNumber(sequence.entropy) ? `mean entropy ${shownNumber(sequence.entropy)} bits` : null,
+        sequence.forced ? `${number.format(sequence.forced)} forced` : null,
+        sequence.tokens > sequence.records ? `${number.format(sequence.tokens - sequence.records)} without a record` : null,
+        this.differs >= 0 ? `differs from token ${number.format(this.differs + 1)} on` : null,
+      ];
+      this.chips.replaceChildren(...facts.filter(Boolean).map((fact) => make("bdi", {}, ...visible(String(fact)))));
+      shareBar(this.bar, sequence.counts);
+      this.element.setAttribute("aria-label", plain(nameOf(sequence)));
+    }
+
+    drawText() {
+      const { data } = this;
+      const highest = state.highest || 1;
+      const nodes = [];
+      for (let token = this.start; token < this.stop; token++) {
+        const piece = make("bdi", { role: "option", tabIndex: token === this.current ? 0 : -1 }, ...visible(data.texts[token] ?? "", true));
+        piece.dataset.token = token;
+        const regime = data.regimes[token];
+        piece.className = regime === undefined ? "unknown" : `tinted ${regimes[regime].name}`;
+        if (this.forced.has(token)) piece.classList.add("forced");
+        if (token === this.differs) piece.classList.add("differs");
+        if (isNumber(data.entropy[token])) piece.style.setProperty("--e", Math.min(1, data.entropy[token] / highest).toFixed(3));
+        nodes.push(piece);
+      }
+      this.text.replaceChildren(...nodes);
+      // Every token is isolated, so their order is the container's: that of most of the letters.
+      const all = data.texts.slice(this.start, this.stop).join("");
+      const rightToLeft = (all.match(/[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/g) ?? []).length;
+      this.text.dir = rightToLeft * 2 > (all.match(/\p{L}/gu) ?? []).length ? "rtl" : "ltr";
+      this.text.className = `text by-${state.tint}`;
+      this.pages.hidden = data.texts.length <= PAGE;
+      this.pages.style.display = this.pages.hidden ? "none" : "";
+      this.range.textContent = `tokens ${number.format(this.start + 1)}–${number.format(this.stop)} of ${number.format(data.texts.length)}, here and below`;
+      this.previous.disabled = this.page === 0;
+      this.next.disabled = this.stop >= data.texts.length;
+    }
+
+    turn(page) {
+      this.page = Math.max(0, Math.min(page, Math.ceil(this.data.texts.length / PAGE) - 1));
+      this.current = this.start;
+      this.text.scrollTop = 0;
+      this.drawText();
+      this.drawCharts();
+    }
+
+    // --- linking ---
+
+    piece(token) { return this.text.querySelector(`bdi[data-token="${token}"]`); }
+
+    pointed(piece) {
+      if (piece) this.look(Number(piece.dataset.token), piece);
+      else if (this.text.contains(document.activeElement)) this.focused(document.activeElement.closest("bdi"));
+      else { hideDetails(); this.mark(null); }
+    }
+
+    focused(piece) {
+      if (!piece) return;
+      const token = Number(piece.dataset.token);
+      const before = this.piece(this.current);
+      if (before) { before.tabIndex = -1; before.removeAttribute("aria-selected"); before.removeAttribute("aria-describedby"); }
+      this.current = token;
+      piece.tabIndex = 0;
+      piece.setAttribute("aria-selected", "true");
+      piece.setAttribute("aria-describedby", "details");
+      this.look(token, piece);
+    }
+
+    look(token, piece, box = null) {
+      this.mark(token);
+      showDetails(this, token, box ?? piece.getClientRects()[0] ?? piece.getBoundingClientRect());
+    }
+
+    /** Mark a token in the text, on the plane and along the sequence; null: none. */
+    mark(token) {
+      if (this.marked === token) return;
+      this.text.querySelector("bdi.here")?.classList.remove("here");
+      this.marked = token;
+      if (token !== null) this.piece(token)?.classList.add("here");
+      if (this.waiting) return;
+      this.waiting = requestAnimationFrame(() => {
+        this.waiting = null;
+        const place = this.marked;
+        if (!this.plane.data || !this.lines.data) return;
+        const there = place !== null && place < this.data.regimes.length;
+        const dot = `shapes[${this.plane.layout.shapes.length - 1}]`;
+        const measured = there && isNumber(this.data.entropy[place]) && isNumber(this.data.varentropy[place]);
+        Plotly.relayout(this.plane, { [`${dot}.visible`]: measured, ...(measured ? { [`${dot}.xanchor`]: this.onAxis(this.data.entropy[place]), [`${dot}.yanchor`]: this.onAxis(this.data.varentropy[place]) } : {}) });
+        const at = "shapes[0]";
+        Plotly.relayout(this.lines, { [`${at}.visible`]: there, ...(there ? { [`${at}.x0`]: place + 1, [`${at}.x1`]: place + 1 } : {}) });
+      });
+    }
+
+    key(event) {
+      const last = this.data.texts.length - 1;
+      const forward = this.text.dir === "rtl" ? "ArrowLeft" : "ArrowRight";
+      const backward = this.text.dir === "rtl" ? "ArrowRight" : "ArrowLeft";
+      let token = this.current;
+      if (event.key === forward) token += 1;
+      else if (event.key === backward) token -= 1;
+      else if (event.key === "ArrowDown") token = this.inNextLine(1);
+      else if (event.key === "ArrowUp") token = this.inNextLine(-1);
+      else if (event.key === "Home") token = 0;
+      else if (event.key === "End") token = last;
+      else if (event.key === "PageDown") token += PAGE;
+      else if (event.key === "PageUp") token -= PAGE;
+      else if (event.key === "Escape") { hideDetails(); this.mark(null); return; }
+      else return;
+      event.preventDefault();
+      this.goTo(Math.max(0, Math.min(token, last)));
+    }
+
+    goTo(token) {
+      if (token < this.start || token >= this.stop) this.turn(Math.floor(token / PAGE));
+      const piece = this.piece(token);
+      piece.scrollIntoView({ block: "nearest" });
+      piece.focus({ preventScroll: true });
+    }
+
+    /** The token above or below the current one. */
+    inNextLine(step) {
+      const from = this.piece(this.current).getBoundingClientRect();
+      let [best, distance, line] = [this.current, Infinity, null];
+      for (let token = this.current + step; token >= this.start && token < this.stop; token += step) {
+        const box = this.piece(token).getBoundingClientRect();
+        if (Math.abs(box.top - from.top) < from.height / 2) continue;
+        line ??= box.top;
+        if (Math.abs(box.top - line) > from.height / 2) break;
+        const off = Math.abs(box.left - from.left);
+        if (off < distance) [best, distance] = [token, off];
+      }
+      return best;
+    }
+
+    // --- charts ---
+
+    onAxis(value) { return SCALES[state.scale](value); }
+
+    drawCharts() { this.drawPlane(); this.drawToggles(); this.drawLines(); this.marked = undefined; }
+
+    drawPlane() {
+      const { data } = this;
+      const card = variable("--card");
+      const borders = report.borders[this.sequence.borders];
+      const on = (value) => this.onAxis(value);
+      const [right, top] = [on(state.extent.entropy), on(state.extent.varentropy)];
+      const low = on(0) - 0.02 * (right - on(0));
+      const bottom = on(0) - 0.02 * (top - on(0));
+      const tintOf = (name) => colour(regimes.findIndex((regime) => regime.name === name));
+      const region = (name, from, to, above, below, textposition) => {
+        const [x0, x1] = [from === null ? low : on(from), to === null ? right : Math.min(on(to), right)];
+        const [y0, y1] = [above === null ? bottom : on(above), below === null ? top : Math.min(on(below), top)];
+        const tint = tintOf(name);
+        return {
+          type: "rect", layer: "below", x0, x1, y0, y1, visible: x1 > x0 && y1 > y0, fillcolor: mixed(tint, card, dark.matches ? 0.2 : 0.13),
+          line: { color: mixed(tint, card, 0.55), width: 1 }, label: { text: textposition ? name : "", textposition, font: { size: 11, color: tint }, padding: 6 },
+        };
+      };
+      const { lelv, helv, lehv, hehv } = borders;
+      // The first match wins, so it is painted last.
+      const shapes = [
+        region("HEHV", hehv.entropy_above, null, hehv.varentropy_above, null, "top right"),
+        region("LEHV", null, lehv.entropy_below, lehv.varentropy_above, null, "top left"),
+        region("HELV", helv.entropy_above, null, null, helv.varentropy_below, "bottom right"),
+        region("LELV", null, lelv.entropy_below, null, lelv.varentropy_below, undefined),
+        {
+          type: "circle", xsizemode: "pixel", ysizemode: "pixel", xanchor: 1, yanchor: 1, x0: -8, x1: 8, y0: -8, y1: 8,
+          line: { color: variable("--ink"), width: 2.5 }, visible: false,
+        },
+      ];
+      // Beside its corner, which is small and full of dots.
+      const corner = { text: "LELV", x: on(lelv.entropy_below), y: on(lelv.varentropy_below), xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: tintOf("LELV") } };
+      const traces = regimes.map((regime, place) => {
+        const tokens = this.places.filter((token) => data.regimes[token] === place && isNumber(data.entropy[token]) && isNumber(data.varentropy[token]));
+        return {
+          type: "scatter", mode: "markers", name: regime.name, x: tokens.map((token) => this.onAxis(data.entropy[token])),
+          y: tokens.map((token) => this.onAxis(data.varentropy[token])), customdata: tokens, hoverinfo: "none",
+          marker: { color: colour(place), symbol: SYMBOLS[place], size: 7, opacity: 0.8, line: { width: 0.6, color: card } },
+        };
+      });
+      const axis = (title, begin, end) => {
+        const ticks = (TICKS[state.scale] ?? []).filter((value) => on(value) <= end);
+        const spaced = ticks.filter((value, place) => place === 0 || state.scale === "log" || on(value) - on(ticks[place - 1]) > (end - begin) * 0.035);
+        return { ...this.axis(), title: { text: title, standoff: 8 }, range: [begin, end], ...(ticks.length ? { tickvals: spaced.map(on), ticktext: spaced.map(String) } : {}) };
+      };
+      const adaptive = colour(regimes.length - 1);
+      this.draw(this.plane, traces, {
+        ...this.layout(410), margin: { l: 54, r: 8, t: 8, b: 42 }, shapes, annotations: [corner], hovermode: "closest", plot_bgcolor: mixed(adaptive, card, 0.05),
+        xaxis: axis("entropy, bits", low, right), yaxis: axis("varentropy, bits²", bottom, top),
+      });
+      this.plane.setAttribute("aria-label", `Entropy and varentropy of ${this.places.length} tokens, with the borders of the regimes`);
+    }
+
+    drawToggles() {
+      this.toggles.replaceChildren(...[...metrics, ...parameters].map(({ field, name, description }) => {
+        const button = make("button", { type: "button", textContent: name, title: description, "aria-pressed": state.shown.has(field) });
+        button.onclick = () => {
+          if (state.shown.has(field)) { if (state.shown.size > 1) state.shown.delete(field); } else state.shown.add(field);
+          for (const pane of panes) { pane.drawToggles(); pane.drawLines(); }
+          [...this.toggles.children].find((other) => other.textContent === name).focus();
+        };
+        return button;
+      }));
+    }
+
+    drawLines() {
+      const { data, places } = this;
+      const rows = [...metrics, ...parameters].filter(({ field }) => state.shown.has(field));
+      const layout = {
+        ...this.layout(Math.max(300, 40 + rows.length * 92)), margin: { l: 46, r: 8, t: 18, b: 44 }, hovermode: "x", annotations: [],
+        shapes: [{ type: "line", xref: "x", yref: "paper", x0: 1, x1: 1, y0: 0, y1: 1, line: { color: variable("--ink"), width: 1.5 }, visible: false }],
+      };
+      const gap = rows.length > 1 ? 0.26 / rows.length : 0;
+      const height = (1 - gap * (rows.length - 1)) / rows.length;
+      const x = places.map((token) => token + 1);
+      const colours = places.map((token) => colour(data.regimes[token]));
+      const symbols = places.map((token) => SYMBOLS[data.regimes[token]]);
+      const traces = rows.map(({ field, name, unit }, row) => {
+        const top = 1 - row * (height + gap);
+        const suffix = row ? row + 1 : "";
+        layout[`yaxis${suffix}`] = { ...this.axis(), domain: [Math.max(0, top - height), top], rangemode: "tozero", nticks: 4, fixedrange: true, exponentformat: "none" };
+        layout.annotations.push({ text: unit ? `${name}, ${unit}` : name, xref: "paper", yref: "paper", x: 0, y: top, xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: variable("--soft") } });
+        return {
+          type: "scatter", mode: "lines+markers", x, y: places.map((token) => data[field][token]), yaxis: `y${suffix}`, customdata: places, hoverinfo: "none",
+          line: { color: variable("--soft"), width: 0.8 }, marker: { color: colours, symbol: symbols, size: places.length > 400 ? 3.5 : 5.5, opacity: 0.95 },
+        };
+      });
+      layout.xaxis = { ...this.axis(), title: { text: "token", standoff: 10 }, anchor: rows.length > 1 ? `y${rows.length}` : "y", range: [this.start + 0.2, this.start + Math.max(2, places.length) + 0.8] };
+      this.draw(this.lines, traces, layout);
+      this.lines.setAttribute("aria-label", `${rows.map((row) => row.name).join(", ")} of each token along the sequence`);
+      this.marked = undefined;
+    }
+
+    axis() {
+      const line = variable("--line");
+      return { gridcolor: line, linecolor: line, zerolinecolor: line, tickcolor: line, automargin: false };
+    }
+
+    layout(height) {
+      return {
+        height, autosize: true, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+        font: { family: variable("--sans"), size: 12, color: variable("--soft") }, dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+      };
+    }
+
+    draw(chart, traces, layout) {
+      const first = !chart.data;
+      Plotly.react(chart, traces, layout, { displayModeBar: false, responsive: true });
+      if (!first) return;
+      const at = (event) => {
+        const { clientX: x, clientY: y } = event.event;
+        return { left: x + 12, top: y - 6, bottom: y + 6 };
+      };
+      chart.on("plotly_hover", (event) => {
+        const token = event.points[0].customdata;
+        this.piece(token)?.scrollIntoView({ block: "nearest", container: "nearest" });
+        this.look(token, null, at(event));
+      });
+      chart.on("plotly_unhover", () => this.pointed(null));
+      chart.on("plotly_click", (event) => this.goTo(event.points[0].customdata));
+    }
+  }
+
+  // --- the page ------------------------------------------------------------------------------------------------------
+
+  let panes = [];
+  let turn = 0;
+
+  /** The sequence that is compared with the first; -1: none. */
+  function second() {
+    if (state.compare === "") return -1;
+    if (state.compare !== "auto") return Number(state.compare);
+    const { prompt, file, index } = sequences[state.first];
+    const same = sequences.map((_, place) => place).filter((place) => sequences[place].prompt === prompt && sequences[place].file !== file);
+    return same.find((place) => sequences[place].index === index) ?? same[0] ?? -1;
+  }
+
+  async function update() {
+    const mine = ++turn;
+    const other = second();
+    const places = other >= 0 && other !== state.first ? [state.first, other] : [state.first];
+    const shown = await Promise.all(places.map((place) => new Pane().show(place)));
+    if (mine !== turn) return; // something else was chosen meanwhile
+    hideDetails();
+    for (const chart of panes.flatMap((pane) => [pane.plane, pane.lines])) if (chart.data) Plotly.purge(chart);
+    panes = shown;
+    if (panes.length === 2 && panes[0].sequence.prompt === panes[1].sequence.prompt) {
+      const [left, right] = panes.map((pane) => pane.data.ids);
+      const place = left.findIndex((token, i) => token !== right[i]);
+      const differs = place >= 0 ? place : left.length < right.length ? left.length : -1;
+      for (const pane of panes) pane.differs = differs;
+    }
+    measure();
+    byId("panes").replaceChildren(...panes.map((pane) => pane.element));
+    byId("panes").classList.toggle("wide", panes.length === 1);
+    for (const pane of panes) { pane.drawHead(); pane.drawText(); }
+    drawLegend();
+    drawCompare(other);
+    await new Promise((painted) => requestAnimationFrame(() => setTimeout(painted)));
+    if (mine !== turn) return;
+    drawCharts();
+    document.documentElement.dataset.ready = Math.round(performance.now());
+  }
+
+  /** What the sequences beside each other share: the plane's size and the scale of the tint. */
+  function measure() {
+    const largest = (field) => panes.reduce((most, pane) => pane.data[field].reduce((high, value) => Math.max(high, value ?? 0), most), 0);
+    const border = (field) => Math.max(...panes.flatMap((pane) => Object.values(report.borders[pane.sequence.borders])).flatMap((part) => Object.entries(part)).filter(([name]) => name.startsWith(`${field}_`)).map(([, value]) => value));
+    state.extent = { entropy: Math.max(largest("entropy") * 1.15, border("entropy") * 1.6), varentropy: Math.max(largest("varentropy") * 1.3, border("varentropy") * 1.8) };
+    state.highest = Math.max(1, Math.ceil(largest("entropy")));
+  }
+
+  /** The charting library lies in the page as a text, so that what is to be read comes first. Its hash is in the page's policy. */
+  function loadCharting() {
+    const source = byId("plotly");
+    if (!source) return;
+    document.head.append(make("script", { textContent: source.textContent }));
+    source.remove();
+  }
+
+  function drawCharts() {
+    loadCharting();
+    for (const pane of panes) pane.drawCharts();
+    drawShares();
+  }
+
+  function drawShares() {
+    const rows = panes.map((pane, place) => [panes.length === 1 ? "shown above" : place ? "right" : "left", pane.sequence.counts]);
+    if (sequences.length > 1) {
+      if (files.length > 1) files.forEach((_, file) => rows.push([`all of file ${file + 1}`, together(sequences.filter((sequence) => sequence.file === file))]));
+      else rows.push([`all ${number.format(sequences.length)}`, together(sequences)]);
+    }
+    rows.reverse();
+    const card = variable("--card");
+    const traces = regimes.map((regime, place) => {
+      const shares = rows.map(([, counts]) => counts[place] / (sum(counts) || 1));
+      return {
+        type: "bar", orientation: "h", name: regime.name, y: rows.map(([name]) => name), x: shares.map((share) => share * 100),
+        text: shares.map((share) => (share >= 0.05 ? `${regime.name} ${percent(share)}` : "")), textposition: "inside", insidetextanchor: "middle", textangle: 0, constraintext: "inside",
+        insidetextfont: { color: dark.matches ? "#131417" : "#ffffff" },
+        customdata: rows.map(([, counts]) => [percent(counts[place] / (sum(counts) || 1)), number.format(counts[place])]),
+        hovertemplate: `${regime.name}: %{customdata[0]}, %{customdata[1]} tokens<extra></extra>`, marker: { color: colour(place), line: { color: card, width: 1 } },
+      };
+    });
+    const [pane] = panes;
+    Plotly.react(byId("shares"), traces, {
+      ...pane.layout(46 + rows.length * 34), dragmode: false, barmode: "stack", bargap: 0.25, margin: { l: 88, r: 24, t: 4, b: 26 },
+      xaxis: { ...pane.axis(), range: [0, 100], ticksuffix: " %", fixedrange: true }, yaxis: { ...pane.axis(), fixedrange: true, ticks: "" },
+    }, { displayModeBar: false, responsive: true });
+  }
+
+  function drawLegend() {
+    const parts = regimes.map((regime) => make("span", {}, make("b", { className: `tinted ${regime.name}`, textContent: regime.name }), regime.meaning));
+    parts.push(make("span", {}, make("b", { className: "forced HELV", textContent: "forced" }), "clarification"));
+    const scale = [make("span", { textContent: "0 bits" }), make("span", { className: "scale" }), make("span", { textContent: `${state.highest} bits of entropy` })];
+    byId("legend").className = `legend by-${state.tint}`;
+    byId("legend").replaceChildren(...(state.tint === "regime" ? parts : scale));
+  }
+
+  function drawCompare(other) {
+    const select = byId("compare");
+    const { prompt } = sequences[state.first];
+    const option = (place) => {
+      const sequence = sequences[place];
+      return make("option", { value: String(place), textContent: plain((files.length > 1 ? `${files[sequence.file]}: ` : "") + nameOf(sequence)) });
+    };
+    const others = sequences.map((_, place) => place).filter((place) => place !== state.first);
+    const same = others.filter((place) => sequences[place].prompt === prompt);
+    const different = others.filter((place) => sequences[place].prompt !== prompt);
+    const nothing = files.length > 1 ? [make("option", { value: "auto", textContent: "the same prompt in another file" })] : [];
+    select.replaceChildren(make("option", { value: "", textContent: "nothing" }), ...nothing,
+      ...(same.length ? [make("optgroup", { label: "same prompt" }, ...same.map(option))] : []),
+      ...(different.length ? [make("optgroup", { label: "other prompts" }, ...different.map(option))] : []));
+    select.value = state.compare === "auto" ? "auto" : other >= 0 && other !== state.first ? String(other) : "";
+  }
+
+  // --- the list ------------------------------------------------------------------------------------------------------
+
+  const list = byId("sequences");
+  let listed = [];
+
+  function drawList() {
+    const wanted = byId("filter").value.toLowerCase();
+    const order = byId("order").value;
+    listed = sequences.map((_, place) => place).filter((place) => `${nameOf(sequences[place])} ${sequences[place].snippet}`.toLowerCase().includes(wanted));
+    if (order !== "file") listed.sort((a, b) => (sequences[b][order] ?? 0) - (sequences[a][order] ?? 0));
+    const items = [];
+    let file = -1;
+    for (const place of listed) {
+      const sequence = sequences[place];
+      if (files.length > 1 && order === "file" && sequence.file !== file) {
+        file = sequence.file;
+        items.push(make("li", { className: "file", role: "presentation" }, make("bdi", {}, ...visible(`${file + 1} · ${files[file]}`))));
+      }
+      const item = make("li", { role: "option", id: `sequence-${place}` },
+        make("div", { className: "name" }, make("bdi", {}, ...visible(nameOf(sequence))), make("span", { textContent: number.format(sequence.tokens) })),
+        make("bdi", { className: "snippet" }, ...visible(plain(sequence.snippet))), shareBar(make("div", { className: "bar", role: "img" }), sequence.counts));
+      item.onclick = () => choose(place);
+      items.push(item);
+    }
+    if (!listed.length) items.push(make("li", { className: "empty", textContent: "No sequence matches." }));
+    list.replaceChildren(...items);
+    markChosen();
+  }
+
+  function markChosen() {
+    list.querySelector("[aria-selected]")?.removeAttribute("aria-selected");
+    const item = byId(`sequence-${state.first}`);
+    if (!item) { list.removeAttribute("aria-activedescendant"); return; }
+    item.setAttribute("aria-selected", "true");
+    list.setAttribute("aria-activedescendant", item.id);
+    const [box, frame] = [item.getBoundingClientRect(), list.getBoundingClientRect()];
+    if (box.top < frame.top + 30) list.scrollTop -= frame.top + 30 - box.top;
+    else if (box.bottom > frame.bottom) list.scrollTop += box.bottom - frame.bottom;
+  }
+
+  function choose(place) {
+    if (place === state.first) return;
+    state.first = place;
+    markChosen();
+    update();
+  }
+
+  list.onkeydown = (event) => {
+    const at = listed.indexOf(state.first);
+    const target = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: listed.length - 1, PageDown: at + 10, PageUp: at - 10 }[event.key];
+    if (target === undefined || !listed.length) return;
+    event.preventDefault();
+    choose(listed[Math.max(0, Math.min(target, listed.length - 1))]);
+  };
+  byId("filter").oninput = drawList;
+  byId("order").onchange = drawList;
+  byId("compare").onchange = (event) => { state.compare = event.target.value; update(); };
+  for (const input of document.querySelectorAll("input[name=tint]")) {
+    input.onchange = () => {
+      state.tint = input.value;
+      for (const pane of panes) pane.text.className = `text by-${state.tint}`;
+      drawLegend();
+    };
+  }
+  for (const input of document.querySelectorAll("input[name=scale]")) {
+    input.onchange = () => { state.scale = input.value; for (const pane of panes) { pane.drawPlane(); pane.marked = undefined; } };
+  }
+  dark.addEventListener("change", drawCharts);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideDetails(); });
+
+  const tokens = sum(sequences.map((sequence) => sequence.tokens));
+  byId("summary").replaceChildren(...visible(`${files.join(" · ")} — ${number.format(sequences.length)} ${sequences.length === 1 ? "sequence" : "sequences"}, ${number.format(tokens)} tokens`));
+  shareBar(byId("all-shares"), together(sequences));
+  drawList();
+  update();
+})();

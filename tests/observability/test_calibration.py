@@ -12,6 +12,7 @@ from vllm_entropix.observability.calibration import (
     DEFAULT_SHARES,
     Measured,
     calibrate,
+    doubts,
     parse_shares,
     preset_text,
     propose,
@@ -122,6 +123,24 @@ def test_intervals_know_that_tokens_of_a_prompt_are_alike():
 def test_too_little_is_refused(prompts, words):
     with pytest.raises(ConfigError, match=words):
         calibrate(prompts, DEFAULT_SHARES, EntropixConfig())
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ({}, []),
+        ({"LELV": 0.1}, ["LELV ends at", "larger share"]),
+        ({"LELV": 0.85, "LEHV": 0.02}, ["LELV reaches to", "smaller share"]),
+        ({"LELV": 0.1, "LEHV": 0.5, "HEHV": 0.2}, ["LEHV and HEHV begin at", "hardly fork"]),
+        ({"LELV": 0.05, "HELV": 0.8}, ["HELV gets", "no more such tokens"]),
+        ({"HELV": 0.001}, ["HELV rests on", "more prompts"]),
+    ],
+)
+def test_a_proposal_that_makes_little_sense_is_doubted(shares, words):
+    prompts = [distributions(60, seed) for seed in range(80)]
+    said = " ".join(doubts(calibrate(prompts, {**DEFAULT_SHARES, **shares}, EntropixConfig())))
+    assert [word for word in words if word not in said] == []
+    assert bool(said) == bool(words)
 
 
 def test_shares_as_users_write_them():

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _COLUMNS, _ROWS = 64, 18
-_SMALLEST = 1e-3  # where the picture's logarithmic axes begin
+_SMALLEST = 1e-6  # where the picture's logarithmic axes begin at the lowest
 _SHADES = " ·░▒▓█"
 
 
@@ -58,7 +58,7 @@ def calibrate(
     path = str(shipped_model()) if model == "demo" else model
     console = Console(record=svg is not None, width=110 if svg is not None else None)
     llm = _start(console, path, base, seed, arguments)
-    measured = _measure(llm, chosen, chat, max_tokens, seed)
+    measured = _measure(llm, chosen, chat, max_tokens)
     found = fit(measured, targets, config, seed)
     _show(console, Measured.joined(measured), config, found)
     if output is not None:
@@ -66,7 +66,8 @@ def calibrate(
             output.write_text(preset_text(found, config, Path(path).name), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"can't write {output}: {error.strerror}") from None
-        console.print(f"Wrote {output}. Serve with it: vllm serve {model} --sampler entropix --sampler-config {output}")
+        console.print(f"Wrote {output}. Serve with it:", soft_wrap=True)
+        console.print(f"  vllm serve {path} --sampler entropix --sampler-config {output}", soft_wrap=True, highlight=False)
     if svg is not None:
         console.save_svg(str(svg), title="vllm-entropix calibrate")
 
@@ -107,7 +108,7 @@ def _start(console: Console, model: str, base: str, seed: int, arguments: dict[s
         return LLM(model, **{**ours, **arguments})
 
 
-def _measure(llm: LLM, prompts: list[Prompt], chat: bool, max_tokens: int, seed: int) -> list[Measured]:
+def _measure(llm: LLM, prompts: list[Prompt], chat: bool, max_tokens: int) -> list[Measured]:
     """Run all prompts; entropies of the answers' tokens."""
     from vllm import SamplingParams
 
@@ -126,7 +127,8 @@ def _measure(llm: LLM, prompts: list[Prompt], chat: bool, max_tokens: int, seed:
             ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
         if len(ids) >= room:
             raise ConfigError(f"the prompt {prompt.name!r} has {len(ids)} tokens, but the model takes {room} with the answer")
-        params = SamplingParams(max_tokens=max_tokens, seed=seed + number, extra_args={"entropix_trace": "on"})
+        # The engine's seed, and none of its own: on a CPU vLLM can't cut a seeded request's prompt in pieces.
+        params = SamplingParams(max_tokens=max_tokens, extra_args={"entropix_trace": "on"})
         engine.add_request(str(number), {"prompt_token_ids": ids}, params)
     found: dict[int, Measured] = {}
     entropy, varentropy = FIELDS.index("entropy"), FIELDS.index("varentropy")
@@ -147,6 +149,8 @@ def _measure(llm: LLM, prompts: list[Prompt], chat: bool, max_tokens: int, seed:
 
 
 def _show(console: Console, measured: Measured, base: EntropixConfig, found: Calibration) -> None:
+    from vllm_entropix.observability.calibration import doubts
+
     console.print(_quantiles(measured))
     console.print()
     console.print(_plane(measured, base.model_copy(update={"thresholds": found.thresholds})))
@@ -154,6 +158,8 @@ def _show(console: Console, measured: Measured, base: EntropixConfig, found: Cal
     console.print(_shares_table(found))
     console.print()
     console.print(_thresholds_table(base, found))
+    for sentence in doubts(found):
+        console.print(Text(f"• {sentence}", style="yellow"))
 
 
 def _quantiles(measured: Measured) -> Table:
@@ -171,8 +177,8 @@ def _plane(measured: Measured, config: EntropixConfig) -> Text:
     from vllm_entropix.observability.calibration import Measured, regimes_of
 
     def edges(values: np.ndarray, cells: int) -> np.ndarray:
-        largest = max(float(values.max()), 10 * _SMALLEST)
-        return np.geomspace(_SMALLEST, 1.05 * largest, cells + 1)
+        smallest = max(float(np.quantile(values, 0.02)), _SMALLEST)
+        return np.geomspace(smallest, max(1.05 * float(values.max()), 10 * smallest), cells + 1)
 
     across, up = edges(measured.entropy, _COLUMNS), edges(measured.varentropy, _ROWS)
     counts, _, _ = np.histogram2d(

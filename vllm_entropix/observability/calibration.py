@@ -27,6 +27,8 @@ from vllm_entropix.sampling.regimes import classify
 DEFAULT_SHARES: Mapping[str, float] = {"LELV": 0.40, "HELV": 0.01, "LEHV": 0.08, "HEHV": 0.03}
 MIN_TOKENS = 200
 RESAMPLES = 1000
+# Borders and counts that are doubted: bits, bits, bits², tokens.
+_CERTAIN, _OPEN, _VARIED, _FEW = 0.01, 2.0, 1.0, 20
 # Of the tokens of lowest entropy, this part is LELV; the rest has too much varentropy.
 _SURE = 0.95
 _ALIKE = "the entropies of these tokens are too much alike to tell regimes apart; give more prompts, or other ones"
@@ -171,11 +173,11 @@ def propose(measured: Measured, shares: Mapping[str, float]) -> Thresholds:
     sure = min(number(shares["LELV"]), int(even.sum()))
     lelv_entropy = min(_after(entropy[even], min(round(sure / _SURE), int(even.sum()))), high_entropy)
     surest = varentropy[even & (entropy < lelv_entropy)]
-    lelv_varentropy = _after(surest, sure) if sure < len(surest) else high_varentropy
+    lelv_varentropy = min(_after(surest, sure), high_varentropy) if sure < len(surest) else high_varentropy
 
     lost = varentropy[even & (entropy > high_entropy)]
     wanted = number(shares["HELV"])
-    helv_varentropy = _after(lost, wanted) if wanted < len(lost) else high_varentropy
+    helv_varentropy = min(_after(lost, wanted), high_varentropy) if wanted < len(lost) else high_varentropy
     return Thresholds.model_validate(
         {
             "lelv": {"entropy_below": lelv_entropy, "varentropy_below": lelv_varentropy},
@@ -184,6 +186,36 @@ def propose(measured: Measured, shares: Mapping[str, float]) -> Thresholds:
             "hehv": {"entropy_above": high_entropy, "varentropy_above": high_varentropy},
         }
     )
+
+
+def doubts(found: Calibration) -> list[str]:
+    """What speaks against a proposal, in sentences: shares can be asked for that make no sense for a model."""
+    borders = found.thresholds
+    said = []
+    if borders.lelv.entropy_below < _CERTAIN:
+        said.append(
+            f"LELV ends at {borders.lelv.entropy_below:.2g} bits, and tokens beyond are as good as certain, too: "
+            "ask for a larger share of LELV."
+        )
+    elif borders.lelv.entropy_below > _OPEN:
+        said.append(
+            f"LELV reaches to {borders.lelv.entropy_below:.2g} bits, where the most probable token is one of many: "
+            "ask for a smaller share of LELV."
+        )
+    if borders.hehv.varentropy_above < _VARIED:
+        said.append(
+            f"LEHV and HEHV begin at a varentropy of {borders.hehv.varentropy_above:.2g} bits², where distributions "
+            "hardly fork: ask for smaller shares of them."
+        )
+    for regime, share in found.fitting.items():
+        tokens = round(share.value * found.tokens[0])
+        if regime == "ADAPTIVE":
+            continue
+        if share.value < found.targets[regime] / 2:
+            said.append(f"{regime} gets {share.value:.2%} and not {found.targets[regime]:.2%}: there are no more such tokens.")
+        elif tokens < _FEW:
+            said.append(f"{regime} rests on {tokens} tokens of the fitting half: give more prompts.")
+    return said
 
 
 def regimes_of(measured: Measured, config: EntropixConfig) -> np.ndarray:
@@ -218,6 +250,7 @@ def preset_text(calibration: Calibration, base: EntropixConfig, model: str) -> s
             f"#   {name:<8} {100 * found.targets[name]:6.2f} {100 * found.fitting[name].value:6.2f} {100 * check.value:6.2f}"
             f" ({100 * check.low:.2f} to {100 * check.high:.2f})"
         )
+    lines += [f"# Doubtful: {sentence}" for sentence in doubts(found)]
     lines.append(f'preset = "{base.preset_name}"')
     if base.fidelity != "corrected":
         lines.append(f'fidelity = "{base.fidelity}"')

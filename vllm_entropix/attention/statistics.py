@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from vllm_entropix.attention.paged_keys import KeyReader, RawKeys
-from vllm_entropix.kernels import cpu
+from vllm_entropix.attention.paged_keys import KeyReader, PlainKeys, RawKeys
+from vllm_entropix.kernels import kernels_for
 from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
 
 if TYPE_CHECKING:
     from vllm_entropix.config import EntropixConfig
+    from vllm_entropix.kernels.attention_statistics import PagedLayers
 
 # Keys of a layer that are unpacked at a time, in elements: bounds the extra memory at 4 times this many bytes.
 _MAX_KEY_ELEMENTS = 1 << 23
@@ -90,13 +94,113 @@ def measure_layer(
 
     By the kernel for this device where there is one for such a layer, otherwise in PyTorch.
     """
-    plain = not layer.softcap and layer.alibi_slopes is None and layer.sinks is None and gather is None
-    if plain and queries.device.type == "cpu" and layer.keys.raw is not None and cpu.available():
+    kernels = None if gather is not None else kernels_for(queries.device)
+    if kernels == "triton" and _read_by_triton(layer):
+        requests, wanted = torch.arange(len(lengths), device=lengths.device), torch.ones_like(lengths, dtype=torch.bool)
+        measured = measure_layers([layer], queries.unsqueeze(0), [block_table], requests, lengths, wanted, config)
+        return AttentionStatistics(*(metric[0] for metric in measured))
+    plain = not layer.softcap and layer.alibi_slopes is None and layer.sinks is None
+    if plain and kernels == "numba" and layer.keys.raw is not None:
         return _measure_by_cpu_kernel(layer, layer.keys.raw, queries, block_table, lengths, config)
     return measure_layer_in_pytorch(layer, queries, block_table, lengths, config, gather)
 
 
 _VARIANCE_RULES = {"heads": 0, "heads-unbiased": 1, "zero": 2}
+
+
+def _read_by_triton(layer: LayerAttention) -> bool:
+    from vllm_entropix.kernels.attention_statistics import supports
+
+    return isinstance(layer.keys, PlainKeys) and supports(layer.keys.cache.dtype)
+
+
+def measure_layers(
+    layers: Sequence[LayerAttention],
+    queries: Tensor,
+    block_tables: Sequence[Tensor],
+    requests: Tensor,
+    lengths: Tensor,
+    wanted: Tensor,
+    config: EntropixConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four statistics of several layers by one launch of the Triton kernels, each ``[layers, rows]``.
+
+    Args:
+        layers: with plain keys whose caches differ in nothing but their contents.
+        queries: ``[layers, rows, heads, head_dim]``.
+        block_tables: of each layer, ``[requests, blocks]``; equal strides.
+        requests: int64 ``[rows]``, the rows' requests in the block tables.
+        lengths: int64 ``[rows]``.
+        wanted: bool ``[rows]``; the others get NaN and cost nothing.
+        config: how statistics are taken.
+    """
+    from vllm_entropix.kernels.attention_statistics import attention_statistics
+
+    tables = [table.to(torch.int32) for table in block_tables]
+    results = attention_statistics(
+        _paged_layers(tuple(layers)),
+        queries.contiguous(),
+        _addresses(queries.device, tuple(table.data_ptr() for table in tables)),
+        tables[0].stride(0),
+        requests,
+        lengths,
+        wanted,
+        config.padded_positions or 0,
+        _VARIANCE_RULES[config.attention_varentropy],
+    )
+    entropy, varentropy, agreement, strength = results
+    return entropy, varentropy, agreement, strength
+
+
+@lru_cache(maxsize=256)
+def _addresses(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
+    values = torch.tensor(addresses, dtype=torch.int64)
+    # Pinned, so that the copy needn't wait for the device.
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+# What the kernels need of layers, by the first of them (and with the others): built once, and forgotten with the first.
+_PAGED: WeakKeyDictionary[LayerAttention, tuple[tuple[LayerAttention, ...], PagedLayers]] = WeakKeyDictionary()
+
+
+def _paged_layers(layers: tuple[LayerAttention, ...]) -> PagedLayers:
+    from vllm_entropix.kernels.attention_statistics import PagedLayers
+
+    first, others = layers[0], layers[1:]
+    known = _PAGED.get(first)
+    if known is not None and len(known[0]) == len(others) and all(map(operator.is_, known[0], others)):
+        return known[1]
+    keys = [layer.keys for layer in layers if isinstance(layer.keys, PlainKeys)]
+    caches = tuple(one.cache for one in keys)
+    device, shapes = caches[0].device, {(cache.dtype, cache.shape[1:], cache.stride()) for cache in caches}
+    if len(keys) != len(layers) or len(shapes) != 1:
+        raise ValueError("the layers' caches differ in type, shape or strides")
+    factors = torch.tensor(
+        [(layer.scale, 1.0, layer.softcap, float(layer.window or 0)) for layer in layers], dtype=torch.float32
+    )
+    factors = factors.T.contiguous().to(device)
+    for index, one in enumerate(keys):
+        if one.scale is not None:
+            factors[1, index] = one.scale
+    built = PagedLayers(
+        caches,
+        _addresses(device, tuple(cache.data_ptr() for cache in caches)),
+        factors,
+        _stacked([layer.alibi_slopes for layer in layers], 0.0, device),
+        _stacked([layer.sinks for layer in layers], -torch.inf, device),
+        any(layer.softcap for layer in layers),
+    )
+    _PAGED[first] = (others, built)
+    return built
+
+
+def _stacked(values: Sequence[Tensor | None], missing: float, device: torch.device) -> Tensor | None:
+    """Numbers of each layer's heads, float32 ``[layers, heads]``; None if no layer has any."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    filled = (torch.full_like(there[0], missing) if value is None else value for value in values)
+    return torch.stack([value.to(device, torch.float32) for value in filled])
 
 
 def _measure_by_cpu_kernel(

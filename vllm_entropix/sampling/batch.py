@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_entropix.kernels import kernels_for
 from vllm_entropix.sampling.clarification import Clarification
 from vllm_entropix.sampling.metrics import AttentionStatistics
 from vllm_entropix.sampling.regimes import Regime
@@ -161,17 +162,27 @@ class BatchSampler:
         decision = self.sampler.decide(logits, statistics, table.of_rows(rows.slots))
         alternatives = _alternatives(logits, decision, config.trace.alternatives) if tracing else None
         forced = self._force(logits, rows, decision.regime, sampled)
-        if self.sampler.kernels and logits.device.type == "cpu" and config.fidelity == "corrected":
+        kernels = kernels_for(logits.device) if self.sampler.kernels and config.fidelity == "corrected" else None
+        # The device isn't asked for the rows' top_k, unless asking costs nothing.
+        on_cpu = logits.device.type == "cpu"
+        if kernels == "numba":
             _write_by_cpu_kernel(logits, decision, forced, sampled)
+        elif kernels == "triton" and self._draws_fit(rows):
+            _write_by_triton_kernels(logits, decision, forced, sampled, int(table.largest_top_k[rows.host_slots].max()))
         else:
-            # The device isn't asked for the rows' top_k, unless asking costs nothing.
-            on_cpu = logits.device.type == "cpu"
             candidates = int(decision.top_k.max() if on_cpu else table.largest_top_k[rows.host_slots].max())
             _write(logits, decision, forced, candidates, None if everywhere else sampled)
         if not (tracing or self.counted):
             return None
         told = (traced | sampled) if self.counted else traced
         return _records(decision, forced, sampled, torch.where(told & rows.valid, rows.slots, 0), alternatives)
+
+    def _draws_fit(self, rows: Rows) -> bool:
+        """Are the candidates of which ADAPTIVE takes the best of n few enough for the Triton kernels?"""
+        from vllm_entropix.kernels.candidates import LIMIT
+
+        table = self.sequences
+        return bool(table.constants[rows.host_slots, table.columns["adaptive.top_k_max"]].max() <= LIMIT)
 
     def _force(self, logits: Tensor, rows: Rows, regime: Tensor, sampled: Tensor) -> Tensor:
         """int64 ``[rows]``: the token forced at each row, -1 for none."""
@@ -226,6 +237,17 @@ def _write_by_cpu_kernel(logits: Tensor, decision: Decision, forced: Tensor, sam
         sampled.numpy(),
     )
     share_rows(np.full(rows, vocabulary), lambda first, last: distribute_rows(*arguments, first, last))
+
+
+def _write_by_triton_kernels(logits: Tensor, decision: Decision, forced: Tensor, sampled: Tensor, largest_top_k: int) -> None:
+    """The same on a GPU; ``largest_top_k`` bounds the rows' own."""
+    from vllm_entropix.kernels.candidates import LIMIT, distribute
+    from vllm_entropix.kernels.wide_filters import filter_wide_rows
+
+    p = decision.parameters
+    distribute(logits, p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, sampled, largest_top_k)
+    if largest_top_k > LIMIT:
+        filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, sampled)
 
 
 def _alternatives(logits: Tensor, decision: Decision, count: int) -> Tensor | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_entropix.kernels import cpu
+from vllm_entropix.kernels import kernels_for
 from vllm_entropix.sampling import filters
 from vllm_entropix.sampling.constants import Constants
 from vllm_entropix.sampling.filters import Distribution
@@ -98,7 +98,7 @@ class EntropixSampler:
     def __init__(self, config: EntropixConfig, kernels: bool = False) -> None:
         """``kernels``: decide by kernels where there are some for the logits' device and type."""
         self.config = config
-        self.kernels = kernels and cpu.available()
+        self.kernels = kernels
 
     def decide(
         self,
@@ -114,8 +114,14 @@ class EntropixSampler:
                 ``[rows]`` and returns the statistics, so that rows whose regime reads no attention needn't be measured.
             constants: numbers of each row's own configuration; by default this sampler's for all.
         """
-        by_kernels = self.kernels and logits.device.type == "cpu" and logits.dtype == torch.float32
-        metrics = _metrics_by_cpu_kernel(logits) if by_kernels else LogitsMetrics.from_logits(logits)
+        kernels = kernels_for(logits.device) if self.kernels else None
+        by_kernels = kernels == "numba" and logits.dtype == torch.float32
+        if by_kernels:
+            metrics = _metrics_by_cpu_kernel(logits)
+        elif kernels == "triton" and logits.dtype != torch.float64:
+            metrics = _metrics_by_triton_kernel(logits)
+        else:
+            metrics = LogitsMetrics.from_logits(logits)
         if constants is None:
             constants = Constants.of(self.config, metrics.entropy.dtype, logits.device)
         if by_kernels:
@@ -185,6 +191,12 @@ def _metrics_by_cpu_kernel(logits: Tensor) -> LogitsMetrics:
     # An exponential costs some ten multiplications.
     share_rows(np.full(rows, 10 * vocabulary), lambda first, last: metrics_of_rows(*arguments, first, last))
     return LogitsMetrics(entropy, varentropy, log_normaliser)
+
+
+def _metrics_by_triton_kernel(logits: Tensor) -> LogitsMetrics:
+    from vllm_entropix.kernels.logits_metrics import logits_metrics
+
+    return LogitsMetrics(*logits_metrics(logits))
 
 
 def _joined(logits: LogitsMetrics, attention: AttentionStatistics | None) -> Metrics:

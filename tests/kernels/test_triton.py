@@ -1,0 +1,87 @@
+"""The Triton kernels of ``vllm_entropix.kernels`` in Triton's interpreter; ``triton_checks`` says what is checked."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import runners
+from vllm_entropix.kernels import cpu, kernels_for
+
+ROOT = Path(__file__).parents[2]
+CHECKS = (
+    "metrics_equal_float64",
+    "metrics_of_other_types",
+    "metrics_of_strange_rows",
+    "metrics_do_not_cancel",
+    "metrics_do_not_depend_on_the_batch",
+    "distributions_equal_the_filters",
+    "ties_are_kept_by_lowest_id",
+    "large_top_k",
+    "wide_top_k",
+    "narrow_and_wide_rows_together",
+    "strange_rows",
+    "early_rows",
+    "rows_do_not_depend_on_the_batch",
+    "attention_layouts",
+    "attention_types",
+    "attention_shapes",
+    "attention_lengths",
+    "attention_windows",
+    "attention_variants",
+    "attention_padding",
+    "attention_rows_that_are_not_wanted",
+    "attention_without_room_in_the_scratch",
+    "attention_rows_do_not_depend_on_the_batch",
+    "attention_refuses_unequal_caches",
+    "the_sampler_decides_and_writes_by_them",
+)
+
+
+@pytest.fixture(scope="module")
+def results():
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.triton_checks"],
+        cwd=ROOT,
+        env=runners.environment("v2"),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, ended.stderr[-3000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is repaired for machines without a GPU")
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernel(results, name):
+    assert tuple(results) == CHECKS
+    assert results[name] is None, results[name]
+
+
+def test_kernels_by_device(monkeypatch):
+    from vllm_entropix import kernels
+
+    monkeypatch.setattr(kernels, "_triton_available", lambda: True)
+    assert kernels_for(torch.device("cpu")) == "numba"
+    assert kernels_for(torch.device("cuda", 1)) == "triton"
+    assert kernels_for(torch.device("meta")) is None
+
+
+def test_one_switch_for_all_kernels(monkeypatch):
+    from vllm_entropix import kernels
+
+    monkeypatch.setenv(cpu.SWITCH, "0")
+    for available in (cpu.available, kernels._triton_available):
+        available.cache_clear()
+    try:
+        assert kernels_for(torch.device("cpu")) is None
+        assert kernels_for(torch.device("cuda")) is None
+    finally:
+        for available in (cpu.available, kernels._triton_available):
+            available.cache_clear()

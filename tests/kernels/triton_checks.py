@@ -1,0 +1,454 @@
+"""Triton kernels in the interpreter against the PyTorch functions that they equal, and against float64.
+
+Run by ``test_triton.py`` in a process of its own: Triton has to be told of its interpreter before it is imported.
+"""
+
+import dataclasses
+import json
+import sys
+import traceback
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.test_cpu import apply, mixed_logits
+from vllm_entropix import EntropixConfig
+from vllm_entropix.attention import LayerAttention, statistics
+from vllm_entropix.attention.paged_keys import PlainKeys
+from vllm_entropix.attention.statistics import measure_layer_in_pytorch, measure_layers
+from vllm_entropix.kernels import attention_statistics, candidates, logits_metrics, wide_filters
+from vllm_entropix.sampling import LogitsMetrics, Parameters, batch, filters, sampler
+
+METRICS = ("attention_entropy", "attention_varentropy", "agreement", "interaction_strength")
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- logits metrics ---------------------------------------------------------------------------------------------------
+
+
+def metrics_of(logits):
+    return torch.stack(logits_metrics.logits_metrics(logits))
+
+
+def reference_of(logits):
+    exact = LogitsMetrics.from_logits(logits.double())
+    return torch.stack((exact.entropy, exact.varentropy, exact.log_normaliser))
+
+
+def metrics_equal_float64():
+    for vocabulary in (1, 2, 100, 4095, 4096, 4097, 9000):
+        logits = mixed_logits(12, vocabulary, vocabulary)
+        torch.testing.assert_close(metrics_of(logits).double(), reference_of(logits), rtol=2e-5, atol=2e-5)
+        twin = LogitsMetrics.from_logits(logits)
+        want = torch.stack((twin.entropy, twin.varentropy, twin.log_normaliser))
+        torch.testing.assert_close(metrics_of(logits), want, rtol=2e-5, atol=2e-5)
+
+
+def metrics_of_other_types():
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = mixed_logits(6, 5000, 1).to(dtype)
+        torch.testing.assert_close(metrics_of(logits).double(), reference_of(logits), rtol=2e-5, atol=2e-5)
+
+
+def metrics_of_strange_rows():
+    logits = mixed_logits(8, 9000, 2)
+    logits[0, :5000] = -torch.inf  # a whole tile of it
+    logits[1, 1:] = -torch.inf
+    logits[2] = -torch.inf
+    logits[3, 7000] = torch.inf
+    logits[4, 10] = torch.nan
+    logits[5] = torch.nan
+    logits[6] = 3e38
+    got, want = metrics_of(logits), reference_of(logits)
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert got[:, 2:6].isnan().all()
+    assert not got[:, (0, 1, 6, 7)].isnan().any()
+
+
+def metrics_do_not_cancel():
+    # Nearly all of the mass on one token: E[x²] - E[x]² would have no digit left.
+    logits = random(4, 6000) * 0.1 + 1000
+    logits[:, 17] += 25
+    got, want = metrics_of(logits).double(), reference_of(logits)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-6)
+
+
+def metrics_do_not_depend_on_the_batch():
+    logits = mixed_logits(10, 9000, 3)
+    together = metrics_of(logits)
+    for row in range(10):
+        assert torch.equal(metrics_of(logits[row : row + 1])[:, 0], together[:, row])
+    shuffled = torch.randperm(10)
+    assert torch.equal(metrics_of(logits[shuffled]), together[:, shuffled])
+    strided = torch.full((10, 9500), torch.nan)
+    strided[:, :9000] = logits
+    assert torch.equal(metrics_of(strided[:, :9000]), together)
+    assert metrics_of(logits[:0]).shape == (3, 0)
+
+
+# --- candidates and filters -------------------------------------------------------------------------------------------
+
+
+def parameters_of(rows, *, top_k=None, top_p=None, min_p=None, samples=None, temperature=None):
+    """Every combination in turn, or one value for all."""
+
+    def column(value, choices):
+        chosen = [choices[row % len(choices)] if value is None else value for row in range(rows)]
+        return torch.tensor(chosen)
+
+    return Parameters(
+        temperature=column(temperature, [0.7, 1.3, 0.3]).float(),
+        top_p=column(top_p, [0.9, 1.0, 0.5, 0.0]).float(),
+        top_k=column(top_k, [1, 2, 27, 40, 100, 5, 128]),
+        min_p=column(min_p, [0.0, 0.03, 0.3, 0.0, 1.0]).float(),
+        samples=column(samples, [1, 5, 1, 2, 12, 64]),
+    )
+
+
+def distributed(logits, parameters, forced=None, sampled=None, wide=False):
+    """The kernels' log-probabilities."""
+    rows = len(logits)
+    forced = torch.full((rows,), -1) if forced is None else forced
+    sampled = torch.ones(rows, dtype=torch.bool) if sampled is None else sampled
+    logits, p = logits.clone(), parameters
+    largest = int(p.top_k.max()) if rows else 1
+    candidates.distribute(logits, p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, sampled, largest)
+    if wide:
+        wide_filters.filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, sampled)
+    return logits
+
+
+def expected(logits, parameters, dtype=torch.float64):
+    """Probabilities by the functions in PyTorch, ``[rows, vocab]``."""
+    exact = dataclasses.replace(
+        parameters,
+        temperature=parameters.temperature.to(dtype),
+        top_p=parameters.top_p.to(dtype),
+        min_p=parameters.min_p.to(dtype),
+    )
+    kept = filters.candidates(logits.to(dtype), int(parameters.top_k.max()))
+    probabilities = filters.best_of_n(kept, filters.filtered(kept, exact), parameters.samples)
+    return torch.zeros_like(logits, dtype=dtype).scatter_(-1, kept.token_ids, probabilities)
+
+
+def assert_same_distribution(got, want):
+    torch.testing.assert_close(got.exp().double(), want.double(), rtol=2e-4, atol=2e-7)
+    # The same tokens are kept, but for those that rounding puts on either side of top_p or min_p.
+    differ = (got > -torch.inf) != (want > 0)
+    assert (got.exp() + want)[differ].sum() < 1e-5
+
+
+def distributions_equal_the_filters():
+    for vocabulary in (1, 2, 40, 1000, 4096, 4097, 9000):
+        logits = mixed_logits(14, vocabulary, vocabulary + 1)
+        parameters = parameters_of(14)
+        got = distributed(logits, parameters)
+        for dtype in (torch.float32, torch.float64):
+            assert_same_distribution(got, expected(logits, parameters, dtype))
+
+
+def ties_are_kept_by_lowest_id():
+    logits = torch.zeros(4, 5000)
+    logits[1] = (random(5000) * 2).round()  # thousands share each value: more than the buffer holds
+    logits[2, 4000:] = 1.0
+    logits[3, ::2], logits[3, 1::2] = -0.0, 0.0  # equal
+    parameters = parameters_of(4, top_k=40, top_p=1.0, min_p=0.0, temperature=1.0, samples=1)
+    got = distributed(logits, parameters)
+    want = expected(logits, parameters)
+    assert torch.equal(got > -torch.inf, want > 0)
+    assert (got[0] > -torch.inf).nonzero().flatten().tolist() == list(range(40))
+    assert (got[3] > -torch.inf).nonzero().flatten().tolist() == list(range(40))
+    torch.testing.assert_close(got.exp().double(), want, rtol=1e-5, atol=1e-7)
+    # Best of n treats equal logits as one, also where top_p cuts through them.
+    for top_p in (1.0, 0.51):
+        parameters = parameters_of(4, top_k=40, top_p=top_p, min_p=0.0, temperature=1.0, samples=5)
+        assert_same_distribution(distributed(logits, parameters), expected(logits, parameters))
+
+
+def large_top_k():
+    # The larger buffer, and the border between it and the bisection.
+    logits = mixed_logits(5, 6000, 5)
+    for top_k in (129, 1024):
+        parameters = parameters_of(5, top_k=top_k)
+        assert_same_distribution(distributed(logits, parameters), expected(logits, parameters))
+
+
+def wide_top_k():
+    logits = mixed_logits(12, 5000, 6)
+    logits[1, 2500:] = -torch.inf
+    logits[2, 1:] = -torch.inf
+    logits[3] = -torch.inf
+    logits[4] = (logits[4] * 2).round()
+    logits[5, 3] = torch.inf
+    for top_k in (1025, 3000, 5000, 10**6):
+        for top_p in (None, 1.0):
+            parameters = parameters_of(12, top_k=top_k, top_p=top_p, samples=1)
+            assert_same_distribution(distributed(logits, parameters, wide=True), expected(logits, parameters))
+
+
+def narrow_and_wide_rows_together():
+    logits = mixed_logits(6, 3000, 7)
+    parameters = parameters_of(6, samples=1, min_p=0.0)
+    parameters.top_k[::2] = 2000
+    got = distributed(logits, parameters, wide=True)
+    assert_same_distribution(got, expected(logits, parameters))
+    narrow_alone = distributed(logits, parameters)
+    assert torch.equal(narrow_alone[::2], logits[::2])
+    assert torch.equal(narrow_alone[1::2], got[1::2])
+
+
+def strange_rows():
+    logits = mixed_logits(8, 5000, 8)
+    logits[0, :4500] = -torch.inf
+    logits[1, 1:] = -torch.inf
+    logits[2] = -torch.inf
+    logits[3, (4200, 4300)] = torch.inf
+    logits[4, (4100, 4400)] = torch.nan
+    logits[5] = torch.nan
+    logits[6, 10:] = -torch.inf
+    parameters = parameters_of(8, top_k=40, min_p=0.0)
+    got = distributed(logits, parameters)
+    assert_same_distribution(got, expected(logits, parameters))
+    for row, token in ((1, 0), (2, 0), (3, 4200), (4, 4100), (5, 0)):
+        assert (got[row] > -torch.inf).nonzero().flatten().tolist() == [token], row
+
+
+def early_rows():
+    logits = mixed_logits(6, 5000, 9)
+    sampled = torch.tensor([True, False, True, False, True, True])
+    forced = torch.tensor([-1, -1, 4999, 3, 0, -1])
+    parameters = parameters_of(6, top_k=40)
+    parameters.top_k[5], parameters.temperature[5] = 1, 0.0  # argmax
+    got = distributed(logits, parameters, forced, sampled)
+    assert torch.equal(got[~sampled], logits[~sampled])
+    for row, token in ((2, 4999), (4, 0), (5, int(logits[5].argmax()))):
+        want = torch.full((5000,), -torch.inf)
+        want[token] = 0.0
+        assert torch.equal(got[row], want)
+    assert_same_distribution(got[:1], expected(logits[:1], dataclasses.replace(parameters, **first_row(parameters))))
+
+
+def first_row(parameters):
+    return {field.name: getattr(parameters, field.name)[:1] for field in dataclasses.fields(parameters)}
+
+
+def rows_do_not_depend_on_the_batch():
+    logits = mixed_logits(12, 5000, 10)
+    parameters = parameters_of(12)
+    together = distributed(logits, parameters)
+    for order in (torch.randperm(12), torch.tensor([7]), torch.tensor([4, 11, 2])):
+        chosen = {field.name: getattr(parameters, field.name)[order] for field in dataclasses.fields(parameters)}
+        assert torch.equal(distributed(logits[order], Parameters(**chosen)), together[order])
+    assert distributed(logits[:0], parameters_of(0)).shape == (0, 5000)
+
+
+# --- attention statistics ---------------------------------------------------------------------------------------------
+
+
+def cache_of(layout, blocks, kv_heads, size, head_dim, dtype, seed):
+    """Keys and values as backends keep them, seen as [blocks, kv_heads, size, 2 * head_dim]."""
+    values = random(blocks, kv_heads, size, 2 * head_dim, seed=seed).to(dtype)
+    if layout == "heads-first":
+        return values
+    if layout == "positions-first":
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
+    wider = torch.full((blocks, kv_heads, size, 2 * head_dim + 16), torch.nan).to(dtype)
+    wider[..., : 2 * head_dim] = values
+    return wider[..., : 2 * head_dim]
+
+
+def attention_case(
+    *,
+    layout="heads-first",
+    dtype=torch.float32,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    size=16,
+    lengths=(1, 15, 16, 17, 63, 64, 65, 130),
+    layers=2,
+    windows=(None, None),
+    config=None,
+    tolerance=2e-5,
+    wanted=None,
+    **settings,
+):
+    """All rows and layers against the function in PyTorch."""
+    config = config or EntropixConfig()
+    lengths = torch.tensor(lengths)
+    rows, width = len(lengths), -(-int(lengths.max()) // size)
+    query_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    scales = [torch.tensor(0.5 + layer) if dtype.itemsize == 1 else None for layer in range(layers)]
+    kept, tables = [], []
+    for layer in range(layers):
+        cache = cache_of(layout, 40, kv_heads, size, head_dim, dtype, seed=layer)
+        keys = PlainKeys(cache, head_dim, scales[layer])
+        kept.append(LayerAttention(keys, head_dim**-0.5 * (1 + layer), window=windows[layer % len(windows)], **settings))
+        tables.append(torch.randint(0, 40, (rows + 2, width + 1), dtype=torch.int32))
+    requests = torch.randperm(rows + 2)[:rows]
+    queries = (random(layers, rows, heads, head_dim, seed=9) * 2).to(query_dtype)
+    wanted = torch.ones(rows, dtype=torch.bool) if wanted is None else torch.tensor(wanted)
+    found = measure_layers(kept, queries, tables, requests, lengths, wanted, config)
+    for layer in range(layers):
+        table = tables[layer][requests]
+        want = measure_layer_in_pytorch(kept[layer], queries[layer], table, lengths, config)
+        for metric, got in zip(METRICS, found, strict=True):
+            exact = getattr(want, metric)
+            torch.testing.assert_close(
+                got[layer][wanted],
+                exact[wanted],
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda m, metric=metric, layer=layer: f"{metric} of layer {layer}: {m}",
+            )
+            assert got[layer][~wanted].isnan().all()
+    return kept, queries, tables, requests, lengths, config, torch.stack(found)
+
+
+def attention_layouts():
+    attention_case(layout="heads-first")
+    for layout in ("positions-first", "wider"):
+        attention_case(layout=layout, lengths=(3, 70))
+
+
+def attention_types():
+    # float8 is scaled per tensor.
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        attention_case(dtype=dtype, lengths=(1, 17, 64, 65), tolerance=1e-4)
+
+
+def attention_shapes():
+    for heads, kv_heads, head_dim, size in ((6, 6, 32, 16), (1, 1, 80, 32), (24, 1, 16, 48), (6, 2, 64, 128)):
+        attention_case(heads=heads, kv_heads=kv_heads, head_dim=head_dim, size=size, lengths=(1, 47, 128, 129), layers=1)
+
+
+def attention_lengths():
+    # Around the edges of tiles and splits: of 16 splits, the first has two tiles from 1025 positions on.
+    attention_case(lengths=(1023, 1024, 1025, 1088, 1089), size=64, layers=1, heads=2, kv_heads=1)
+
+
+def attention_windows():
+    attention_case(windows=(1, 40))
+    attention_case(windows=(64, None), lengths=(64, 65, 100, 128, 129, 200))
+
+
+def attention_variants():
+    slopes, sinks = torch.tensor([0.5, 0.25, 0.1, 0.0]), torch.tensor([1.0, -2.0, 0.0, 5.0])
+    lengths = (1, 40, 65)
+    attention_case(lengths=lengths, softcap=3.0)
+    attention_case(lengths=lengths, alibi_slopes=slopes, windows=(None, 30))
+    attention_case(lengths=lengths, sinks=sinks.to(torch.bfloat16))
+    attention_case(lengths=lengths, softcap=20.0, alibi_slopes=slopes, sinks=sinks)
+
+
+def attention_padding():
+    original = EntropixConfig.preset("jax-2024-10", fidelity="original")
+    assert original.padded_positions
+    attention_case(config=original, lengths=(1, 65, 200))
+    attention_case(config=original, lengths=(1, 65), sinks=torch.tensor([1.0, -2.0, 0.0, 5.0]))
+    for rule in ("heads", "heads-unbiased", "zero"):
+        own = {"fidelity": "original", "original": {"attention_varentropy": rule, "padded_positions": 10}}
+        attention_case(config=EntropixConfig.from_dict(own), lengths=(65, 3), layers=1)
+
+
+def attention_rows_that_are_not_wanted():
+    attention_case(wanted=[True, False, True, False, False, True, True, False])
+    attention_case(wanted=[False] * 8)
+
+
+def attention_without_room_in_the_scratch():
+    *arguments, with_room = attention_case(lengths=(130, 5, 70))
+    layers, queries, tables, requests, lengths, config = arguments
+    wanted = torch.ones(3, dtype=torch.bool)
+    for size in (1, 1000):
+        before, attention_statistics._SCRATCH = attention_statistics._SCRATCH, size
+        try:
+            without = measure_layers(layers, queries, tables, requests, lengths, wanted, config)
+        finally:
+            attention_statistics._SCRATCH = before
+        assert torch.equal(torch.stack(without), with_room)
+
+
+def attention_rows_do_not_depend_on_the_batch():
+    for dtype in (torch.float32, torch.bfloat16):
+        *arguments, together = attention_case(dtype=dtype, lengths=(130, 1, 64), tolerance=1e-4)
+        layers, queries, tables, requests, lengths, config = arguments
+        wanted = torch.ones(3, dtype=torch.bool)
+        for order in (torch.tensor([0]), torch.tensor([2, 0]), torch.tensor([1, 2, 0])):
+            some = measure_layers(
+                layers, queries[:, order], tables, requests[order], lengths[order], wanted[: len(order)], config
+            )
+            assert torch.equal(torch.stack(some), together[:, :, order])
+        alone = measure_layers(layers[1:], queries[1:], tables[1:], requests, lengths, wanted, config)
+        assert torch.equal(torch.stack(alone), together[:, 1:])
+
+
+def attention_refuses_unequal_caches():
+    layers = [LayerAttention(PlainKeys(torch.zeros(2, 1, size, 64), 32), 1.0) for size in (16, 32)]
+    with pytest.raises(ValueError, match="differ"):
+        statistics._paged_layers(tuple(layers))
+
+
+def the_sampler_decides_and_writes_by_them():
+    logits, sampled = mixed_logits(12, 3000, 11), np.array([row % 5 != 3 for row in range(12)])
+    for base in ({}, {"top_k": 2000, "top_p": 0.99, "min_p": 0.0}):
+        want, want_records = apply(logits, False, sampled, clarification=(17, 18), base=base)
+        with (
+            mock.patch.object(batch, "kernels_for", return_value="triton"),
+            mock.patch.object(sampler, "kernels_for", return_value="triton"),
+        ):
+            got, got_records = apply(logits, True, sampled, clarification=(17, 18), base=base)
+        torch.testing.assert_close(got_records, want_records, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert torch.equal(got[~torch.from_numpy(sampled)], logits[~torch.from_numpy(sampled)])
+        assert_same_distribution(got[torch.from_numpy(sampled)], want[torch.from_numpy(sampled)].exp())
+
+
+CHECKS = (
+    metrics_equal_float64,
+    metrics_of_other_types,
+    metrics_of_strange_rows,
+    metrics_do_not_cancel,
+    metrics_do_not_depend_on_the_batch,
+    distributions_equal_the_filters,
+    ties_are_kept_by_lowest_id,
+    large_top_k,
+    wide_top_k,
+    narrow_and_wide_rows_together,
+    strange_rows,
+    early_rows,
+    rows_do_not_depend_on_the_batch,
+    attention_layouts,
+    attention_types,
+    attention_shapes,
+    attention_lengths,
+    attention_windows,
+    attention_variants,
+    attention_padding,
+    attention_rows_that_are_not_wanted,
+    attention_without_room_in_the_scratch,
+    attention_rows_do_not_depend_on_the_batch,
+    attention_refuses_unequal_caches,
+    the_sampler_decides_and_writes_by_them,
+)
+
+
+def main():
+    results = {}
+    for check in CHECKS:
+        torch.manual_seed(0)
+        try:
+            check()
+            results[check.__name__] = None
+        except Exception:
+            results[check.__name__] = traceback.format_exc()[-3000:]
+    print("RESULT " + json.dumps(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Logits → entropy, varentropy and log-normaliser in one read: ``sampling.metrics.LogitsMetrics.from_logits``.
+
+A row is cut into tiles of a fixed size, so that a single row keeps a whole GPU busy. A tile gives its maximum, and normaliser,
+mean and summed squared deviation relative to that; a second kernel merges the tiles of a row (Chan, Golub and LeVeque 1979).
+Nothing is computed as E[x²] - E[x]². Tiles depend on the vocabulary alone, so a row's bits don't depend on the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _measure_tile(logits: Any, row_stride: Any, vocabulary: Any, partial: Any, tiles: Any, TILE: tl.constexpr) -> None:  # noqa: N803
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tile * TILE + tl.arange(0, TILE)
+    x = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=-float("inf")).to(tl.float32)
+    bad = (x != x) | (x == float("inf"))
+    # Reductions may pass over NaN, so that is told by +inf, which no usable row has.
+    maximum = tl.max(tl.where(bad, float("inf"), x), axis=0)
+    usable = (maximum > -float("inf")) & (maximum < float("inf"))
+    shifted = tl.where(usable & (x > -float("inf")), x - tl.where(usable, maximum, 0.0), 0.0)
+    # -inf counts 0 (D15).
+    weight = tl.where(usable & (x > -float("inf")), tl.exp(shifted), 0.0)
+    total = tl.sum(weight, axis=0)
+    mean = tl.sum(weight * shifted, axis=0) / tl.where(usable, total, 1.0)
+    deviation = shifted - mean
+    spread = tl.sum(weight * deviation * deviation, axis=0)
+    place = partial + (row * tiles + tile) * 4
+    tl.store(place, maximum)
+    tl.store(place + 1, total)
+    tl.store(place + 2, mean)
+    tl.store(place + 3, spread)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _merge_tiles(partial: Any, tiles: Any, results: Any, rows: Any, TILES: tl.constexpr) -> None:  # noqa: N803
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES)
+    place, there = partial + (row * tiles + tile) * 4, tile < tiles
+    maxima = tl.load(place, mask=there, other=-float("inf"))
+    totals = tl.load(place + 1, mask=there, other=0.0)
+    means = tl.load(place + 2, mask=there, other=0.0)
+    spreads = tl.load(place + 3, mask=there, other=0.0)
+    maximum = tl.max(maxima, axis=0)
+    usable = (maximum > -float("inf")) & (maximum < float("inf"))
+    shift = tl.where(usable & (maxima > -float("inf")), maxima - tl.where(usable, maximum, 0.0), 0.0)
+    scale = tl.exp(shift)
+    weight = totals * scale
+    total = tl.sum(weight, axis=0)
+    mean = tl.sum(weight * (means + shift), axis=0) / tl.where(usable, total, 1.0)
+    deviation = means + shift - mean
+    spread = tl.sum(spreads * scale + weight * deviation * deviation, axis=0)
+    log_total = tl.log(tl.where(usable, total, 1.0))
+    nan = float("nan")
+    tl.store(results + row, tl.where(usable, (log_total - mean) / LN2, nan))
+    tl.store(results + rows + row, tl.where(usable, spread / total / (LN2 * LN2), nan))
+    tl.store(results + 2 * rows + row, tl.where(usable, maximum + log_total, nan))
+
+
+def logits_metrics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy (bits), varentropy (bits²) and log-normaliser of ``logits [rows, vocab]``, each float32 ``[rows]``.
+
+    Args:
+        logits: float32, bfloat16 or float16, last dimension contiguous. -inf counts 0; a row with NaN, +inf or nothing but
+            -inf gives NaN.
+    """
+    rows, vocabulary = logits.shape
+    tiles = triton.cdiv(vocabulary, TILE)
+    partial = torch.empty(rows, tiles, 4, dtype=torch.float32, device=logits.device)
+    results = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        _measure_tile[(rows, tiles)](logits, logits.stride(0), vocabulary, partial, tiles, TILE, num_warps=8)
+        _merge_tiles[(rows,)](partial, tiles, results, rows, triton.next_power_of_2(tiles), num_warps=1)
+    entropy, varentropy, log_normaliser = results
+    return entropy, varentropy, log_normaliser

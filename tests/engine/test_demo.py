@@ -59,8 +59,9 @@ def test_progress_is_shown(shown):
     assert "in one batch" in shown[0].stderr
 
 
-def test_mistakes_end_in_one_line():
-    ended = run_demo("--sampler-config", "no-such-preset")
+@pytest.mark.parametrize("mistake", [("--sampler-config", "no-such-preset"), ("--only", "no such prompt")])
+def test_mistakes_end_in_one_line(mistake):
+    ended = run_demo(*mistake)
     assert ended.returncode == 1
-    assert "no-such-preset" in ended.stderr
+    assert mistake[1] in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,10 +19,13 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from vllm_entropix._version import __version__
 from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping
+from vllm_entropix.observability.report import Source, write_report
 from vllm_entropix.observability.terminal import TracedText, coloured, legend, summary_table
 from vllm_entropix.observability.tokens import token_texts
 from vllm_entropix.observability.trace import traces
+from vllm_entropix.observability.tracefile import TraceLine
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -92,17 +96,26 @@ def load_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
+def _selected(prompts: list[Prompt], names: list[str]) -> list[Prompt]:
+    unknown = sorted(set(names) - {prompt.name for prompt in prompts})
+    if unknown:
+        raise ConfigError(f"there is no prompt {unknown[0]!r}; there are {', '.join(prompt.name for prompt in prompts)}")
+    return [prompt for prompt in prompts if prompt.name in names or not names]
+
+
 def demo(
     model: Annotated[str | None, typer.Option(help="Any model that vLLM can load; default: the one that is shipped.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with a prompt per line, or JSON like the shipped one.")
     ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only the prompt of this name; may be given several times.")] = None,
     sampler_config: Annotated[
         str | None, typer.Option(help="Preset, JSON, or a .json or .toml file; default: the shipped model's own.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 160,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     svg: Annotated[Path | None, typer.Option(help="Also write what is shown as an SVG picture.")] = None,
+    report: Annotated[Path, typer.Option(help="Where to write the report, an HTML file.")] = Path("entropix-demo.html"),
     print_model_path: Annotated[
         bool, typer.Option("--print-model-path", help="Print where the shipped model lies, and end.")
     ] = False,
@@ -111,7 +124,7 @@ def demo(
     if print_model_path:
         typer.echo(shipped_model())
         return
-    chosen = load_prompts(prompts or shipped_model() / "prompts.json")
+    chosen = _selected(load_prompts(prompts or shipped_model() / "prompts.json"), only or [])
     if sampler_config is None and model is None:
         sampler_config = str(shipped_model() / "entropix.toml")
     settings = as_mapping(sampler_config)
@@ -123,6 +136,8 @@ def demo(
     if svg is not None:
         console.save_svg(str(svg), title="vllm-entropix demo")
         typer.echo(f"wrote {svg}")
+    _report(report, llm, chosen, outputs, config, model)
+    typer.echo(f"wrote {report}: open it in a browser")
 
 
 def _start(console: Console, model: str, settings: dict[str, Any], max_tokens: int) -> LLM:
@@ -131,6 +146,7 @@ def _start(console: Console, model: str, settings: dict[str, Any], max_tokens: i
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm|torch")  # nothing a user of the demo can act on
     with console.status(f"Starting vLLM with {Path(model).name} ..."):
         try:
             from vllm import LLM
@@ -230,6 +246,33 @@ def _show(
     console.print(
         f"[dim]{name}; preset {config.preset_name}, {config.fidelity}; all {len(outputs)} sequences ran in one batch.[/dim]"
     )
+
+
+def _report(
+    path: Path,
+    llm: LLM,
+    prompts: list[Prompt],
+    outputs: dict[tuple[int, str], Any],
+    config: EntropixConfig,
+    model: str | None,
+) -> None:
+    lines = []
+    for index, prompt in enumerate(prompts):
+        output = outputs[index, "entropix"]
+        [trace] = traces(output)
+        if trace is not None:
+            lines.append(
+                TraceLine.of(
+                    request_id=prompt.name,
+                    prompt_token_ids=output.prompt_token_ids,
+                    completion=output.outputs[0],
+                    trace=trace,
+                    config=config,
+                    tokenizer=llm.get_tokenizer(),
+                    model=Path(model or shipped_model()).name,
+                )
+            )
+    write_report(path, [Source(f"vllm-entropix {__version__}, entropix sampling", lines)], "vllm-entropix demo")
 
 
 def _pieces(tokenizer: Any, token_ids: Sequence[int]) -> Iterable[tuple[int, str]]:

@@ -121,13 +121,14 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
 
 
 def _wrap_make_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+    names = list(inspect.signature(original).parameters)[1:]
 
     def make_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_entropix.engine.outputs import receive_records
 
-        call = signature.bind(self, *args, **kwargs)
-        return receive_records(self, call, lambda: original(*call.args, **call.kwargs))
+        # By hand: this runs for every sequence in every step, and Signature.bind takes longer than all else here.
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        return receive_records(self, arguments, lambda: original(self, **arguments))
 
     return make_request_output
 

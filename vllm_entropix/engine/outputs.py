@@ -7,7 +7,6 @@ when the sequence is finished, if the server's settings name a path.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ RECORDS = "entropix_records"
 TRACED, COUNTED = "entropix_traced", "entropix_counted"
 # Comes with the first record of a sequence that is to be written to disk: what its line says of the engine.
 WRITTEN = "entropix_written"
+_OURS = frozenset({TRACED, COUNTED, WRITTEN})
 
 
 class EntropixSchedulerMixin:
@@ -94,41 +94,47 @@ class EntropixSchedulerMixin:
         return {**counted, TRACED: [width, data[: kept * width]]} if kept else counted
 
 
-def receive_records(state: Any, call: inspect.BoundArguments, make: Callable[[], Any]) -> Any:
+def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], Any]) -> Any:
     """Collect what came with a request's new tokens, and hang it on the outputs that are made of them.
 
     Args:
         state: the frontend's RequestState.
-        call: the call of its ``make_request_output``; our bytes are taken out of it.
-        make: does the call.
+        arguments: of its ``make_request_output``, by name; our bytes are taken out of them.
+        make: calls it with them.
     """
+    carried = arguments.get("kv_transfer_params")
     # Children of one request with n > 1 share the parent, which hands out all their outputs together.
     shared = state.parent_req or state
     collected: dict[int, TokenTrace] | None = getattr(shared, "entropix_traces", None)
-    carried = call.arguments.get("kv_transfer_params")
-    tokens = len(call.arguments["new_token_ids"])
+    if not carried and not collected:
+        return make()
+    tokens = len(arguments["new_token_ids"])
     traced = counted = None
     if carried:
         traced, counted = carried.get(TRACED), carried.get(COUNTED)
         if traced or counted:
             if WRITTEN in carried:
                 state.entropix_label = carried[WRITTEN]
-            carried = {key: value for key, value in carried.items() if key not in (TRACED, COUNTED, WRITTEN)}
-            call.arguments["kv_transfer_params"] = carried or None
+            arguments["kv_transfer_params"] = {key: value for key, value in carried.items() if key not in _OURS} or None
     if counted and tokens:
         prometheus.count(counted, tokens)
     if traced:
         if collected is None:
             collected = shared.entropix_traces = {}
         width, records = traced
-        collected.setdefault(state.request_index, TokenTrace(width)).extend(records, tokens)
+        trace = collected.get(state.request_index)
+        if trace is None:
+            trace = collected[state.request_index] = TokenTrace(width)
+        trace.extend(records, tokens)
     elif collected and state.request_index in collected:
         collected[state.request_index].extend(b"", tokens)  # beyond the cap
     result = make()
-    finish_reason = call.arguments["finish_reason"]
-    if finish_reason is not None and getattr(state, "entropix_label", None) is not None and collected:
+    if not collected:
+        return result
+    finish_reason = arguments["finish_reason"]
+    if finish_reason is not None and getattr(state, "entropix_label", None) is not None:
         _write(state, str(finish_reason), collected[state.request_index])
-    if collected and result is not None:
+    if result is not None:
         for completion in result.outputs:
             trace = collected.get(completion.index)
             if trace is not None:

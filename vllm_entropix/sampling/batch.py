@@ -160,7 +160,7 @@ class BatchSampler:
             return measure(rows, rows.valid & (traced | (sampled & (regime != Regime.LELV))))
 
         decision = self.sampler.decide(logits, statistics, table.of_rows(rows.slots))
-        alternatives = _alternatives(logits, decision, config.trace.alternatives) if tracing else None
+        alternatives = _alternatives(logits, decision, config.trace.alternatives, self.sampler.kernels) if tracing else None
         forced = self._force(logits, rows, decision.regime, sampled)
         kernels = kernels_for(logits.device) if self.sampler.kernels and config.fidelity == "corrected" else None
         # The device isn't asked for the rows' top_k, unless asking costs nothing.
@@ -250,14 +250,29 @@ def _write_by_triton_kernels(logits: Tensor, decision: Decision, forced: Tensor,
         filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, sampled)
 
 
-def _alternatives(logits: Tensor, decision: Decision, count: int) -> Tensor | None:
+def _alternatives(logits: Tensor, decision: Decision, count: int, kernels: bool) -> Tensor | None:
     """Ids and probabilities (at temperature 1, unfiltered) of the most probable tokens, ``[rows, 2 * count]``."""
     count = min(count, logits.shape[-1])
     if not count:
         return None
-    values, token_ids = logits.topk(count, dim=-1)
+    if kernels and kernels_for(logits.device) == "numba" and logits.dtype == torch.float32:
+        values, token_ids = _largest_by_cpu_kernel(logits, count)
+    else:
+        values, token_ids = logits.topk(count, dim=-1)
     probabilities = (values.to(decision.log_normaliser.dtype) - decision.log_normaliser.unsqueeze(-1)).exp()
     return torch.cat((token_ids.to(torch.float32), probabilities.to(torch.float32)), dim=-1)
+
+
+def _largest_by_cpu_kernel(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same as ``topk``."""
+    from vllm_entropix.kernels.cpu.alternatives import largest_of_rows
+    from vllm_entropix.kernels.cpu.threads import share_rows
+
+    rows, vocabulary = logits.shape
+    values, token_ids = logits.new_empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
+    arguments = logits.numpy(), values.numpy(), token_ids.numpy()
+    share_rows(np.full(rows, vocabulary), lambda first, last: largest_of_rows(*arguments, first, last))
+    return values, token_ids
 
 
 def _records(decision: Decision, forced: Tensor, sampled: Tensor, slots: Tensor, alternatives: Tensor | None) -> Tensor:

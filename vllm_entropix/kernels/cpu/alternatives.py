@@ -1,0 +1,23 @@
+"""The strongest tokens of each row: ``torch.topk`` for a handful, which there takes longer than all else that tracing does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from vllm_entropix.kernels.cpu.distribute import largest
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def largest_of_rows(logits: Any, values: Any, token_ids: Any, first_row: int, last_row: int) -> None:
+    """Fill ``values`` float32 and ``token_ids`` int64, both ``[rows, count]``, of rows ``first_row`` to ``last_row - 1``.
+
+    Descending, equal ones by ascending id. Places for which a row has no number hold NaN and token 0.
+    """
+    count = values.shape[1]
+    for row in range(first_row, last_row):
+        found = largest(logits[row], count, np.float32(-np.inf), values[row], token_ids[row])
+        values[row, found:] = np.nan
+        token_ids[row, found:] = 0

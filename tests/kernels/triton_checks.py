@@ -1,6 +1,7 @@
-"""Triton kernels in the interpreter against the PyTorch functions that they equal, and against float64.
+"""Triton kernels against the PyTorch functions that they equal, and against float64, on PyTorch's default device.
 
-Run by ``test_triton.py`` in a process of its own: Triton has to be told of its interpreter before it is imported.
+Run by ``test_triton.py`` in a process of its own, since Triton has to be told of its interpreter before it is imported, and by
+``tests/gpu`` as compiled kernels.
 """
 
 import dataclasses
@@ -25,7 +26,14 @@ METRICS = ("attention_entropy", "attention_varentropy", "agreement", "interactio
 
 
 def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    # The same numbers on every device.
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(torch.get_default_device())
+
+
+def mixed(rows, vocabulary, seed):
+    with torch.device("cpu"):
+        logits = mixed_logits(rows, vocabulary, seed)
+    return logits.to(torch.get_default_device())
 
 
 # --- logits metrics ---------------------------------------------------------------------------------------------------
@@ -42,7 +50,7 @@ def reference_of(logits):
 
 def metrics_equal_float64():
     for vocabulary in (1, 2, 100, 4095, 4096, 4097, 9000):
-        logits = mixed_logits(12, vocabulary, vocabulary)
+        logits = mixed(12, vocabulary, vocabulary)
         torch.testing.assert_close(metrics_of(logits).double(), reference_of(logits), rtol=2e-5, atol=2e-5)
         twin = LogitsMetrics.from_logits(logits)
         want = torch.stack((twin.entropy, twin.varentropy, twin.log_normaliser))
@@ -51,12 +59,12 @@ def metrics_equal_float64():
 
 def metrics_of_other_types():
     for dtype in (torch.bfloat16, torch.float16):
-        logits = mixed_logits(6, 5000, 1).to(dtype)
+        logits = mixed(6, 5000, 1).to(dtype)
         torch.testing.assert_close(metrics_of(logits).double(), reference_of(logits), rtol=2e-5, atol=2e-5)
 
 
 def metrics_of_strange_rows():
-    logits = mixed_logits(8, 9000, 2)
+    logits = mixed(8, 9000, 2)
     logits[0, :5000] = -torch.inf  # a whole tile of it
     logits[1, 1:] = -torch.inf
     logits[2] = -torch.inf
@@ -80,7 +88,7 @@ def metrics_do_not_cancel():
 
 
 def metrics_do_not_depend_on_the_batch():
-    logits = mixed_logits(10, 9000, 3)
+    logits = mixed(10, 9000, 3)
     together = metrics_of(logits)
     for row in range(10):
         assert torch.equal(metrics_of(logits[row : row + 1])[:, 0], together[:, row])
@@ -146,7 +154,7 @@ def assert_same_distribution(got, want):
 
 def distributions_equal_the_filters():
     for vocabulary in (1, 2, 40, 1000, 4096, 4097, 9000):
-        logits = mixed_logits(14, vocabulary, vocabulary + 1)
+        logits = mixed(14, vocabulary, vocabulary + 1)
         parameters = parameters_of(14)
         got = distributed(logits, parameters)
         for dtype in (torch.float32, torch.float64):
@@ -173,14 +181,14 @@ def ties_are_kept_by_lowest_id():
 
 def large_top_k():
     # The larger buffer, and the border between it and the bisection.
-    logits = mixed_logits(5, 6000, 5)
+    logits = mixed(5, 6000, 5)
     for top_k in (129, 1024):
         parameters = parameters_of(5, top_k=top_k)
         assert_same_distribution(distributed(logits, parameters), expected(logits, parameters))
 
 
 def wide_top_k():
-    logits = mixed_logits(12, 5000, 6)
+    logits = mixed(12, 5000, 6)
     logits[1, 2500:] = -torch.inf
     logits[2, 1:] = -torch.inf
     logits[3] = -torch.inf
@@ -193,7 +201,7 @@ def wide_top_k():
 
 
 def narrow_and_wide_rows_together():
-    logits = mixed_logits(6, 3000, 7)
+    logits = mixed(6, 3000, 7)
     parameters = parameters_of(6, samples=1, min_p=0.0)
     parameters.top_k[::2] = 2000
     got = distributed(logits, parameters, wide=True)
@@ -204,7 +212,7 @@ def narrow_and_wide_rows_together():
 
 
 def strange_rows():
-    logits = mixed_logits(8, 5000, 8)
+    logits = mixed(8, 5000, 8)
     logits[0, :4500] = -torch.inf
     logits[1, 1:] = -torch.inf
     logits[2] = -torch.inf
@@ -220,7 +228,7 @@ def strange_rows():
 
 
 def early_rows():
-    logits = mixed_logits(6, 5000, 9)
+    logits = mixed(6, 5000, 9)
     sampled = torch.tensor([True, False, True, False, True, True])
     forced = torch.tensor([-1, -1, 4999, 3, 0, -1])
     parameters = parameters_of(6, top_k=40)
@@ -239,7 +247,7 @@ def first_row(parameters):
 
 
 def rows_do_not_depend_on_the_batch():
-    logits = mixed_logits(12, 5000, 10)
+    logits = mixed(12, 5000, 10)
     parameters = parameters_of(12)
     together = distributed(logits, parameters)
     for order in (torch.randperm(12), torch.tensor([7]), torch.tensor([4, 11, 2])):

@@ -238,7 +238,7 @@ def measure_layer_in_pytorch(
     gather: GatherHeads | None = None,
 ) -> AttentionStatistics:
     """The same as :func:`measure_layer`, for every kind of layer, and with heads shared among ranks."""
-    results = AttentionStatistics(*(torch.empty(len(lengths), dtype=torch.float32) for _ in range(4)))
+    results = AttentionStatistics(*(torch.empty(len(lengths), dtype=torch.float32, device=lengths.device) for _ in range(4)))
     for rows in _groups(lengths, layer):
         scores, starts = layer.scores(queries[rows], block_table[rows], lengths[rows])
         attended = lengths[rows] if layer.window is None else lengths[rows].clamp_max(layer.window)

@@ -161,7 +161,7 @@ class BatchSampler:
 
         decision = self.sampler.decide(logits, statistics, table.of_rows(rows.slots))
         alternatives = _alternatives(logits, decision, config.trace.alternatives, self.sampler.kernels) if tracing else None
-        forced = self._force(logits, rows, decision.regime, sampled)
+        forced = self._force(logits, rows, decision, sampled)
         kernels = kernels_for(logits.device) if self.sampler.kernels and config.fidelity == "corrected" else None
         # The device isn't asked for the rows' top_k, unless asking costs nothing.
         on_cpu = logits.device.type == "cpu"
@@ -184,20 +184,22 @@ class BatchSampler:
         table = self.sequences
         return bool(table.constants[rows.host_slots, table.columns["adaptive.top_k_max"]].max() <= LIMIT)
 
-    def _force(self, logits: Tensor, rows: Rows, regime: Tensor, sampled: Tensor) -> Tensor:
+    def _force(self, logits: Tensor, rows: Rows, decision: Decision, sampled: Tensor) -> Tensor:
         """int64 ``[rows]``: the token forced at each row, -1 for none."""
         if self.clarification is None:
-            return torch.full_like(regime, -1)
+            return torch.full_like(decision.regime, -1)
         table = self.sequences
         may = sampled & table.device_clarified[rows.slots]
         generated = rows.positions >= table.device_prompt_length[rows.slots]
-        asks = regime == Regime.HELV
-        forced = torch.full_like(regime, -1)
+        asks = decision.regime == Regime.HELV
+        forced = torch.full_like(decision.regime, -1)
         # A draft's row starts from the record of the row before it, so these go one after the other. The others of the
         # step are computed along and thrown away: which rows are whose is known on the device only.
         for place in range(rows.draft_rows):
             mine = rows.valid if rows.draft_index is None else rows.valid & (rows.draft_index == place)
-            decided = self.clarification.force(logits, rows.slots, rows.positions, rows.fed, generated, asks, may, mine)
+            decided = self.clarification.force(
+                logits, rows.slots, rows.positions, rows.fed, generated, asks, may, mine, decision.log_normaliser
+            )
             forced = torch.where(mine, decided.token_ids, forced)
         return forced
 

@@ -22,6 +22,10 @@ _POSITION, _PENDING, _FORCED, _COUNT, _LAST, _SEEN = range(6)
 _FIELDS = 6
 _NEVER = -(2**30)
 
+# So far below the others a token is excluded, as by -inf: the engine forces a token of its own (the end of thinking) by giving
+# it a logit of 1e9, and no model or bias comes near.
+_EXCLUDED = -1e8
+
 
 @dataclass(frozen=True)
 class ForcedRows:
@@ -91,11 +95,13 @@ class Clarification:
         asks: Tensor,
         may: Tensor,
         valid: Tensor,
+        log_normaliser: Tensor,
     ) -> ForcedRows:
         """Decide what is forced at each row, and record it. At most one row per sequence.
 
         Args:
-            logits: ``[rows, vocab]``, masked: a token of -inf is excluded by a grammar or a ban, and waits.
+            logits: ``[rows, vocab]``, masked: a token of -inf is excluded by a grammar or a ban, and waits; so does any token
+                while the engine forces another by a logit beyond all measure.
             slots: int64 ``[rows]``, the row's sequence.
             positions: int64 ``[rows]``, position of the token that was fed at the row.
             fed: int64 ``[rows]``, that token.
@@ -103,6 +109,7 @@ class Clarification:
             asks: bool ``[rows]``, the row's regime is HELV.
             may: bool ``[rows]``, the request allows forced tokens.
             valid: bool ``[rows]``, the row's token will be used; others leave no trace.
+            log_normaliser: ``[rows]``, ln Σ exp(logits).
         """
         before = self.records[slots, (positions - 1) % self.ring].to(torch.int64)
         known = before[:, _POSITION] == positions - 1
@@ -127,7 +134,7 @@ class Clarification:
         pending = torch.where(asks & may & eligible & (pending < 0), 0, pending)
 
         token_ids = self.token_ids[pending.clamp_min(0)]
-        allowed = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) > -torch.inf
+        allowed = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - log_normaliser > _EXCLUDED
         forced = may & (pending >= 0) & allowed
         record = torch.stack((positions, pending, forced, count, last, seen), dim=-1).to(torch.int32)
         self.records[torch.where(valid, slots, 0), positions % self.ring] = record

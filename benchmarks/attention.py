@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.common import add_out, finish, integers, medians_ms, paired, quiet, ratio
+from benchmarks.common import add_out, finish, integers, medians_ms, paired, peak_extra_bytes, quiet, ratio
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -98,20 +97,39 @@ def cpu_actions(batch: Layers) -> tuple[dict[str, Callable[[], object]], str]:
     layers = [LayerAttention(reader(cache), batch.scale) for cache in batch.caches]
     config = EntropixConfig()
 
-    def measure() -> None:
+    def statistics() -> None:
         for layer, queries in zip(layers, batch.queries, strict=True):
             measure_layer(layer, queries, batch.table, batch.lengths, config)
 
-    return {"attention": vllm_attention(batch, isa), "statistics": measure}, isa
+    return {"attention": vllm_attention(batch, isa), "statistics": statistics}, isa
+
+
+def gpu_actions(batch: Layers) -> tuple[dict[str, Callable[[], object]], str]:
+    """What is timed on a GPU: the statistics, and a copy of as many bytes as the keys have."""
+    from vllm_entropix import EntropixConfig
+    from vllm_entropix.attention import LayerAttention
+    from vllm_entropix.attention.paged_keys import PlainKeys
+    from vllm_entropix.attention.statistics import measure_layers
+
+    layers = [LayerAttention(PlainKeys(cache, batch.head_dim), batch.scale) for cache in batch.caches]
+    tables, requests = [batch.table] * len(layers), torch.arange(batch.rows, device=batch.device)
+    wanted, config = torch.ones_like(requests, dtype=torch.bool), EntropixConfig()
+    source = torch.empty(batch.key_bytes, dtype=torch.uint8, device=batch.device)
+    target = torch.empty_like(source)
+    return {
+        "copy": lambda: target.copy_(source),
+        "statistics": lambda: measure_layers(layers, batch.queries, tables, requests, batch.lengths, wanted, config),
+    }, "plain"
 
 
 def measure(options: argparse.Namespace, rows: int, context: int, layers: int) -> dict[str, Any]:
     """Times at one size."""
     batch = Layers(options, rows, context, layers)
-    actions, isa = cpu_actions(batch)
-    times = paired(actions, options.repeats)
+    on_gpu = batch.device.type == "cuda"
+    actions, cache = gpu_actions(batch) if on_gpu else cpu_actions(batch)
+    times = paired(actions, options.repeats, synchronise=on_gpu)
     medians = medians_ms(times)
-    return {
+    result = {
         "rows": rows,
         "context": context,
         "layers": layers,
@@ -119,10 +137,17 @@ def measure(options: argparse.Namespace, rows: int, context: int, layers: int) -
         "kv_heads": batch.kv_heads,
         "head_dim": batch.head_dim,
         "dtype": options.dtype,
-        "cache": isa,
+        "cache": cache,
         "median_ms": medians,
-        "statistics_over_attention": round(ratio(times, "statistics", "attention"), 4),
         "statistics_key_gb_per_second": round(batch.key_bytes / medians["statistics"] / 1e6, 2),
+    }
+    if not on_gpu:
+        return result | {"statistics_over_attention": round(ratio(times, "statistics", "attention"), 4)}
+    return result | {
+        # A copy reads each byte and writes it.
+        "copy_gb_per_second": round(2 * batch.key_bytes / medians["copy"] / 1e6, 2),
+        "bandwidth_over_copy": round(ratio(times, "copy", "statistics") / 2, 4),
+        "peak_extra_mib": round(peak_extra_bytes(actions["statistics"], batch.device) / 2**20, 1),
     }
 
 
@@ -135,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--heads", type=int, default=32, help="query heads (default: 32)")
     made.add_argument("--kv-heads", type=int, default=8, help="key heads (default: 8)")
     made.add_argument("--head-dim", type=int, default=128, help="elements of a head (default: 128)")
-    made.add_argument("--block-size", type=int, default=128, help="positions per cache block (default: 128)")
+    made.add_argument("--block-size", type=int, help="positions per cache block (default: 128, on a GPU 16)")
     made.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     made.add_argument("--repeats", type=int, default=20, help="paired rounds (default: 20)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -150,6 +175,7 @@ def main() -> None:
     import vllm.platforms
 
     vllm.platforms.current_platform.import_kernels()
+    options.block_size = options.block_size or (16 if options.device.startswith("cuda") else 128)
     results = []
     with torch.inference_mode():
         for context in options.context:

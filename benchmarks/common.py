@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -136,7 +137,12 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 
 def finish(name: str, results: Any, out: Path | None) -> None:
     """Print the result as JSON, with the machine and the command, and write it if asked to."""
-    command = f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()
+    given = [
+        a
+        for a, before in zip(sys.argv[1:], sys.argv, strict=False)
+        if "--out" not in (a, before) and not a.startswith("--out=")
+    ]
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *given])
     text = json.dumps({"benchmark": name, "command": command, "machine": machine(), "results": results}, indent=1)
     print(text)
     if out is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -34,6 +36,15 @@ def vllm_metadata(rows: int, device: torch.device, top_k: int | None, top_p: flo
     )
 
 
+def flashinfer_sampler(logits: torch.Tensor, top_k: int, top_p: float, temperature: float) -> Callable[[], object] | None:
+    """FlashInfer's filters and draw, where it is installed for this device."""
+    if logits.device.type != "cuda" or importlib.util.find_spec("flashinfer") is None:
+        return None
+    from flashinfer.sampling import top_k_top_p_sampling_from_logits
+
+    return lambda: top_k_top_p_sampling_from_logits(logits / temperature, top_k, top_p)
+
+
 def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> dict[str, object]:
     """Times and memory at one size."""
     import numpy as np
@@ -41,6 +52,7 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
 
     from vllm_entropix import EntropixConfig
     from vllm_entropix.sampling.batch import BatchSampler, Rows
+    from vllm_entropix.sampling.sampler import metrics_by_kernel
     from vllm_entropix.sampling.sequences import Sequence
 
     config = EntropixConfig()
@@ -80,7 +92,17 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
     def prepare() -> None:
         work.copy_(logits)
 
-    times = paired({"vllm": vllm, "entropix": entropix, "transform": transform}, repeats, prepare, device.type == "cuda")
+    def metrics() -> object:
+        return metrics_by_kernel(work)
+
+    def read() -> object:
+        return work.sum()
+
+    actions = {"vllm": vllm, "entropix": entropix, "transform": transform, "metrics": metrics, "read": read}
+    rival = flashinfer_sampler(work, config.base.top_k, config.base.top_p, config.base.temperature)
+    if rival is not None:
+        actions["flashinfer"] = rival
+    times = paired(actions, repeats, prepare, device.type == "cuda")
     prepare()
     extra = peak_extra_bytes(entropix, device)
     return {
@@ -88,6 +110,8 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
         "vocabulary": vocabulary,
         "median_ms": medians_ms(times),
         "entropix_over_vllm": round(ratio(times, "entropix", "vllm"), 4),
+        **({"entropix_over_flashinfer": round(ratio(times, "entropix", "flashinfer"), 4)} if rival else {}),
+        "metrics_over_read": round(ratio(times, "metrics", "read"), 4),
         "peak_extra_over_logits": round(extra / (4 * rows * vocabulary), 3),
     }
 

@@ -114,14 +114,8 @@ class EntropixSampler:
                 ``[rows]`` and returns the statistics, so that rows whose regime reads no attention needn't be measured.
             constants: numbers of each row's own configuration; by default this sampler's for all.
         """
-        kernels = kernels_for(logits.device) if self.kernels else None
-        by_kernels = kernels == "numba" and logits.dtype == torch.float32
-        if by_kernels:
-            metrics = _metrics_by_cpu_kernel(logits)
-        elif kernels == "triton" and logits.dtype != torch.float64:
-            metrics = _metrics_by_triton_kernel(logits)
-        else:
-            metrics = LogitsMetrics.from_logits(logits)
+        by_kernels = self.kernels and kernels_for(logits.device) == "numba" and logits.dtype == torch.float32
+        metrics = metrics_by_kernel(logits) if self.kernels else LogitsMetrics.from_logits(logits)
         if constants is None:
             constants = Constants.of(self.config, metrics.entropy.dtype, logits.device)
         if by_kernels:
@@ -179,6 +173,16 @@ class EntropixSampler:
             score.numpy(),
         )
         return regime, attention, Parameters(temperature, top_p, top_k, min_p, samples), score
+
+
+def metrics_by_kernel(logits: Tensor) -> LogitsMetrics:
+    """``LogitsMetrics.from_logits`` by the kernel for the logits' device and type, if there is one."""
+    kernels = kernels_for(logits.device)
+    if kernels == "numba" and logits.dtype == torch.float32:
+        return _metrics_by_cpu_kernel(logits)
+    if kernels == "triton" and logits.dtype != torch.float64:
+        return _metrics_by_triton_kernel(logits)
+    return LogitsMetrics.from_logits(logits)
 
 
 def _metrics_by_cpu_kernel(logits: Tensor) -> LogitsMetrics:

@@ -7,7 +7,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from vllm_entropix.kernels.cpu.distribute import largest
+from vllm_entropix.kernels.cpu.distribute import largest_tokens
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -18,6 +18,6 @@ def largest_of_rows(logits: Any, values: Any, token_ids: Any, first_row: int, la
     """
     count = values.shape[1]
     for row in range(first_row, last_row):
-        found = largest(logits[row], count, np.float32(-np.inf), values[row], token_ids[row])
+        found = largest_tokens(logits[row], count, np.float32(-np.inf), values[row], token_ids[row])
         values[row, found:] = np.nan
         token_ids[row, found:] = 0

@@ -27,7 +27,7 @@ def _sink(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def largest(logits: Any, count: int, threshold: Any, values: Any, ids: Any) -> int:
+def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: Any) -> int:
     """The ``count`` largest logits of at least ``threshold``, descending, equal ones by ascending id; how many there are.
 
     Tokens are seen by ascending id, so of equal ones at the border the first seen stay.
@@ -126,7 +126,7 @@ def distribute_rows(
                     largest = line[i]
             slack = 1e-3 * (1.0 + np.abs(np.float64(largest)))
             threshold = np.float32(np.float64(largest) + t * np.log(np.float64(min_p[row])) - slack)
-        count = largest(line, min(top_k[row], vocabulary), threshold, value, token)
+        count = largest_tokens(line, min(top_k[row], vocabulary), threshold, value, token)
         if count == 0:  # nothing but NaN: vLLM's draw decides
             continue
         total = weights[0] = 1.0

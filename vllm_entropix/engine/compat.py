@@ -24,6 +24,8 @@ from vllm_entropix.engine.sources import Sources
 SUPPORTED = ">=0.31,<0.34"
 _SUPPORTED_MINORS = (31, 32, 33)
 _SENTINEL = "__vllm_entropix__"
+# What the functions have that a vLLM built with patches/ lets plugins extend.
+_EXTENDED = "__extended__"
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -83,6 +85,11 @@ class Patch:
             if owner is None or static is None or getattr(getattr(owner, self.attribute), _SENTINEL, False):
                 continue
             original = getattr(owner, self.attribute)
+            if hasattr(original, _EXTENDED):
+                # This vLLM was built with our source patches: nothing of it is replaced.
+                importlib.import_module("vllm.plugins.extension_points").extend(original, self.wrap)
+                setattr(original, _SENTINEL, True)
+                continue
             replacement = functools.wraps(original)(self.wrap(original))
             setattr(replacement, _SENTINEL, True)
             setattr(owner, self.attribute, staticmethod(replacement) if isinstance(static, staticmethod) else replacement)

@@ -1,0 +1,80 @@
+"""Traces as tables: a row per token, with what the file says."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from tests.support.traces import line, varied, written
+from vllm_entropix.cli.main import app
+from vllm_entropix.config import ConfigError
+from vllm_entropix.observability.export import COLUMNS, to_pandas, to_parquet
+
+LINES = [
+    line(["a", "\n", "é"], forced=[1], not_kept=1),
+    line(["b"], name="second", index=3, metrics=[(None, None)]),
+    *(varied(5, seed, name=f"more {seed}") for seed in range(70)),
+]
+
+
+@pytest.fixture
+def traces(tmp_path):
+    return written(tmp_path / "traces.jsonl", *LINES)
+
+
+def test_a_row_per_record(traces):
+    table = to_pandas(traces)
+    pd.testing.assert_frame_equal(table, to_pandas(LINES))
+    assert tuple(table.columns) == COLUMNS
+    assert len(table) == sum(len(line.records) for line in LINES)
+    row = table.iloc[1]
+    entry = LINES[0].records[1]
+    assert (row.request_id, row["index"], row.position, row.token_id, row.text) == ("request", 0, 1, entry.token_id, "\n")
+    assert row.regime == entry.regime == "HELV"
+    assert row.forced
+    assert row.entropy == np.float32(entry.entropy)
+    assert list(zip(row.alternative_ids, row.alternative_probabilities, strict=True)) == entry.alternatives
+    assert np.isnan(table[table.request_id == "second"].entropy).all()
+    last = table[table.request_id == "more 69"]
+    assert last.varentropy.tolist() == [np.float32(entry.varentropy) for entry in LINES[-1].records]
+
+
+def test_parquet_gives_the_table_back(traces, tmp_path):
+    path = tmp_path / "traces.parquet"
+    table = to_pandas(traces)
+    assert to_parquet(traces, path) == len(table)
+    again = pd.read_parquet(path)
+    for name in COLUMNS:
+        assert [str(value) for value in again[name]] == [str(value) for value in table[name]] or name.startswith("alternative")
+    assert [list(ids) for ids in again.alternative_ids] == list(table.alternative_ids)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_the_command(traces, tmp_path, suffix):
+    path = tmp_path / f"table.{suffix}"
+    ended = CliRunner().invoke(app, ["export", str(traces), str(traces), "-o", str(path)])
+    assert ended.exit_code == 0, ended.output
+    table = pd.read_parquet(path) if suffix == "parquet" else pd.read_csv(path, keep_default_na=False)
+    assert len(table) == 2 * len(to_pandas(traces))
+    assert table.text[1] == "\n"
+
+
+def test_other_formats_are_refused(traces, tmp_path):
+    ended = CliRunner().invoke(app, ["export", str(traces), "-o", str(tmp_path / "table.xlsx")])
+    assert isinstance(ended.exception, ConfigError)
+    assert str(ended.exception) == "can't export to 'table.xlsx': its name should end in .parquet or .csv"
+
+
+@pytest.mark.parametrize("missing", ["pandas", "pyarrow"])
+def test_what_is_missing_is_named(traces, tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=rf"needs {missing}.*install vllm-entropix\[report\]"):
+        to_parquet(traces, tmp_path / "table.parquet")
+
+
+def test_nothing_gives_an_empty_table():
+    table = to_pandas([])
+    assert tuple(table.columns) == COLUMNS
+    assert table.empty

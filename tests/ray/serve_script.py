@@ -1,0 +1,138 @@
+"""A Serve app with two replicas under load, while one replica and then one engine is killed; prints what clients saw."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import ray
+import yaml
+from ray import serve
+from ray.util.state import list_actors
+
+from deploy.ray.serve import Arguments, app
+
+PROMPT = "Once upon a time"
+STREAMS = 8
+
+
+def arguments() -> Arguments:
+    """Those of deploy/ray/serve.yaml, but for what a CPU needs."""
+    [application] = yaml.safe_load(Path("deploy/ray/serve.yaml").read_text())["applications"]
+    assert application["import_path"] == "deploy.ray.serve:app"
+    shared = {name: application["args"][name] for name in ("sampler_config", "target_ongoing_requests")}
+    return Arguments(
+        **shared,
+        name="demo",
+        accelerator="cpu",
+        min_replicas=2,
+        max_replicas=2,
+        engine_kwargs={"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 26},
+    )
+
+
+def replicas() -> dict[int, psutil.Process | None]:
+    """Process id of each running replica → the process of its engine."""
+    found = {}
+    for actor in list_actors(filters=[("state", "=", "ALIVE")]):
+        if "ServeReplica" in actor.class_name and "Server:" in actor.class_name:
+            children = psutil.Process(actor.pid).children(recursive=True)
+            engines = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+            found[actor.pid] = engines[0] if engines else None
+    return found
+
+
+async def stream(client: openai.AsyncOpenAI, started: asyncio.Event | None = None) -> dict[str, Any]:
+    """One streamed completion: its text, and how it ended."""
+    text, finish = "", None
+    try:
+        chunks = await client.completions.create(
+            model="demo", prompt=PROMPT, max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        async for chunk in chunks:
+            text += chunk.choices[0].text
+            finish = chunk.choices[0].finish_reason or finish
+            if started is not None:
+                started.set()
+    except openai.APIError as error:
+        return {"text": text, "finish": finish, "error": f"{type(error).__name__}: {error}"}
+    return {"text": text, "finish": finish, "error": None}
+
+
+async def short(client: openai.AsyncOpenAI) -> dict[str, Any]:
+    """One short completion: when it was asked, and how it ended."""
+    asked = time.monotonic()
+    try:
+        answer = await client.completions.create(model="demo", prompt=PROMPT, max_tokens=3, temperature=0)
+    except openai.APIError as error:
+        return {"asked": asked, "error": str(error), "seconds": time.monotonic() - asked}
+    return {"asked": asked, "error": None, "seconds": time.monotonic() - asked, "text": answer.choices[0].text}
+
+
+async def while_killing(client: openai.AsyncOpenAI, kill: Any) -> dict[str, Any]:
+    """Streams in flight while something is killed, and short requests from then on for ten seconds."""
+    events = [asyncio.Event() for _ in range(STREAMS)]
+    streams = [asyncio.create_task(stream(client, event)) for event in events]
+    await asyncio.wait_for(asyncio.gather(*(event.wait() for event in events)), 60)
+    kill()
+    killed = time.monotonic()
+    shorts = []
+    while time.monotonic() < killed + 10:
+        shorts.append(asyncio.create_task(short(client)))
+        await asyncio.sleep(0.2)
+    new = [{**result, "asked": result["asked"] - killed} for result in await asyncio.gather(*shorts)]
+    return {"streams": await asyncio.gather(*streams), "new": new}
+
+
+async def until_two(avoid: set[int]) -> dict[int, psutil.Process]:
+    """The replicas, once there are two with engines that answer."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        status = serve.status().applications["default"]
+        ready = all(deployment.status == "HEALTHY" for deployment in status.deployments.values())
+        found = await asyncio.to_thread(replicas)
+        if ready and len(found) == 2 and all(found.values()) and not avoid & set(found):
+            return found
+        await asyncio.sleep(0.5)
+    raise TimeoutError(f"no two replicas: {serve.status()}")
+
+
+async def scenario(url: str) -> dict[str, Any]:
+    """Everything, in order."""
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        expected = await stream(client)
+        traced = await client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "What is 24 + 17?"}],
+            max_tokens=20,
+            extra_body={"vllm_xargs": {"entropix_trace": 1}},
+        )
+        found = await until_two(set())
+        first = next(iter(found))
+        engine = await while_killing(client, lambda: found[first].send_signal(signal.SIGKILL))
+        found = await until_two({first})
+        second = next(iter(found))
+        replica = await while_killing(client, lambda: os.kill(second, signal.SIGKILL))
+    trace = getattr(traced.choices[0], "entropix", None)
+    return {"expected": expected, "trace": trace, "engine": engine, "replica": replica}
+
+
+def main() -> None:
+    """Start Ray and the app, run the scenario."""
+    port = int(json.loads(sys.argv[1]))
+    # The dashboard tells which actors there are.
+    ray.init(num_cpus=8, include_dashboard=True, _node_ip_address="127.0.0.1")
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(app(arguments()))
+    print("RESULT " + json.dumps(asyncio.run(scenario(f"http://127.0.0.1:{port}"))), flush=True)
+    os._exit(0)  # what is left dies with this process's namespace
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""deploy/ray/serve.py: two replicas under load, while an engine and then a replica is killed."""
+
+import pytest
+
+from tests.support import ray_cluster
+from tests.support.engine import close_engine
+from tests.support.server import free_port
+from vllm_entropix.client import trace_of
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    close_engine()
+    return ray_cluster.run(tmp_path_factory.mktemp("serve") / "log", "serve_script", free_port(), timeout=420)
+
+
+def test_the_sampler_serves(seen):
+    assert seen["expected"]["finish"] == "length"
+    assert seen["expected"]["text"]
+    assert trace_of({"entropix": seen["trace"]}).tokens
+
+
+@pytest.mark.parametrize("killed", ["engine", "replica"])
+def test_requests_in_flight_are_whole_or_end_in_an_error(seen, killed):
+    streams = seen[killed]["streams"]
+    whole = [stream for stream in streams if stream["error"] is None]
+    # The other replica's went on; none was cut in silence.
+    assert whole
+    assert len(whole) < len(streams), "nothing was in flight on what was killed"
+    for stream in whole:
+        assert stream["finish"] == "length"
+        assert stream["text"] == seen["expected"]["text"]
+    for stream in streams:
+        if stream["error"] is not None:
+            assert stream["finish"] is None
+            assert seen["expected"]["text"].startswith(stream["text"])
+
+
+@pytest.mark.parametrize("killed", ["engine", "replica"])
+def test_new_requests_are_served_within_five_seconds(seen, killed):
+    failed = [request for request in seen[killed]["new"] if request["error"] is not None]
+    late = [request for request in seen[killed]["new"] if request["asked"] >= 5]
+    assert len(late) > 20
+    assert all(request["asked"] < 5 for request in failed), failed
+    assert all(request["seconds"] < 5 for request in late)

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``vllm_entropix.kernels`` in Triton's interpreter; ``triton_checks`` says what is checked."""
+"""The Triton kernels of ``vllm_entropix.kernels``: in Triton's interpreter, as ``triton_checks`` says, and compiled."""
 
 import json
 import subprocess
@@ -41,12 +41,12 @@ CHECKS = (
 )
 
 
-@pytest.fixture(scope="module")
-def results():
+def result_of(module, runner):
+    """What a module beside this one prints in a process for this runner."""
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton_checks"],
+        [sys.executable, "-m", f"tests.kernels.{module}"],
         cwd=ROOT,
-        env=runners.environment("v2"),
+        env=runners.environment(runner),
         capture_output=True,
         text=True,
         timeout=400,
@@ -55,6 +55,25 @@ def results():
     lines = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, ended.stderr[-3000:]
     return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def results():
+    return result_of("triton_checks", "v2")
+
+
+def test_kernels_compile_for_a_gpu():
+    # For an H100: machine code is made without one.
+    assert set(result_of("compile_checks", "v1")) == {
+        "_measure_tile",
+        "_merge_tiles",
+        "_distribute",
+        "_filter",
+        "_attend",
+        "_merge_splits",
+        "_deviate",
+        "_finish",
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is repaired for machines without a GPU")

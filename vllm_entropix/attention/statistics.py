@@ -154,7 +154,7 @@ def measure_layers(
 
 @lru_cache(maxsize=256)
 def _addresses(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
-    values = torch.tensor(addresses, dtype=torch.int64)
+    values = torch.tensor(addresses, dtype=torch.int64, device="cpu")
     # Pinned, so that the copy needn't wait for the device.
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 

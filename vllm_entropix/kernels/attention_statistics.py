@@ -6,10 +6,12 @@ finds no room in the scratch has its scores computed again; its bits are the sam
 splits whose borders depend on the row alone. One launch covers all layers, as far as the scratch goes for a typical context.
 """
 
+# Triton's compiler looks at a kernel's annotations, and knows none of Python's.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -54,8 +56,8 @@ class PagedLayers:
     capped: bool = False
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _extent(lengths: Any, windows: Any, row: Any, layer: Any, TILE: tl.constexpr) -> Any:  # noqa: N803
+@triton.jit
+def _extent(lengths, windows, row, layer, TILE: tl.constexpr):  # noqa: N803
     """A row's length, its first position attended to, and the tiles that these are in."""
     length = tl.load(lengths + row).to(tl.int32)
     window = tl.load(windows + layer).to(tl.int32)
@@ -63,25 +65,25 @@ def _extent(lengths: Any, windows: Any, row: Any, layer: Any, TILE: tl.constexpr
     return length, begin, begin // TILE, (length + TILE - 1) // TILE
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _scores_of_tile(
-    queries: Any,
-    addresses: Any,
-    tables: Any,
-    factors: Any,
-    slopes: Any,
-    layers: Any,
-    layer: Any,
-    query_row: Any,
-    table_row: Any,
-    kv_head: Any,
-    position: Any,
-    real: Any,
-    length: Any,
-    stride_block: Any,
-    stride_head: Any,
-    stride_position: Any,
-    stride_dim: Any,
+    queries,
+    addresses,
+    tables,
+    factors,
+    slopes,
+    layers,
+    layer,
+    query_row,
+    table_row,
+    kv_head,
+    position,
+    real,
+    length,
+    stride_block,
+    stride_head,
+    stride_position,
+    stride_dim,
     HEADS: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
@@ -91,7 +93,7 @@ def _scores_of_tile(
     ELEMENT: tl.constexpr,  # noqa: N803
     SOFTCAP: tl.constexpr,  # noqa: N803
     ALIBI: tl.constexpr,  # noqa: N803
-) -> Any:
+):
     """Scores ``[ROWS, tile]`` of a group of query heads; rows beyond the group are padding."""
     member, dim = tl.arange(0, ROWS), tl.arange(0, DIMS)
     head = kv_head * GROUP + member
@@ -122,26 +124,26 @@ def _scores_of_tile(
     return scores
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _attend(
-    queries: Any,
-    addresses: Any,
-    tables: Any,
-    table_stride: Any,
-    requests: Any,
-    lengths: Any,
-    wanted: Any,
-    factors: Any,
-    slopes: Any,
-    layers: Any,
-    rows: Any,
-    offsets: Any,
-    scratch: Any,
-    partial: Any,
-    stride_block: Any,
-    stride_head: Any,
-    stride_position: Any,
-    stride_dim: Any,
+    queries,
+    addresses,
+    tables,
+    table_stride,
+    requests,
+    lengths,
+    wanted,
+    factors,
+    slopes,
+    layers,
+    rows,
+    offsets,
+    scratch,
+    partial,
+    stride_block,
+    stride_head,
+    stride_position,
+    stride_dim,
     HEADS: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
@@ -153,7 +155,7 @@ def _attend(
     ALIBI: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
-) -> None:
+):
     """Scores of one split, key head and row of a layer, and per query head: maximum, and relative to it the normaliser and
     the sum of score times weight; the sum of absolute scores."""
     pair, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -224,23 +226,23 @@ def _attend(
     tl.store(place + 3, absolute, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _merge_splits(
-    partial: Any,
-    lengths: Any,
-    wanted: Any,
-    factors: Any,
-    sinks: Any,
-    layers: Any,
-    rows: Any,
-    padded: Any,
-    heads_found: Any,
+    partial,
+    lengths,
+    wanted,
+    factors,
+    sinks,
+    layers,
+    rows,
+    padded,
+    heads_found,
     HEADS: tl.constexpr,  # noqa: N803
     HEADS_2: tl.constexpr,  # noqa: N803
     SINKS: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
-) -> None:
+):
     """Per query head: log-normaliser, entropy and sum of absolute scores."""
     pair = tl.program_id(0).to(tl.int64)
     layer, row = pair // rows, pair % rows
@@ -277,27 +279,27 @@ def _merge_splits(
     tl.store(place + 2 * HEADS, tl.sum(absolute, axis=1), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _deviate(
-    queries: Any,
-    addresses: Any,
-    tables: Any,
-    table_stride: Any,
-    requests: Any,
-    lengths: Any,
-    wanted: Any,
-    factors: Any,
-    slopes: Any,
-    layers: Any,
-    rows: Any,
-    offsets: Any,
-    scratch: Any,
-    heads_found: Any,
-    deviations: Any,
-    stride_block: Any,
-    stride_head: Any,
-    stride_position: Any,
-    stride_dim: Any,
+    queries,
+    addresses,
+    tables,
+    table_stride,
+    requests,
+    lengths,
+    wanted,
+    factors,
+    slopes,
+    layers,
+    rows,
+    offsets,
+    scratch,
+    heads_found,
+    deviations,
+    stride_block,
+    stride_head,
+    stride_position,
+    stride_dim,
     HEADS: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
@@ -309,7 +311,7 @@ def _deviate(
     ALIBI: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
-) -> None:
+):
     """Summed deviation of all heads' weights from their mean, over one split."""
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     layer, row = pair // rows, pair % rows
@@ -373,23 +375,23 @@ def _deviate(
     tl.store(deviations + pair * SPLITS + split, deviation)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _finish(
-    lengths: Any,
-    wanted: Any,
-    factors: Any,
-    layers: Any,
-    rows: Any,
-    padded: Any,
-    heads_found: Any,
-    deviations: Any,
-    results: Any,
+    lengths,
+    wanted,
+    factors,
+    layers,
+    rows,
+    padded,
+    heads_found,
+    deviations,
+    results,
     RULE: tl.constexpr,  # noqa: N803
     HEADS: tl.constexpr,  # noqa: N803
     HEADS_2: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
-) -> None:
+):
     """The four statistics of a row and layer."""
     pair = tl.program_id(0).to(tl.int64)
     layer, row = pair // rows, pair % rows

@@ -5,9 +5,10 @@ logits reach, and seldom many more. Those are collected in the order of their id
 before or after one, is then found by comparing all pairs. Rows of greedy, forced and opted-out requests leave early.
 """
 
-from __future__ import annotations
+# Triton's compiler looks at a kernel's annotations, and knows none of Python's.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -24,22 +25,22 @@ _PAIRS = 8192  # compared at a time
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def ordered(values: Any) -> Any:
+@triton.jit
+def ordered(values):
     """int64 that are ordered as the float32 ``values`` are."""
     bits = values.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def as_float(order: Any) -> Any:
+@triton.jit
+def as_float(order):
     """The float32 of an int64 from ``ordered``."""
     bits = order.to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def fill(line: Any, vocabulary: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
+@triton.jit
+def fill(line, vocabulary, BLOCK: tl.constexpr):  # noqa: N803
     """Exclude all tokens of a row; what is stored to it afterwards is seen."""
     # Everyone must have read what is overwritten here.
     tl.debug_barrier()
@@ -49,8 +50,8 @@ def fill(line: Any, vocabulary: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
     tl.debug_barrier()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def survey(line: Any, vocabulary: Any, maxima: Any, BLOCK: tl.constexpr, GROUP: tl.constexpr) -> Any:  # noqa: N803
+@triton.jit
+def survey(line, vocabulary, maxima, BLOCK: tl.constexpr, GROUP: tl.constexpr):  # noqa: N803
     """The largest logit and the first token that has it, writing the maximum of every ``GROUP`` logits to ``maxima``.
 
     NaN counts as larger than all else, as it does for a sort: the largest is +inf then, and the token is the first NaN's.
@@ -77,8 +78,8 @@ def survey(line: Any, vocabulary: Any, maxima: Any, BLOCK: tl.constexpr, GROUP: 
     return tl.where(has_nan, float("inf"), largest), tl.where(has_nan, invalid, first)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _kth_of_maxima(maxima: Any, groups: Any, k: Any, GROUPS: tl.constexpr) -> Any:  # noqa: N803
+@triton.jit
+def _kth_of_maxima(maxima, groups, k, GROUPS: tl.constexpr):  # noqa: N803
     """The k-th largest of ``groups`` numbers, -inf if there are fewer."""
     place = tl.arange(0, GROUPS)
     order = ordered(tl.load(maxima + place, mask=place < groups, other=-float("inf")))
@@ -91,8 +92,8 @@ def _kth_of_maxima(maxima: Any, groups: Any, k: Any, GROUPS: tl.constexpr) -> An
     return tl.where(groups >= k, as_float(found), -float("inf"))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def count_and_above(line: Any, vocabulary: Any, threshold: Any, BLOCK: tl.constexpr) -> Any:  # noqa: N803
+@triton.jit
+def count_and_above(line, vocabulary, threshold, BLOCK: tl.constexpr):  # noqa: N803
     """How many logits are at least, and how many more than, ``threshold``."""
     least, more = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for start in tl.range(0, vocabulary, BLOCK):
@@ -103,8 +104,8 @@ def count_and_above(line: Any, vocabulary: Any, threshold: Any, BLOCK: tl.conste
     return least, more
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def kth_largest(line: Any, vocabulary: Any, k: Any, BLOCK: tl.constexpr) -> Any:  # noqa: N803
+@triton.jit
+def kth_largest(line, vocabulary, k, BLOCK: tl.constexpr):  # noqa: N803
     """The k-th largest logit, and how many are larger. There must be k finite ones, and no NaN."""
     found = tl.full((), -(2**31), tl.int64)
     step = tl.full((), 2**32, tl.int64)
@@ -117,18 +118,18 @@ def kth_largest(line: Any, vocabulary: Any, k: Any, BLOCK: tl.constexpr) -> Any:
     return value, more
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _collect(
-    line: Any,
-    vocabulary: Any,
-    threshold: Any,
-    border: Any,
-    ties: Any,
-    values: Any,
-    ids: Any,
+    line,
+    vocabulary,
+    threshold,
+    border,
+    ties,
+    values,
+    ids,
     BLOCK: tl.constexpr,  # noqa: N803
     CAPACITY: tl.constexpr,  # noqa: N803
-) -> Any:
+):
     """Collect logits from ``threshold`` and above ``border``, and the first ``ties`` equal to it; how many there are."""
     count, tied = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for start in tl.range(0, vocabulary, BLOCK):
@@ -148,8 +149,8 @@ def _collect(
     return count
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _power(base: Any, exponent: Any) -> Any:
+@triton.jit
+def _power(base, exponent):
     """``base ** exponent`` for exponents 0 to 127."""
     result = tl.full(base.shape, 1.0, tl.float32)
     for bit in tl.static_range(7):
@@ -158,29 +159,29 @@ def _power(base: Any, exponent: Any) -> Any:
     return result
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _distribute(
-    logits: Any,
-    row_stride: Any,
-    vocabulary: Any,
-    temperature: Any,
-    top_p: Any,
-    top_k: Any,
-    min_p: Any,
-    samples: Any,
-    forced: Any,
-    sampled: Any,
-    maxima: Any,
-    values: Any,
-    ids: Any,
-    weights: Any,
+    logits,
+    row_stride,
+    vocabulary,
+    temperature,
+    top_p,
+    top_k,
+    min_p,
+    samples,
+    forced,
+    sampled,
+    maxima,
+    values,
+    ids,
+    weights,
     BLOCK: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
     CAPACITY: tl.constexpr,  # noqa: N803
     STEP: tl.constexpr,  # noqa: N803
     LIMIT: tl.constexpr,  # noqa: N803
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     if tl.load(sampled + row) == 0:
         return

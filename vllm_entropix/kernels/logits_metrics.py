@@ -5,9 +5,10 @@ mean and summed squared deviation relative to that; a second kernel merges the t
 Nothing is computed as E[x²] - E[x]². Tiles depend on the vocabulary alone, so a row's bits don't depend on the batch.
 """
 
-from __future__ import annotations
+# Triton's compiler looks at a kernel's annotations, and knows none of Python's.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -18,8 +19,8 @@ TILE = 4096
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _measure_tile(logits: Any, row_stride: Any, vocabulary: Any, partial: Any, tiles: Any, TILE: tl.constexpr) -> None:  # noqa: N803
+@triton.jit
+def _measure_tile(logits, row_stride, vocabulary, partial, tiles, TILE: tl.constexpr):  # noqa: N803
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=-float("inf")).to(tl.float32)
@@ -41,8 +42,8 @@ def _measure_tile(logits: Any, row_stride: Any, vocabulary: Any, partial: Any, t
     tl.store(place + 3, spread)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _merge_tiles(partial: Any, tiles: Any, results: Any, rows: Any, TILES: tl.constexpr) -> None:  # noqa: N803
+@triton.jit
+def _merge_tiles(partial, tiles, results, rows, TILES: tl.constexpr):  # noqa: N803
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     place, there = partial + (row * tiles + tile) * 4, tile < tiles

@@ -5,9 +5,10 @@ how many of those equal to it stay. It is found by bisection over the bits of a 
 GPU's cache answers. There is no best of n here: its rows have a ``top_k`` that ADAPTIVE caps.
 """
 
-from __future__ import annotations
+# Triton's compiler looks at a kernel's annotations, and knows none of Python's.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -22,16 +23,16 @@ _GROUP = 64
 _LEAST = tl.constexpr(-(2**31) + 2**23)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _mass(
-    line: Any,
-    vocabulary: Any,
-    largest: Any,
-    t: Any,
-    smallest: Any,
-    border: Any,
+    line,
+    vocabulary,
+    largest,
+    t,
+    smallest,
+    border,
     BLOCK: tl.constexpr,  # noqa: N803
-) -> Any:
+):
     """Summed weights of the logits above ``border`` that min_p keeps."""
     total = tl.full((), 0.0, tl.float32)
     for start in tl.range(0, vocabulary, BLOCK):
@@ -42,30 +43,30 @@ def _mass(
     return total
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _weight_at(value: Any, largest: Any, t: Any, smallest: Any) -> Any:
+@triton.jit
+def _weight_at(value, largest, t, smallest):
     """Weight of a logit; 0 for what min_p drops."""
     weight = tl.exp((value - largest) / t)
     return tl.where((value > -float("inf")) & (weight >= smallest), weight, 0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _filter(
-    logits: Any,
-    row_stride: Any,
-    vocabulary: Any,
-    temperature: Any,
-    top_p: Any,
-    top_k: Any,
-    min_p: Any,
-    forced: Any,
-    sampled: Any,
-    maxima: Any,
-    groups: Any,
+    logits,
+    row_stride,
+    vocabulary,
+    temperature,
+    top_p,
+    top_k,
+    min_p,
+    forced,
+    sampled,
+    maxima,
+    groups,
     BLOCK: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     LIMIT: tl.constexpr,  # noqa: N803
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     k = tl.minimum(tl.load(top_k + row), vocabulary).to(tl.int32)
     if (tl.load(sampled + row) == 0) | (tl.load(forced + row) >= 0) | (k <= LIMIT):

@@ -61,11 +61,8 @@ def test_a_replica():
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
     assert "replicas" not in objects["Deployment"]["spec"]  # the autoscaler's
-    assert (
-        "nvidia.com/gpu"
     [on_cpu] = rendered({"gpus": 0})["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert "nvidia.com/gpu" not in on_cpu["resources"]["limits"]
-    )
 
 
 def test_the_sampler_takes_its_settings():

@@ -38,7 +38,7 @@ def sampler(results: list[dict[str, Any]]) -> str:
     head = ["rows, vocabulary", "vLLM, ms", "entropix, ms", "ratio", "metrics / one read", "extra memory / logits"]
     rows = [
         [
-            f"{one['rows']} rows, {one['vocabulary']:,} tokens",
+            f"{one['rows']}, {one['vocabulary']:,}",
             number(one["median_ms"]["vllm"]),
             number(one["median_ms"]["entropix"]),
             number(one["entropix_over_vllm"]),
@@ -151,7 +151,7 @@ def plot(results: list[dict[str, Any]]) -> str:
 
     names = {"attention": "vLLM's attention", "statistics": "entropix statistics", "copy": "copy of the keys' bytes"}
     points = [
-        {"context": one["context"], "ms": ms, "what": f"{names[what]}, {one['rows']} rows"}
+        {"context": one["context"], "ms": ms, "what": f"{names[what]}, {one['rows']} row" + "s" * (one["rows"] > 1)}
         for one in results
         for what, ms in one["median_ms"].items()
     ]

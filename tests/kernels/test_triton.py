@@ -22,6 +22,7 @@ CHECKS = (
     "ties_are_kept_by_lowest_id",
     "large_top_k",
     "wide_top_k",
+    "wide_ties",
     "narrow_and_wide_rows_together",
     "strange_rows",
     "early_rows",

@@ -200,6 +200,16 @@ def wide_top_k():
             assert_same_distribution(distributed(logits, parameters, wide=True), expected(logits, parameters))
 
 
+def wide_ties():
+    logits = torch.zeros(2, 5000)
+    logits[1, ::3] = 1.0
+    for top_p in (1.0, 0.5, 0.9):
+        parameters = parameters_of(2, top_k=3000, top_p=top_p, min_p=0.0, temperature=1.0, samples=1)
+        got, want = distributed(logits, parameters, wide=True), expected(logits, parameters)
+        assert torch.equal(got > -torch.inf, want > 0)
+        torch.testing.assert_close(got.exp().double(), want, rtol=1e-5, atol=1e-8)
+
+
 def narrow_and_wide_rows_together():
     logits = mixed(6, 3000, 7)
     parameters = parameters_of(6, samples=1, min_p=0.0)
@@ -427,6 +437,7 @@ CHECKS = (
     ties_are_kept_by_lowest_id,
     large_top_k,
     wide_top_k,
+    wide_ties,
     narrow_and_wide_rows_together,
     strange_rows,
     early_rows,

@@ -58,8 +58,7 @@ def attention(results: list[dict[str, Any]]) -> str:
             head,
             [
                 [
-                    f"{one['rows']} rows, {one['context']:,} positions"
-                    + (f", {one['layers']} layers" if one["layers"] > 1 else ""),
+                    f"{one['rows']}, {one['context']:,}, {one['layers']}",
                     number(one["median_ms"]["statistics"]),
                     number(one["statistics_key_gb_per_second"]),
                     number(one["bandwidth_over_copy"]),
@@ -73,8 +72,7 @@ def attention(results: list[dict[str, Any]]) -> str:
         head,
         [
             [
-                f"{one['rows']} rows, {one['context']:,} positions"
-                + (f", {one['layers']} layers" if one["layers"] > 1 else ""),
+                f"{one['rows']}, {one['context']:,}, {one['layers']}",
                 number(one["median_ms"]["attention"]),
                 number(one["median_ms"]["statistics"]),
                 number(one["statistics_over_attention"]),

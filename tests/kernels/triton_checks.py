@@ -18,7 +18,7 @@ from tests.kernels.test_cpu import apply, mixed_logits
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import LayerAttention, statistics
 from vllm_entropix.attention.paged_keys import PlainKeys
-from vllm_entropix.attention.statistics import measure_layer_in_pytorch, measure_layers
+from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch, measure_layers
 from vllm_entropix.kernels import attention_statistics, candidates, logits_metrics, wide_filters
 from vllm_entropix.sampling import LogitsMetrics, Parameters, batch, filters, sampler
 
@@ -407,6 +407,24 @@ def attention_rows_do_not_depend_on_the_batch():
         assert torch.equal(torch.stack(alone), together[:, 1:])
 
 
+def a_layer_is_measured_by_them():
+    keys = PlainKeys(cache_of("heads-first", 40, 2, 16, 32, torch.float32, seed=3), 32)
+    layer, lengths = LayerAttention(keys, 0.2, window=50), torch.tensor([3, 70])
+    arguments = (layer, random(2, 4, 32, seed=4), torch.randint(0, 40, (2, 5)), lengths, EntropixConfig())
+    with (
+        mock.patch.object(statistics, "kernels_for", return_value="triton"),
+        mock.patch.object(statistics, "measure_layer_in_pytorch", side_effect=AssertionError("it was called")),
+    ):
+        got = measure_layer(*arguments)
+    want = measure_layer_in_pytorch(*arguments)
+    for metric in METRICS:
+        torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5)
+    # Sums over the heads of other ranks are PyTorch's.
+    with mock.patch.object(statistics, "kernels_for", side_effect=AssertionError("asked for kernels")):
+        shared = measure_layer(*arguments, gather=lambda shares: shares)
+    torch.testing.assert_close(shared.agreement, want.agreement)
+
+
 def attention_refuses_unequal_caches():
     layers = [LayerAttention(PlainKeys(torch.zeros(2, 1, size, 64), 32), 1.0) for size in (16, 32)]
     with pytest.raises(ValueError, match="differ"):
@@ -452,6 +470,7 @@ CHECKS = (
     attention_rows_that_are_not_wanted,
     attention_without_room_in_the_scratch,
     attention_rows_do_not_depend_on_the_batch,
+    a_layer_is_measured_by_them,
     attention_refuses_unequal_caches,
     the_sampler_decides_and_writes_by_them,
 )

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     close_engine()
-    return ray_cluster.run(tmp_path_factory.mktemp("serve") / "log", "serve_script", free_port(), timeout=420)
+    # Otherwise vLLM binds both replicas to the same CPU.
+    alone = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return ray_cluster.run(tmp_path_factory.mktemp("serve") / "log", "serve_script", free_port(), timeout=420, **alone)
 
 
 def test_the_sampler_serves(seen):

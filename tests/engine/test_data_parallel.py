@@ -1,0 +1,61 @@
+"""Two independent engines behind one address: `vllm serve --data-parallel-size 2`, with one merged `/metrics`."""
+
+import concurrent.futures
+import os
+import time
+import urllib.request
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.engine import close_engine
+from tests.support.server import serve
+from vllm_entropix.cli.demo import shipped_model
+from vllm_entropix.client import ASK, trace_of
+
+pytestmark = pytest.mark.engine
+
+ARGUMENTS = (
+    *("--sampler", "entropix", "--data-parallel-size", "2", "--served-model-name", "demo", "--dtype", "float32"),
+    *("--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 26)),
+)
+
+
+def values(url):
+    """Name and labels → value."""
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    families = text_string_to_metric_families(text)
+    return {(sample.name, *sorted(sample.labels.items())): sample.value for family in families for sample in family.samples}
+
+
+def test_both_engines_answer_and_count_in_one_place(tmp_path):
+    close_engine()
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    with serve(shipped_model(), tmp_path / "log", *ARGUMENTS, VLLM_CPU_OMP_THREADS_BIND=f"{first}|{second}") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+        def one(index):
+            answer = client.completions.create(
+                model="demo", prompt="Once upon a time", max_tokens=20, seed=index % 2, extra_body=ASK
+            )
+            return answer.choices[0].text, trace_of(answer.choices[0]).tokens
+
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(one, range(32)))
+        time.sleep(1)  # counted a few times a second
+        after = values(url)
+    for seed in (0, 1):
+        assert len({text for text, _ in found[seed::2]}) == 1, "an engine draws other tokens than the other"
+    tokens = [token for _, trace in found for token in trace]
+    for regime in ("LELV", "HELV", "LEHV", "HEHV", "ADAPTIVE"):
+        counted = after.get(("entropix_tokens_total", ("regime", regime)), 0)
+        assert counted == sum(token.regime == regime for token in tokens), regime
+    assert after[("entropix_entropy_bits_count",)] == len(tokens)
+    # Both engines took part.
+    finished = {
+        dict(labels)["engine"]: value for (name, *labels), value in after.items() if name == "vllm:generation_tokens_total"
+    }
+    assert set(finished) == {"0", "1"}
+    assert all(finished.values())
+    assert sum(finished.values()) == len(tokens)

@@ -44,7 +44,7 @@ def test_what_is_wrong_is_named_by_file_and_line(tmp_path):
         with pytest.raises(TraceFileError, match=told) as error:
             list(read_traces(path))
         assert f"{path}, line 3" in str(error.value)
-    with pytest.raises(TraceFileError, match="can't read .*no-such-file: No such file"):
+    with pytest.raises(TraceFileError, match=r"can't read .*no-such-file: No such file"):
         list(read_traces(tmp_path / "no-such-file"))
     path.write_text("not a trace at all")
     with pytest.raises(TraceFileError, match="line 1"):

@@ -53,15 +53,14 @@ def line(
 ) -> TraceLine:
     """The trace of a sequence of these texts, whose tokens take their metrics in turn from ``metrics``."""
     ids = [100 + place % 1000 for place in range(len(texts))]
-    made: dict[tuple[int, bool], TokenEntry] = {}
+    made: dict[tuple[int, int, bool], TokenEntry] = {}  # entries are the same again and again in a long text
     records = []
     for place, token in enumerate(ids[: len(ids) - not_kept]):
-        key = (place % len(metrics), place in forced)
+        key = (token, place % len(metrics), place in forced)
         if key not in made:
-            made[key] = entry(token, *metrics[key[0]], forced=key[1])
-        alternatives = [(token, 0.75), (token + 1, 0.125), (token + 2, 0.0625)]
-        records.append(made[key].model_copy(update={"token_id": token, "alternatives": alternatives}))
-    seen = {token: text for token, text in zip(ids, texts, strict=True)}
+            made[key] = entry(token, *metrics[key[1]], forced=key[2])
+        records.append(made[key])
+    seen = dict(zip(ids, texts, strict=True))
     others = {other: f"other {other}" for token in ids for other in (token + 1, token + 2) if other not in seen}
     return TraceLine(
         request_id=name,
@@ -86,6 +85,7 @@ def varied(tokens: int, seed: int, **arguments) -> TraceLine:
     """A sequence like a real one: all its numbers differ, so that they compress as badly."""
     numbers = random.Random(seed)
     made = line([numbers.choice((" word", " and", " lonely", ".", "\n")) for _ in range(tokens)], **arguments)
+    made.records = [record.model_copy() for record in made.records]
     for record in made.records:
         for field in ("entropy", "varentropy", "attention_entropy", "attention_varentropy", "agreement", "confidence"):
             setattr(record, field, numbers.expovariate(1.0))

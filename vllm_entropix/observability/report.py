@@ -26,7 +26,7 @@ from vllm_entropix.observability.terminal import MEANINGS
 from vllm_entropix.observability.trace import REGIMES
 from vllm_entropix.observability.tracefile import TraceLine
 
-# The charting library is plotly.js's smallest bundle: Python's plotly brings the largest, which takes a browser a second to start.
+# The charts are plotly.js's smallest bundle: the one that Python's plotly brings takes a browser a second longer to start.
 TEMPLATES = ("report.html.j2", "report.css", "report.js", "plotly/plotly-basic.min.js")
 SNIPPET_CHARACTERS = 90
 # Significant digits: of metrics and parameters, and of the probabilities of alternatives.

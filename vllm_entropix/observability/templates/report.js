@@ -149,7 +149,7 @@
       this.range = make("span");
       this.pages = make("div", { className: "pages" }, this.previous, this.range, this.next);
       this.plane = make("div", { className: "chart plane", role: "img" });
-      this.lines = make("div", { className: "chart lines", role: "img" });
+      this.lines = make("div", { className: "chart along", role: "img" });
       this.toggles = make("div", { className: "toggles", role: "group", "aria-label": "Metrics along the sequence" });
       this.element = make("section", { className: "pane" }, make("div", {}, this.title, this.chips), this.bar, this.text, this.pages,
         make("div", { className: "charts" }, make("div", {}, make("h3", { textContent: "Entropy × varentropy" }), this.plane),
@@ -533,7 +533,7 @@
     });
     const [pane] = panes;
     Plotly.react(byId("shares"), traces, {
-      ...pane.layout(46 + rows.length * 34), dragmode: false, barmode: "stack", bargap: 0.25, margin: { l: 88, r: 24, t: 4, b: 26 },
+      ...pane.layout(46 + rows.length * 34), dragmode: false, barmode: "stack", bargap: 0.25, uniformtext: { minsize: 10, mode: "hide" }, margin: { l: 88, r: 24, t: 4, b: 26 },
       xaxis: { ...pane.axis(), range: [0, 100], ticksuffix: " %", fixedrange: true }, yaxis: { ...pane.axis(), fixedrange: true, ticks: "" },
     }, { displayModeBar: false, responsive: true });
   }

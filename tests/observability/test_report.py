@@ -1,0 +1,380 @@
+"""The report, in a real browser: what is shown and linked, what a hostile text can do (nothing), size and speed."""
+
+import base64
+import hashlib
+import re
+import sys
+import time
+from html import unescape
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.support.browser import chromium, opened, until
+from tests.support.traces import CENTRES, line, varied, written
+from vllm_entropix.cli.main import app
+from vllm_entropix.config import ConfigError
+from vllm_entropix.observability import terminal
+from vllm_entropix.observability.report import COLOURS, Source, report, write_report
+from vllm_entropix.observability.trace import REGIMES
+
+WORDS = ["Once", " upon", " a", " time", ",", "\n", "there", " lived", " a", " fox"]
+ATTACKS = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    "<!--",
+    "]]>",
+    "{{ 7 * 7 }}",
+    "'\"><svg onload=alert(3)>",
+    "<a href='javascript:alert(4)'>x</a>",
+    "\u2028\u2029",
+    "\u202e",
+    "\u0000\u001b[31m",
+    "&lt;b&gt;",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as running:
+        yield running
+
+
+def made(path, *lines):
+    write_report(path, [Source("traces.jsonl", lines)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A report of two files of two sequences each."""
+    folder = tmp_path_factory.mktemp("report")
+    first = [line(WORDS, name="fox", forced=[1]), line(["We", " add"], name="sum", prompt=[9])]
+    second = [line(["She", " adds"], name="other sum", prompt=[9]), line([*WORDS[:9], " cat"], name="cat", metrics=CENTRES[:3])]
+    second[1].token_ids[9] = 7
+    path = folder / "report.html"
+    write_report(path, [Source("first.jsonl", first), Source("second.jsonl", second)], "Fox and cat")
+    return path
+
+
+@pytest.fixture
+def page(browser, plain):
+    with opened(browser, plain) as opened_page:
+        yield opened_page
+
+
+def dots(page, pane=0):
+    """The tokens that are dots in a pane's plane: (regime, token, x, y)."""
+    return page.evaluate(
+        """(pane) => document.querySelectorAll('.plane')[pane].data.flatMap((trace) =>
+            trace.x.map((x, i) => [trace.name, trace.customdata[i], x, trace.y[i]]))""",
+        pane,
+    )
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_tinted_by_regime_and_by_entropy(page):
+    pieces = page.locator(".pane").first.locator(".text bdi")
+    assert [pieces.nth(place).text_content() for place in range(5)] == WORDS[:5]
+    assert pieces.nth(5).text_content() == "\n"
+    classes = [pieces.nth(place).get_attribute("class").split() for place in range(10)]
+    assert [names[1] for names in classes] == list(REGIMES) * 2
+    assert ["forced" in names for names in classes] == [place == 1 for place in range(10)]
+
+    def tints():
+        return pieces.evaluate_all("(all) => all.map((piece) => getComputedStyle(piece).backgroundColor)")
+
+    by_regime = tints()
+    assert len(set(by_regime[:5])) == 5
+    page.locator("input[value=entropy] + span").click()
+    by_entropy = tints()
+    entropies = [entropy for entropy, _ in CENTRES]
+    order = sorted(range(5), key=lambda place: (entropies[place], place))
+    alphas = [float((re.findall(r"/ ([\d.e-]+)\)", tint) or [1])[0]) for tint in by_entropy[:5]]
+    assert [alphas[place] for place in order] == sorted(alphas)
+    assert alphas[order[0]] < 0.05 < 0.9 < alphas[order[-1]]
+    assert by_entropy != by_regime
+
+
+def test_hovering_shows_why(page):
+    page.locator(".text bdi").nth(2).hover()
+    shown = page.locator("#details")
+    text = " ".join(shown.inner_text().split())
+    for part in (
+        "token 3",
+        "id 102",
+        "LEHV a fork: explore",
+        "entropy 2 bits",
+        "varentropy 7 bits²",
+        "attention entropy 1.25 bits",
+    ):
+        assert part in text
+    for part in ("agreement 0.0625", "interaction strength 3.5", "temperature 0.666", "top_p 0.9", "top_k 27", "min_p 0.03"):
+        assert part in text
+    rows = [" ".join(row.split()) for row in shown.locator("li").all_inner_texts()]
+    assert rows == ["a 75.0 %", "time 12.5 %", ", 6.3 %"]
+    assert shown.locator("li.drawn").count() == 1
+    page.locator("h1").hover()
+    assert shown.is_hidden()
+
+
+def test_keys_go_through_the_text(page):
+    text = page.locator(".text").first
+    text.locator("bdi").first.focus()
+
+    def at():
+        return page.evaluate("document.activeElement.dataset.token")
+
+    for key, place in (
+        ("ArrowRight", "1"),
+        ("ArrowRight", "2"),
+        ("ArrowLeft", "1"),
+        ("ArrowDown", "7"),
+        ("End", "9"),
+        ("Home", "0"),
+    ):
+        page.keyboard.press(key)
+        assert at() == place, key
+        assert page.locator("#details").is_visible()
+    assert text.locator("bdi[tabindex='0']").count() == 1, "one stop of the tab key"
+    page.keyboard.press("Escape")
+    assert page.locator("#details").is_hidden()
+
+
+def test_everything_is_reached_by_the_tab_key(page):
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.name || document.activeElement.role"))
+    assert {"filter", "order", "sequences", "tint", "scale", "compare", "option"} <= reached
+
+
+def test_text_plane_and_lines_are_linked(page):
+    assert sorted(dots(page)) == sorted(
+        [regime, place, pytest.approx(CENTRES[place % 5][0] ** 0.5), pytest.approx(CENTRES[place % 5][1] ** 0.5)]
+        for place, regime in enumerate(REGIMES * 2)
+    )
+    # From the text to the charts.
+    page.locator(".text bdi").nth(2).hover()
+    until(page, "document.querySelector('.plane').layout.shapes.at(-1).visible === true")
+    ring = page.evaluate("document.querySelector('.plane').layout.shapes.at(-1)")
+    assert (ring["xanchor"], ring["yanchor"]) == (pytest.approx(2**0.5), pytest.approx(7**0.5))
+    assert page.evaluate("document.querySelector('.along').layout.shapes[0].x0") == 3
+    # From the plane to the text.
+    page.locator("h1").hover()
+    place = page.evaluate(
+        """() => {
+            const chart = document.querySelector('.plane'), box = chart.getBoundingClientRect();
+            const {xaxis, yaxis} = chart._fullLayout;
+            return [box.left + xaxis._offset + xaxis.d2p(Math.sqrt(6)), box.top + yaxis._offset + yaxis.d2p(3)];
+        }"""
+    )
+    page.mouse.move(*place, steps=4)
+    page.wait_for_selector(".text bdi.here")
+    assert page.locator(".text bdi.here").get_attribute("class").split()[1] == "HEHV"
+    page.mouse.click(*place)
+    assert page.evaluate("document.activeElement.classList.contains('HEHV')")
+
+
+def test_the_plane_shows_the_borders_of_the_regimes(page):
+    drawn = page.evaluate("document.querySelector('.plane').layout.shapes.slice(0, 4).map((s) => [s.x0, s.x1, s.y0, s.y1])")
+    hehv, lehv, helv, lelv = ([value if value < 0 else value**2 for value in shape] for shape in drawn)
+    assert (hehv[0], hehv[2]) == (pytest.approx(3), pytest.approx(5))
+    assert (lehv[1], lehv[2]) == (pytest.approx(5), pytest.approx(5))
+    assert (helv[0], helv[3]) == (pytest.approx(5), pytest.approx(0.1))
+    assert (lelv[1], lelv[3]) == (pytest.approx(0.1), pytest.approx(0.1))
+    for scale, x in (("linear", 6.0), ("log", 0.7781512503836436)):
+        page.locator(f"input[value={scale}] + span").click()
+        assert sorted(dots(page))[0][0] == "ADAPTIVE"
+        assert max(dot[2] for dot in dots(page)) == pytest.approx(x)
+
+
+def test_metrics_along_the_sequence_can_be_chosen(page):
+    def rows():
+        return page.evaluate("document.querySelector('.along').data.map((trace) => trace.y[0])")
+
+    assert rows() == [0.02, 0.05, 1.25]
+    page.get_by_role("button", name="temperature").first.click()
+    assert rows() == [0.02, 0.05, 1.25, 0.666]
+    assert page.evaluate("document.activeElement.textContent") == "temperature"
+
+
+def test_two_files_stand_side_by_side(page):
+    panes = page.locator(".pane")
+    assert panes.count() == 2
+    assert panes.locator("h2").all_inner_texts() == ["fox", "cat"], "those of the same prompt"
+    assert "differs from token 10 on" in panes.first.inner_text()
+    left, right = panes.first.bounding_box(), panes.last.bounding_box()
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] < right["x"]
+    page.locator("#sequences").focus()
+    page.keyboard.press("ArrowDown")
+    until(page, "document.querySelectorAll('.pane h2')[1]?.textContent === 'other sum'")
+    page.locator("#compare").select_option(label="first.jsonl: fox")
+    until(page, "document.querySelectorAll('.pane h2')[1]?.textContent === 'fox'")
+    page.locator("#compare").select_option(label="nothing")
+    until(page, "document.querySelectorAll('.pane').length === 1")
+
+
+def test_shares_of_the_regimes(page):
+    shares = page.evaluate("document.getElementById('shares').data.map((trace) => [trace.name, trace.x])")
+    assert [name for name, _ in shares] == list(REGIMES)
+    # Bottom to top: all of file 2, all of file 1, right, left.
+    assert dict(shares)["ADAPTIVE"] == [0, pytest.approx(100 * 2 / 12), 0, 20]
+    assert dict(shares)["LELV"][2:] == [40, 20]
+
+
+def test_sequences_are_found_and_ordered(page):
+    page.locator("#filter").fill("adds")
+    assert page.locator("#sequences [role=option] .name bdi").all_text_contents() == ["other sum"]
+    page.locator("#filter").fill("")
+    page.locator("#order").select_option("tokens")
+    assert page.locator("#sequences [role=option] .name span").all_text_contents() == ["10", "10", "2", "2"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 360])
+def test_light_dark_and_narrow(browser, plain, scheme, width):
+    with opened(browser, plain, width=width, scheme=scheme) as page:
+        background, ink = page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        )
+        brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (background, ink)]
+        assert (brightness[0] > brightness[1]) == (scheme == "light")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the window"
+        colours = page.evaluate("document.querySelector('.plane').data.map((trace) => trace.marker.color)")
+        assert colours == [pair[scheme == "dark"] for pair in COLOURS.values()]
+
+
+# --- what a text can do -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_its_scripts_and_nothing_else():
+    html = report([Source("<b>file</b>", [line(ATTACKS, name=text) for text in ATTACKS])], "<title>")
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", html, re.S)
+    assert len(scripts) == 3
+    policy = unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', html).group(1))
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts[1:]]
+    assert re.findall(r"sha256-([^']*)", policy) == hashes
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    rest = html
+    for script in scripts[1:]:
+        rest = rest.replace(script, "")
+    assert not any(text in rest for text in ATTACKS if "<" in text and text != "<!--")
+    assert not re.search(r"https?://", rest)
+
+
+def test_hostile_texts_are_only_texts(browser, tmp_path):
+    traces = [line(ATTACKS, name=text) for text in ATTACKS]
+    for trace in traces:
+        trace.alternative_texts = {token: ATTACKS[token % len(ATTACKS)] for token in range(99, 120)}
+        trace.model = trace.finish_reason = "<script>alert(5)</script>"
+    path = tmp_path / "report.html"
+    write_report(
+        path, [Source("<script>alert(6)</script>", traces), Source("<i>second</i>", traces)], "<script>alert(7)</script>"
+    )
+    with opened(browser, path) as page:
+        assert page.locator("h1").inner_text() == "<script>alert(7)</script>"
+        assert page.locator("body script").count() == 2  # the data's and ours; the charts' has moved to the head
+        for place in range(len(ATTACKS)):
+            page.locator(".text").first.locator("bdi").nth(place).hover()
+            assert page.locator("#details li").count() == 3
+        texts = page.locator(".text").first.locator("bdi").all_text_contents()
+        assert texts[:7] == ATTACKS[:7]
+        assert texts[7:10] == ["U+2028U+2029", "U+202E", "U+0000U+001B[31m"]
+        for place in range(len(traces)):
+            page.evaluate("(place) => document.getElementById(`sequence-${place}`).click()", place)
+        assert page.locator(".text img, .text svg, .text a, .text script, nav img, nav a").count() == 0
+
+
+def test_marks_of_direction_end_with_their_token(browser, tmp_path):
+    texts = ["\u202eevil", " stays", "\u2067x", " put", " \u05e9\u05dc\u05d5\u05dd", " end"]
+    hebrew = [" \u05e9\u05dc\u05d5\u05dd", " \u05e2\u05d5\u05dc\u05dd", "!"]
+    with opened(browser, made(tmp_path / "report.html", line(texts), line(hebrew, name="hebrew", prompt=[4]))) as page:
+        pieces = page.locator(".text bdi")
+        assert pieces.evaluate_all("(all) => all.map((piece) => getComputedStyle(piece).unicodeBidi)") == ["isolate"] * 6
+        lefts = pieces.evaluate_all("(all) => all.map((piece) => piece.getBoundingClientRect().left)")
+        assert lefts == sorted(lefts), "tokens stand in their order"
+        assert pieces.nth(0).text_content() == "U+202Eevil"
+        # A text from right to left runs so as a whole, and so do the keys.
+        page.locator("#sequence-1").click()
+        until(page, "document.querySelector('.text').dir === 'rtl'")
+        lefts = pieces.evaluate_all("(all) => all.map((piece) => piece.getBoundingClientRect().left)")
+        assert lefts == sorted(lefts, reverse=True)
+        pieces.first.focus()
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate("document.activeElement.dataset.token") == "1"
+
+
+def test_a_hundred_thousand_tokens(browser, tmp_path):
+    path = made(tmp_path / "report.html", line(["word "] * 100_000, not_kept=10))
+    with opened(browser, path) as page:
+        assert page.locator(".text bdi").count() == 2000, "a page of them at a time"
+        assert "tokens 1\u20132,000 of 100,000" in page.locator(".pages").inner_text()
+        assert len(dots(page)) == 2000
+        page.locator(".text bdi").first.focus()
+        page.keyboard.press("End")
+        assert page.evaluate("document.activeElement.dataset.token") == "99999"
+        assert "after the server's cap" in page.locator("#details").inner_text()
+        assert len(dots(page)) == 1990
+        page.keyboard.press("PageUp")
+        assert page.evaluate("document.activeElement.dataset.token") == "97999"
+
+
+def test_a_thousand_sequences_open_at_once(browser, tmp_path):
+    different = [varied(120, seed) for seed in range(40)]
+    named = (different[number % 40].model_copy(update={"request_id": f"request {number}"}) for number in range(1000))
+    path = made(tmp_path / "report.html", *named)
+    assert path.stat().st_size < 20e6
+    seconds = []
+    for _ in range(2):  # the browser itself starts with the first
+        began = time.monotonic()
+        with opened(browser, path) as page:
+            seconds.append(time.monotonic() - began)
+            assert page.locator("#sequences [role=option]").count() == 1000
+    assert min(seconds) < 2
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_what_it_says(tmp_path):
+    path, output = written(tmp_path / "traces.jsonl", line(WORDS)), tmp_path / "out.html"
+    ended = CliRunner().invoke(app, ["report", str(path), "-o", str(output)])
+    assert ended.exit_code == 0, ended.output
+    assert ended.stdout == f"wrote {output}\n"
+    assert "<!doctype html>" in output.read_text(encoding="utf-8")
+
+
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
+    empty = written(tmp_path / "empty.jsonl")
+    with pytest.raises(ConfigError, match=r"no traces in empty\.jsonl"):
+        report([Source("empty.jsonl", [])])
+    ended = CliRunner().invoke(app, ["report", str(empty), "-o", str(tmp_path / "out.html")])
+    assert isinstance(ended.exception, ConfigError)
+    with pytest.raises(ConfigError, match=r"can't write the report to /nowhere/out\.html: No such file"):
+        write_report("/nowhere/out.html", [Source("traces", [line(WORDS)])])
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ConfigError, match=r"needs jinja2.*install vllm-entropix\[report\]"):
+        report([Source("traces", [line(WORDS)])])
+
+
+def test_the_terminal_shows_it_too(tmp_path):
+    path = written(
+        tmp_path / "traces.jsonl", line([*WORDS, "\x1b[2J", "\u202e"], name="[red]fox[/red]\x1b]0;x\x07", forced=[1])
+    )
+    ended = CliRunner().invoke(app, ["report", str(path), "--terminal"], env={"COLUMNS": "140"})
+    assert ended.exit_code == 0, ended.output
+    assert "Once upon a time" in ended.stdout
+    assert "[red]fox[/red]<U+001B>" in ended.stdout, "a name isn't markup"
+    assert "<U+001B>[2J<U+202E>" in ended.stdout
+    assert "\x1b" not in ended.stdout
+    assert all(regime in ended.stdout for regime in REGIMES)
+    assert "Regimes and metrics per sequence" in ended.stdout
+
+
+def test_colours_are_of_all_regimes():
+    assert tuple(COLOURS) == REGIMES == tuple(terminal.STYLES)

@@ -53,6 +53,9 @@ FUNCTIONS_OF_SERVERS: Functions = {
 
 # Module → class → attributes.
 ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "vllm.sequence": {
+        "IntermediateTensors": ("tensors", "items"),
+    },
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": ("finished_req_ids", "scheduled_new_reqs", "total_num_scheduled_tokens"),
         "NewRequestData": ("req_id", "sampling_params", "prompt_len"),
@@ -84,17 +87,34 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "discard_request_mask",
             "attn_groups",
             "get_model",
+            "execute_model",
+            "sync_and_gather_intermediate_tensors",
         ),
     },
     "vllm.v1.worker.gpu_input_batch": {
         "InputBatch": ("req_ids", "num_reqs", "logitsprocs_need_output_token_ids"),
     },
     "vllm.v1.worker.gpu.model_runner": {  # V2
-        "GPUModelRunner": ("device", "sampler", "req_states", "execute_model_state", "attn_groups", "get_model"),
+        "GPUModelRunner": (
+            "device",
+            "sampler",
+            "req_states",
+            "execute_model_state",
+            "attn_groups",
+            "get_model",
+            "execute_model",
+        ),
         "ExecuteModelState": ("input_batch",),
     },
     "vllm.v1.worker.gpu.input_batch": {
-        "InputBatch": ("idx_mapping",),
+        "InputBatch": (
+            "idx_mapping",
+            "req_ids",
+            "num_reqs",
+            "num_computed_tokens_np",
+            "num_scheduled_tokens",
+            "prefill_len_np",
+        ),
     },
     "vllm.v1.worker.gpu.states": {
         "RequestState": ("index_to_req_id", "prefill_len"),

@@ -84,8 +84,8 @@ def install_cpu(python: Path, torch_index: str) -> None:
 
 
 def install_cuda(python: Path) -> None:
-    """vLLM with its CUDA requirements, as its own package resolves them, and our development tools."""
-    pip(python, "install", f"vllm=={VLLM}", "-r", str(ROOT / "requirements" / "tools.txt"))
+    """vLLM with its CUDA requirements, and what the project needs, as pip resolves them."""
+    pip(python, "install", f"vllm=={VLLM}", "-e", f"{ROOT}[dev,ray,report]")
 
 
 def fingerprint(build: str) -> str:
@@ -119,9 +119,9 @@ def main() -> None:
     python = venv / "bin" / "python"
     if build == "cpu":
         install_cpu(python, options.torch_cpu_index)
+        pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     else:
         install_cuda(python)
-    pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     stamp.write_text(fingerprint(build))
     say("done")
 

@@ -61,6 +61,8 @@ def calibrate(
     measured = _measure(llm, chosen, chat, max_tokens)
     found = fit(measured, targets, config, seed)
     _show(console, Measured.joined(measured), config, found)
+    if svg is not None:
+        console.save_svg(str(svg), title="vllm-entropix calibrate")
     if output is not None:
         try:
             output.write_text(preset_text(found, config, Path(path).name), encoding="utf-8")
@@ -68,8 +70,6 @@ def calibrate(
             raise ConfigError(f"can't write {output}: {error.strerror}") from None
         console.print(f"Wrote {output}. Serve with it:", soft_wrap=True)
         console.print(f"  vllm serve {path} --sampler entropix --sampler-config {output}", soft_wrap=True, highlight=False)
-    if svg is not None:
-        console.save_svg(str(svg), title="vllm-entropix calibrate")
 
 
 def _arguments(text: str) -> dict[str, Any]:
@@ -200,6 +200,8 @@ def _plane(measured: Measured, config: EntropixConfig) -> Text:
     ticks = "".join(f"{across[column]:<16.3g}" for column in range(0, _COLUMNS, 16))
     text.append(f"{' ' * 9}└{'─' * _COLUMNS}\n{' ' * 10}{ticks}\n{' ' * 10}", style="not bold dim")
     for regime in REGIMES:
+        if regime == "ADAPTIVE":
+            text.append("\n" + " " * 10)
         text.append(f"{regime} ", style=f"not bold {STYLES[regime].split()[-1]}")
         text.append(f"{MEANINGS[regime]}   ", style="not bold dim")
     return text

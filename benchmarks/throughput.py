@@ -49,10 +49,10 @@ SHAPES["tiny"] = SHAPES["8b"] | {
 }
 
 
-def cache_bytes(shape: dict[str, Any], requests: int, positions: int) -> int:
-    """Keys and values in 16 bits of all requests at their longest, and a tenth more."""
-    per_position = 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    return int(1.1 * per_position * requests * positions)
+def cache_bytes(shape: dict[str, Any], requests: int, positions: int, element: int) -> int:
+    """Keys and values of all requests at their longest, in blocks of up to 256 positions, and one request more."""
+    per_position = 2 * element * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    return per_position * (requests + 1) * (-(-positions // 256) * 256)
 
 
 def build(model: str, config: dict[str, Any] | None, options: argparse.Namespace) -> Any:
@@ -133,7 +133,8 @@ def main() -> None:
         atexit.register(shutil.rmtree, folder)
         (folder / "config.json").write_text(json.dumps(shape))
         options.model, options.load_format = str(folder), "dummy"
-        most = cache_bytes(shape, max(options.requests), options.context + options.tokens)
+        element = 4 if options.dtype == "float32" else 2
+        most = cache_bytes(shape, max(options.requests), options.context + options.tokens, element)
         options.kv_bytes = options.kv_bytes or most
     # All engines stay open: a process can't open one after another has been closed halfway.
     engines: dict[str, tuple[Any, dict[str, Any]]] = {"vllm": (build(options.model, None, options), {})}

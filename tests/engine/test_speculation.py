@@ -1,23 +1,40 @@
 """Exact under speculative decoding: what is verified is entropix's own distribution, forced tokens included."""
 
 import collections
+import itertools
+import math
+from pathlib import Path
 
 import pytest
-from scipy.stats import chi2_contingency
+from scipy.stats import chisquare
 
+import vllm_entropix
 from tests.support.engine import adapter_of, engine, generate, scheduler_of
+from tests.support.models import tiny_llama
 from tests.support.runners import is_v2
 from vllm_entropix import traces
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.both_runners,
     pytest.mark.skipif(not is_v2(), reason="Model Runner V1 refuses speculation together with entropix (test_arguments)"),
 ]
 
 TRACED = {"entropix_trace": "on"}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 SURE = {"thresholds": {"lelv": {"entropy_below": 64.0, "varentropy_below": 4096.0}}}
+# Otherwise one continuation has nearly all of the probability, and a test of frequencies proves little.
+SPREAD = {"thresholds": {"lelv": {"entropy_below": 0.0}}, "adaptive": {"samples": 2}}
 LOST = {"lelv": {"entropy_below": 0.0}, "helv": {"entropy_above": 0.0, "varentropy_below": 4096.0}}
+DEMO = Path(vllm_entropix.__file__).parent / "demo_model"
+# Its small sibling, hardly trained (examples/demo_model/train.py --size draft): often wrong.
+DRAFT = Path(__file__).parents[1] / "data" / "draft_model"
+DRAFT_MODEL = {
+    "method": "draft_model",
+    "model": str(DRAFT),
+    "num_speculative_tokens": 2,
+    "draft_sample_method": "probabilistic",
+}
 # Text that repeats itself, so that the drafter finds something to propose.
 PROMPTS = ["abcabcabcabcabc", "xyxyxyxyxyxy", "aaaaaaaaaa", "hello hello hello hello"]
 
@@ -63,7 +80,9 @@ def both(tiny, config, prompts, asked, **arguments):
 
 
 def test_argmax_gives_the_same_tokens_and_traces(tiny):
-    plain, speculated, counts = both(tiny, SURE, PROMPTS, [params(allowed_token_ids=list(range(64, 80)))] * len(PROMPTS))
+    plain, speculated, counts = both(
+        tiny, SURE, PROMPTS, [params(max_tokens=24, allowed_token_ids=list(range(64, 80)))] * len(PROMPTS)
+    )
     assert tokens(speculated) == tokens(plain)
     assert 0 < counts.accepted < counts.drafted
     for one, other in zip(plain, speculated, strict=True):
@@ -73,22 +92,87 @@ def test_argmax_gives_the_same_tokens_and_traces(tiny):
             assert b.attention_entropy == pytest.approx(a.attention_entropy, abs=1e-4)
 
 
-def test_distributions_are_the_same(tiny):
-    """Frequencies of what is drawn at the first positions, with and without speculation (chi-square test)."""
-    samples = 640
-    asked = [params(seed=seed, max_tokens=4, allowed_token_ids=list(range(64, 70))) for seed in range(samples)]
-    plain, speculated, counts = both(tiny, {}, [PROMPTS[0]] * samples, asked)
-    assert counts.accepted > 50
-    assert counts.drafted - counts.accepted > 50
-    for position in range(4):
-        drawn = [collections.Counter(ids[position] for ids in tokens(outputs)) for outputs in (plain, speculated)]
-        kinds = [token for token in drawn[0] | drawn[1] if drawn[0][token] + drawn[1][token] >= 10]
-        table = [[counter[token] for token in kinds] for counter in drawn]
-        assert chi2_contingency(table).pvalue > 1e-3, (position, table)
-    # And jointly, which a wrong conditioning on the drafts would change.
-    pairs = [collections.Counter(tuple(ids[1:3]) for ids in tokens(outputs)) for outputs in (plain, speculated)]
-    often = [pair for pair in pairs[0] | pairs[1] if pairs[0][pair] + pairs[1][pair] >= 10]
-    assert chi2_contingency([[counter[pair] for pair in often] for counter in pairs]).pvalue > 1e-3
+def exact_distribution(llm, prompt, allowed, length):
+    """Probability of each continuation, from processed log-probabilities of first tokens, for which nothing is drafted."""
+    probability = {(): 1.0}
+    for place in range(length):
+        prefixes = list(itertools.product(allowed, repeat=place))
+        asked = params(max_tokens=1, logprobs=len(allowed), allowed_token_ids=allowed, extra_args={})
+        outputs = generate(llm, [{"prompt_token_ids": [*prompt, *prefix]} for prefix in prefixes], [asked] * len(prefixes))
+        for prefix, output in zip(prefixes, outputs, strict=True):
+            [drawn_from] = output.outputs[0].logprobs
+            for token in allowed:
+                logprob = drawn_from[token].logprob if token in drawn_from else -math.inf
+                probability[(*prefix, token)] = probability[prefix] * math.exp(logprob)
+    return {drawn: value for drawn, value in probability.items() if len(drawn) == length}
+
+
+def assert_distributed(drawn, expected, least_cells):
+    """Chi-square test of what was drawn; rare outcomes count together."""
+    counts, total = collections.Counter(drawn), len(drawn)
+    assert sum(expected.values()) == pytest.approx(1.0, abs=1e-3)
+    assert all(expected[one] > 0 for one in counts), "drawn, but impossible"
+    often = [one for one, value in expected.items() if value * total >= 5]
+    assert len(often) >= least_cells
+    observed = [counts[one] for one in often]
+    wanted = [expected[one] * total for one in often]
+    if total - sum(wanted) >= 1:
+        observed.append(total - sum(observed))
+        wanted.append(total - sum(wanted))
+    wanted = [value * sum(observed) / sum(wanted) for value in wanted]
+    assert chisquare(observed, wanted).pvalue > 1e-3, list(zip(often, observed, wanted, strict=False))
+
+
+def test_distribution_is_exact(tmp_path):
+    """Of three tokens together, so that each position's conditioning on the drafts before it counts."""
+    samples, length, allowed = 256, 3, list(range(64, 68))
+    llm = engine(
+        tiny_llama(tmp_path, logits_scale=0.5),
+        sampler="entropix",
+        sampler_config=SPREAD,
+        speculative_config=NGRAM,
+        logprobs_mode="processed_logprobs",
+        max_logprobs=len(allowed),
+    )
+    # Its repetitions suggest what is likely as often as not.
+    prompt = [66, 65, 66, 67, 67, 64, 64, 65, 66, 65, 65, 65]
+    expected = exact_distribution(llm, prompt, allowed, length)
+    counts = Speculation(llm)
+    asked = [params(seed=seed, max_tokens=length, allowed_token_ids=allowed, extra_args={}) for seed in range(samples)]
+    outputs = generate(llm, [{"prompt_token_ids": prompt}] * samples, asked)
+    assert counts.accepted > 30
+    assert counts.drafted - counts.accepted > 30
+    assert_distributed([tuple(ids) for ids in tokens(outputs)], expected, least_cells=10)
+
+
+def test_a_draft_model(monkeypatch):
+    """Its drafts have probabilities of their own, which verification takes into account."""
+    from triton import language
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import tldevice
+
+    # The one function of CUDA's library in these kernels, which Triton's interpreter hasn't.
+    monkeypatch.setattr(tldevice, "log1p", lambda x: language.log(1.0 + x))
+    samples, length = 160, 3
+    arguments = {"sampler": "entropix", "sampler_config": SPREAD, "max_model_len": 256}
+    scored = {"logprobs_mode": "processed_logprobs", "max_logprobs": 4}
+    prompts = ["What is 384 + 259?", "Once upon a time there was", "Who are you?"]
+    greedy = [params(temperature=0.0, max_tokens=12)] * len(prompts)
+    plain = generate(engine(DEMO, **arguments, **scored), prompts, greedy)
+    llm = engine(DEMO, speculative_config=DRAFT_MODEL, **arguments, **scored)
+    counts = Speculation(llm)
+    assert tokens(generate(llm, prompts, greedy)) == tokens(plain)
+    assert 0 < counts.accepted < counts.drafted
+
+    # Both models spread over these here, and differently.
+    allowed = [llm.get_tokenizer().encode(text, add_special_tokens=False)[0] for text in ",.12"]
+    prompt = llm.get_tokenizer().encode("12, 1. 2, 21. 12", add_special_tokens=False)
+    expected = exact_distribution(llm, prompt, allowed, length)
+    counts = Speculation(llm)
+    asked = [params(seed=seed, max_tokens=length, allowed_token_ids=allowed, extra_args={}) for seed in range(samples)]
+    outputs = generate(llm, [{"prompt_token_ids": prompt}] * samples, asked)
+    assert counts.accepted > 15
+    assert counts.drafted - counts.accepted > 15
+    assert_distributed([tuple(ids) for ids in tokens(outputs)], expected, least_cells=5)
 
 
 def test_forced_tokens_over_a_thousand_positions(tiny):
@@ -112,8 +196,8 @@ def test_forced_tokens_over_a_thousand_positions(tiny):
 def test_maximum_is_kept(tiny):
     config = {"thresholds": LOST, "clarification": {"text": "hm?", "cooldown": 1, "max_per_request": 4}}
     llm = engine(tiny, sampler="entropix", sampler_config=config, speculative_config=NGRAM)
-    outputs = generate(llm, PROMPTS, [params(seed=i, max_tokens=60) for i in range(4)])
-    assert [forced(output) for output in outputs] == ["FFF." * 4 + "." * 44] * 4
+    outputs = generate(llm, PROMPTS, [params(seed=i, max_tokens=24) for i in range(4)])
+    assert [forced(output) for output in outputs] == ["FFF." * 4 + "." * 8] * 4
 
 
 def test_preemption_under_speculation(tiny):
@@ -141,13 +225,15 @@ def test_preemption_under_speculation(tiny):
 
 def test_opted_out_and_greedy_rows_equal_speculation_without_the_plugin(tiny):
     asked = [
-        params(temperature=0.0, extra_args={}),
-        params(seed=1, top_k=5, extra_args={"entropix": "off"}),
-        params(seed=2, temperature=0.7, top_p=0.8, extra_args={"entropix": "off"}),
+        params(temperature=0.0, max_tokens=20, extra_args={}),
+        params(seed=1, top_k=5, max_tokens=20, extra_args={"entropix": "off"}),
+        params(seed=2, temperature=0.7, top_p=0.8, max_tokens=20, extra_args={"entropix": "off"}),
     ]
     plain = generate(engine(tiny, speculative_config=NGRAM), PROMPTS[:3], asked)
     llm = engine(tiny, sampler="entropix", speculative_config=NGRAM)
-    mixed = generate(llm, [PROMPTS[3], *PROMPTS[:3], PROMPTS[3]], [params(seed=7), *asked, params(seed=8)])
+    mixed = generate(
+        llm, [PROMPTS[3], *PROMPTS[:3], PROMPTS[3]], [params(seed=7, max_tokens=20), *asked, params(seed=8, max_tokens=20)]
+    )
     assert tokens(mixed[1:4]) == tokens(plain)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,10 +167,11 @@ def _wrap_init_executor(original: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if "No module named 'vllm_entropix'" not in str(error):
                 raise
-            # Ray's errors know where they were raised.
-            node = getattr(error, "ip", None) or "one of the nodes"
+            # The text of Ray's errors says where they were raised; not all of their classes have it as an attribute.
+            place = re.search(r"\bip=([0-9a-fA-F.:]+)", str(error))
+            node = f"Ray node {place.group(1)}" if place else "a Ray node"
             raise RuntimeError(
-                f"vllm-entropix isn't installed on Ray node {node}, where a worker of this engine was started; install "
+                f"vllm-entropix isn't installed on {node}, where a worker of this engine was started; install "
                 f"version {__version__} on every node, or add it to the runtime_env"
             ) from error
 

@@ -38,6 +38,7 @@ CHECKS = (
     "attention_without_room_in_the_scratch",
     "attention_rows_do_not_depend_on_the_batch",
     "a_layer_is_measured_by_them",
+    "an_observer_launches_once_for_each_kind_of_layer",
     "attention_refuses_unequal_caches",
     "the_sampler_decides_and_writes_by_them",
 )

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 import traceback
+import types
 from unittest import mock
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 
 from tests.kernels.test_cpu import apply, mixed_logits
 from vllm_entropix import EntropixConfig
-from vllm_entropix.attention import LayerAttention, statistics
+from vllm_entropix.attention import AttentionObserver, LayerAttention, statistics
+from vllm_entropix.attention import observer as observer_module
 from vllm_entropix.attention.paged_keys import PlainKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch, measure_layers
 from vllm_entropix.kernels import attention_statistics, candidates, logits_metrics, wide_filters
@@ -425,6 +427,30 @@ def a_layer_is_measured_by_them():
     torch.testing.assert_close(shared.agreement, want.agreement)
 
 
+def an_observer_launches_once_for_each_kind_of_layer():
+    layers = {index: types.SimpleNamespace(layer_name=f"layers.{index}", kv_cache=object()) for index in range(3)}
+    observer = AttentionObserver(layers, EntropixConfig(), max_requests=3, rows_per_request=2)
+    lengths = torch.tensor([70, 5, 33])
+    for index, (heads, size) in enumerate([(4, 16), (4, 16), (6, 32)]):
+        keys = PlainKeys(cache_of("heads-first", 40, 2, size, 32, torch.float32, seed=index), 32)
+        observer._attention[index] = (layers[index].kv_cache, LayerAttention(keys, 0.2))
+        observer._queries[index] = random(3, 2, heads, 32, seed=index)
+        table = torch.randint(0, 40, (3, 5), dtype=torch.int32)
+        observer._steps[index] = observer_module._Step(torch.tensor([0, 2, 4, 6]), lengths, table, 3)
+    requests, positions = torch.tensor([2, 0, 1, 0]), torch.tensor([32, 69, 4, 68])
+    wanted = torch.tensor([True, True, False, True])
+    want = observer.statistics_per_layer(requests, positions, wanted)
+    with (
+        mock.patch.object(statistics, "kernels_for", return_value="triton"),
+        mock.patch.object(observer_module, "measure_layers", side_effect=measure_layers) as launches,
+    ):
+        got = observer.statistics_per_layer(requests, positions, wanted)
+    assert launches.call_count == 2
+    for metric in METRICS:
+        torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5, equal_nan=True)
+        assert getattr(got, metric)[:, 2].isnan().all()
+
+
 def attention_refuses_unequal_caches():
     layers = [LayerAttention(PlainKeys(torch.zeros(2, 1, size, 64), 32), 1.0) for size in (16, 32)]
     with pytest.raises(ValueError, match="differ"):
@@ -471,6 +497,7 @@ CHECKS = (
     attention_without_room_in_the_scratch,
     attention_rows_do_not_depend_on_the_batch,
     a_layer_is_measured_by_them,
+    an_observer_launches_once_for_each_kind_of_layer,
     attention_refuses_unequal_caches,
     the_sampler_decides_and_writes_by_them,
 )

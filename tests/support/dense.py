@@ -77,10 +77,11 @@ def observed(llm, prompts, **parameters):
     per_layer = []
     original = adapter.observer.statistics_per_layer
 
-    def spy(requests, positions):
-        found = original(requests, positions)
+    def spy(requests, positions, wanted):
+        found = original(requests, positions, wanted)
         ids = batch or adapter.runner.input_batch.req_ids
-        per_layer.append(([ids[i] for i in requests.tolist()], positions + 1, found))
+        measured = AttentionStatistics(*(getattr(found, metric)[:, wanted] for metric in METRICS))
+        per_layer.append(([ids[i] for i in requests[wanted].tolist()], positions[wanted] + 1, measured))
         return found
 
     def note_batch():

@@ -7,7 +7,8 @@ CUDA graphs. Scores are computed afterwards from the kept queries and the paged 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from vllm_entropix.attention.paged_keys import UnsupportedAttentionError, key_reader
-from vllm_entropix.attention.statistics import GatherHeads, LayerAttention, measure_layer
+from vllm_entropix.attention.statistics import (
+    GatherHeads,
+    LayerAttention,
+    launch_kind,
+    measure_layer,
+    measure_layers,
+    measured_by_triton,
+)
 from vllm_entropix.sampling.metrics import AttentionStatistics
 
 if TYPE_CHECKING:
@@ -136,14 +144,15 @@ class AttentionObserver:
             rows = (ends - (offset + 1)).clamp(0, query.shape[0] - 1)
             buffer[:requests, offset].copy_(query.index_select(0, rows))
 
-    def statistics(self, requests: Tensor, positions: Tensor) -> AttentionStatistics:
+    def statistics(self, requests: Tensor, positions: Tensor, wanted: Tensor | None = None) -> AttentionStatistics:
         """Attention statistics of some rows of the step that has just run, the mean over the observed layers.
 
         Args:
             requests: int64 ``[rows]``, the request's place in the batch.
             positions: int64 ``[rows]``, the row's position in its sequence: one of the request's last ``rows_per_request``.
+            wanted: bool ``[rows]``; the others get NaN and cost nothing. None: all.
         """
-        return self.statistics_per_layer(requests, positions).mean_over_layers()
+        return self.statistics_per_layer(requests, positions, wanted).mean_over_layers()
 
     def last_positions(self, requests: Tensor) -> Tensor:
         """Positions of the last rows of some requests of the step, int64 ``[requests, rows_per_request]``, the last row first.
@@ -153,15 +162,32 @@ class AttentionObserver:
         seq_lens = self._steps[next(iter(self.layers))].seq_lens[requests].long()
         return seq_lens.unsqueeze(-1) - torch.arange(1, self.rows_per_request + 1, device=seq_lens.device)
 
-    def statistics_per_layer(self, requests: Tensor, positions: Tensor) -> AttentionStatistics:
+    def statistics_per_layer(self, requests: Tensor, positions: Tensor, wanted: Tensor | None = None) -> AttentionStatistics:
         """The same for each observed layer, in ascending order: every metric is ``[layers, rows]``."""
+        if self.gather is None and measured_by_triton([self._layer(index) for index in self.layers], requests.device):
+            everything = torch.ones_like(requests, dtype=torch.bool) if wanted is None else wanted
+            return self._measure_together(requests, positions, everything)
+        if wanted is None:
+            return self._measure_each(requests, positions)
+        rows = wanted.nonzero().flatten()
+        found = self._measure_each(requests[rows], positions[rows])
+
+        def scattered(values: Tensor) -> Tensor:
+            return values.new_full((len(values), len(wanted)), torch.nan).index_copy_(1, rows, values)
+
+        return AttentionStatistics(
+            scattered(found.attention_entropy),
+            scattered(found.attention_varentropy),
+            scattered(found.agreement),
+            scattered(found.interaction_strength),
+        )
+
+    def _measure_each(self, requests: Tensor, positions: Tensor) -> AttentionStatistics:
         lengths = positions + 1
         measured = []
         for index in sorted(self.layers):
-            step = self._steps[index]
-            offsets = (step.seq_lens[requests] - lengths).clamp(0, self.rows_per_request - 1)
-            queries = self._queries[index][requests, offsets]
-            table = step.block_table[requests]
+            queries = self._queries_of(index, requests, lengths)
+            table = self._steps[index].block_table[requests]
             measured.append(measure_layer(self._layer(index), queries, table, lengths, self.config, self.gather))
         return AttentionStatistics(
             torch.stack([statistics.attention_entropy for statistics in measured]),
@@ -169,6 +195,31 @@ class AttentionObserver:
             torch.stack([statistics.agreement for statistics in measured]),
             torch.stack([statistics.interaction_strength for statistics in measured]),
         )
+
+    def _measure_together(self, requests: Tensor, positions: Tensor, wanted: Tensor) -> AttentionStatistics:
+        """One launch for all layers with caches of one kind, and the device is never waited for."""
+        lengths = positions + 1
+        kinds: dict[Hashable, list[int]] = defaultdict(list)
+        for index in sorted(self.layers):
+            kinds[launch_kind(self._layer(index), self._steps[index].block_table)].append(index)
+        found: dict[int, Tensor] = {}
+        for indices in kinds.values():
+            metrics = measure_layers(
+                [self._layer(index) for index in indices],
+                torch.stack([self._queries_of(index, requests, lengths) for index in indices]),
+                [self._steps[index].block_table for index in indices],
+                requests,
+                lengths,
+                wanted,
+                self.config,
+            )
+            found.update(zip(indices, torch.stack(metrics, dim=1), strict=True))
+        return AttentionStatistics(*torch.stack([found[index] for index in sorted(found)], dim=1))
+
+    def _queries_of(self, index: int, requests: Tensor, lengths: Tensor) -> Tensor:
+        """A layer's queries ``[rows, heads, head_dim]``, found by how far a row lies before its request's last."""
+        offsets = (self._steps[index].seq_lens[requests] - lengths).clamp(0, self.rows_per_request - 1)
+        return self._queries[index][requests, offsets]
 
     def _layer(self, index: int) -> LayerAttention:
         layer = self.layers[index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -106,6 +106,17 @@ def measure_layer(
 
 
 _VARIANCE_RULES = {"heads": 0, "heads-unbiased": 1, "zero": 2}
+
+
+def measured_by_triton(layers: Sequence[LayerAttention], device: torch.device) -> bool:
+    """Can :func:`measure_layers` measure all of these layers on ``device``?"""
+    return kernels_for(device) == "triton" and all(map(_read_by_triton, layers))
+
+
+def launch_kind(layer: LayerAttention, block_table: Tensor) -> Hashable:
+    """Layers of one kind are measured by one launch."""
+    cache = layer.keys.cache if isinstance(layer.keys, PlainKeys) else None
+    return cache is not None and (cache.dtype, cache.shape[1:], cache.stride(), block_table.stride())
 
 
 def _read_by_triton(layer: LayerAttention) -> bool:

@@ -51,13 +51,13 @@ class PipelineLink:
         """Measure with this observer from now on; ``layers`` are observed on all stages together."""
         self._observer, self._layers = observer, layers
 
-    def statistics(self, requests: Tensor, positions: Tensor) -> AttentionStatistics:
+    def statistics(self, requests: Tensor, positions: Tensor, wanted: Tensor) -> AttentionStatistics:
         """The mean over the observed layers of all stages, for rows as in ``AttentionObserver.statistics``."""
         assert self._observer is not None
         here = len(self._observer.layers)
         if here == self._layers:
-            return self._observer.statistics(requests, positions)
-        own = self._observer.statistics_per_layer(requests, positions) if here else None
+            return self._observer.statistics(requests, positions, wanted)
+        own = self._observer.statistics_per_layer(requests, positions, wanted) if here else None
         earlier = torch.full((4, len(requests)), torch.nan, device=requests.device)
         if self._received is not None:
             earlier = self._received.sums(requests, positions)

@@ -149,7 +149,8 @@ def loss_function(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor, Tensor],
     """The mean cross entropy in nats of the labelled tokens."""
 
     def loss(tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        # A CPU without instructions for bfloat16 emulates it, several times slower than float32.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
             hidden = model.model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[:, :-1])
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)

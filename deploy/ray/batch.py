@@ -168,7 +168,9 @@ def run(
         preprocess=request,
         postprocess=result,
     )
-    processor.get_stage_by_name("vLLMEngineStage").fn = Stage
+    # A copy: assigning to the stage runs its validators a second time, and they take the placement group's settings out.
+    name = "vLLMEngineStage"
+    processor.stages[name] = processor.get_stage_by_name(name).model_copy(update={"fn": Stage})
     results = processor(rows.repartition(target_num_rows_per_block=part_rows))
     output.mkdir(parents=True, exist_ok=True)
     # Ray shows the rows done and to do of each stage while it writes.

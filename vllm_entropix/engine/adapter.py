@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ class StepRecords:
         return found
 
 
-class RunnerAdapter:
+class RunnerAdapter(ABC):
     """Connects one model runner with the batch sampler and the attention observer.
 
     Args:
@@ -98,9 +99,9 @@ class RunnerAdapter:
         if self.samples:
             self.hook()
 
+    @abstractmethod
     def hook(self) -> None:
         """Put :meth:`transform` between the runner's logits and its draw."""
-        raise NotImplementedError
 
     def observe(self) -> None:
         """Attach the observer to the attention layers; says once why, if there is nothing to observe."""
@@ -180,12 +181,12 @@ class RunnerAdapter:
             prompt_length=prompt_length,
         )
 
-    def after_forward(self) -> None:
+    def after_forward(self) -> None:  # noqa: B027  (V1 needs nothing here)
         """Called between the model's run and the draw."""
 
+    @abstractmethod
     def batch_of_step(self) -> tuple[list[str], np.ndarray]:
         """After the forward pass: the batch's request ids, and for which of them (bool) a token is drawn and kept."""
-        raise NotImplementedError
 
     def _concerned(self) -> tuple[int, Tensor]:
         request_ids, drawn = self.batch_of_step()

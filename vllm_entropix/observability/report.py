@@ -78,12 +78,18 @@ class _Payload:
     files: list[str] = field(default_factory=list)
     sequences: list[dict[str, Any]] = field(default_factory=list)
     borders: list[dict[str, Any]] = field(default_factory=list)
+    packed: list[str] = field(default_factory=list)
+    _packed_characters: int = 0
 
     def add(self, file: int, line: TraceLine) -> None:
         borders = line.thresholds.model_dump()
         if borders not in self.borders:
             self.borders.append(borders)
         counts: Counter[str] = Counter(entry.regime for entry in line.records)
+        packed = _pack(_columns(line))
+        begin = self._packed_characters
+        self._packed_characters += len(packed)
+        self.packed.append(packed)
         entropies = [entry.entropy for entry in line.records if entry.entropy is not None]
         self.sequences.append(
             {
@@ -104,7 +110,7 @@ class _Payload:
                 "forced": sum(entry.forced for entry in line.records),
                 "entropy": _short(fmean(entropies)) if entropies else None,
                 "borders": self.borders.index(borders),
-                "data": _pack(_columns(line)),
+                "packed": (begin, self._packed_characters),
             }
         )
 
@@ -196,6 +202,8 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
         regimes=data["regimes"],
         script_hashes=" ".join((_script_hash(plotly), _script_hash(script))),
         style=Markup(style),
+        # Base64 has nothing to escape.
+        packed=Markup("".join(payload.packed)),
         data=Markup(_json_for_script(data)),
         plotly=Markup(plotly),
         script=Markup(script),

@@ -70,19 +70,21 @@
   async function tokensOf(place) {
     if (!unpacked.has(place)) {
       if (unpacked.size > 7) unpacked.delete(unpacked.keys().next().value);
-      unpacked.set(place, await inflated(sequences[place].data));
+      const [begin, end] = sequences[place].packed;
+      unpacked.set(place, await inflated(byId("packed").textContent.slice(begin, end)));
     }
     return unpacked.get(place);
   }
 
   function shareBar(element, counts) {
     const total = sum(counts) || 1;
-    element.replaceChildren(...counts.map((count, regime) => {
-      const part = make("i");
-      part.style.width = `${(count / total) * 100}%`;
-      part.style.background = `var(--${regimes[regime].name})`;
-      return part;
-    }));
+    let end = 0;
+    const stops = counts.map((count, regime) => {
+      const begin = end;
+      end += (count / total) * 100;
+      return `var(--${regimes[regime].name}) ${begin}% ${end}%`;
+    });
+    if (sum(counts)) element.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
     element.setAttribute("aria-label", counts.map((count, regime) => `${regimes[regime].name} ${percent(count / total)}`).join(", "));
     return element;
   }
@@ -257,7 +259,9 @@
 
     look(token, piece, box = null) {
       this.mark(token);
-      showDetails(this, token, box ?? piece.getClientRects()[0] ?? piece.getBoundingClientRect());
+      // Of a token that is broken over lines, its larger part.
+      const parts = box ? [box] : [...piece.getClientRects()].sort((a, b) => b.width - a.width);
+      showDetails(this, token, parts[0] ?? piece.getBoundingClientRect());
     }
 
     /** Mark a token in the text, on the plane and along the sequence; null: none. */

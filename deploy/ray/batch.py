@@ -13,6 +13,7 @@ leave out the rows that were written and drop files that weren't finished, so th
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -127,7 +128,7 @@ def run(
         raise typer.BadParameter(str(error)) from None
     base = json.loads(sampling_params)
     output = output.absolute()
-    ray.init(ignore_reinit_error=True)
+    _join_or_start(cpus=engines * tensor_parallel_size + 3)
     ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
         id_column=ID,
         checkpoint_path=str(output / CHECKPOINTS),
@@ -176,6 +177,18 @@ def run(
     # Ray shows the rows done and to do of each stage while it writes.
     (results.write_json if write is Format.jsonl else results.write_parquet)(str(output))
     typer.echo(f"{sum(1 for _ in read_results(output))} rows are in {output}")
+
+
+def _join_or_start(cpus: int) -> None:
+    """Join the running cluster, or start one here that counts at least ``cpus`` CPUs.
+
+    Reading, leaving out what is done, the steps around the engine and the engine hold one each. If they have to wait for one
+    another, which two cores would make them do, nothing ever moves.
+    """
+    try:
+        ray.init(address="auto", ignore_reinit_error=True)
+    except ConnectionError:
+        ray.init(num_cpus=max(cpus, os.cpu_count() or 1))
 
 
 def read_results(folder: Path) -> Iterator[dict[str, Any]]:

@@ -65,6 +65,10 @@ def test_a_worker_with_another_version_is_refused(monkeypatch, capfd, four_layer
     with pytest.raises(Exception, match="initialization failed"):
         layouts.layout(monkeypatch, four_layers, distributed_executor_backend="mp", tensor_parallel_size=2)
     told = capfd.readouterr().out
-    for rank in (0, 1):
-        sentence = f"worker {rank} on node {platform.node()} has vllm-entropix {__version__}, but the engine was configured by"
-        assert f"{sentence} 0.0.1; install the same version on every node" in told
+    # The first to refuse ends the others, which may not get to say it.
+    refusals = [
+        f"worker {rank} on node {platform.node()} has vllm-entropix {__version__}, but the engine was configured by 0.0.1; "
+        "install the same version on every node"
+        for rank in (0, 1)
+    ]
+    assert any(refusal in told for refusal in refusals)

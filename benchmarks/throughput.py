@@ -127,7 +127,7 @@ def main() -> None:
     add_out(parser)
     options = parser.parse_args()
     quiet()
-    name = options.shape or Path(options.model).name
+    model = options.shape or Path(options.model).name
     if options.shape:
         shape, folder = SHAPES[options.shape], Path(tempfile.mkdtemp(prefix="entropix-shape-"))
         atexit.register(shutil.rmtree, folder)
@@ -160,7 +160,7 @@ def main() -> None:
         plain = speeds["vllm"]
         results.append(
             {
-                "model": name,
+                "model": model,
                 "requests": requests,
                 "tokens": options.tokens,
                 "context": options.context,

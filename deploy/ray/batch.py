@@ -154,6 +154,8 @@ def run(
             model_source=model,
             engine_kwargs={
                 "tensor_parallel_size": tensor_parallel_size,
+                # On a CPU vLLM would claim nearly all memory for each engine.
+                **({"kv_cache_memory_bytes": 1 << 28} if cpu else {}),
                 **json.loads(engine_kwargs),
                 # Ray refuses arguments of the engine that it doesn't know, `sampler` among them.
                 "additional_config": {"entropix": settings or True},

@@ -123,8 +123,9 @@ def _is_done(response: Any) -> bool:
     return isinstance(last, str) and last.strip().endswith("data: [DONE]")
 
 
-def app(arguments: Arguments) -> Application:
-    """The application; ``serve run deploy.ray.serve:app name=value ...`` calls this."""
+def app(given: Arguments | dict[str, Any]) -> Application:
+    """The application; ``serve run deploy.ray.serve:app name=value ...`` calls this with a mapping of what is given."""
+    arguments = Arguments.model_validate(given)
     config = LLMConfig(
         model_loading_config={"model_id": arguments.name, "model_source": arguments.model},
         accelerator_type=arguments.accelerator_type,
@@ -142,6 +143,8 @@ def app(arguments: Arguments) -> Application:
         },
         engine_kwargs={
             "tensor_parallel_size": arguments.tensor_parallel_size,
+            # On a CPU vLLM would claim nearly all memory for each replica.
+            **({"kv_cache_memory_bytes": 1 << 28} if arguments.accelerator == "cpu" else {}),
             **arguments.engine_kwargs,
             # Ray refuses arguments of the engine that it doesn't know, `sampler` among them.
             "additional_config": {

@@ -16,25 +16,29 @@ import yaml
 from ray import serve
 from ray.util.state import list_actors
 
-from deploy.ray.serve import Arguments, app
+from deploy.ray.serve import app
 
 PROMPT = "Once upon a time"
 STREAMS = 8
 
 
-def arguments() -> Arguments:
-    """Those of deploy/ray/serve.yaml, but for what a CPU needs."""
+def arguments() -> dict[str, Any]:
+    """Those of deploy/ray/serve.yaml, but for what a CPU needs; a mapping, as `serve run` gives it."""
     [application] = yaml.safe_load(Path("deploy/ray/serve.yaml").read_text())["applications"]
     assert application["import_path"] == "deploy.ray.serve:app"
-    shared = {name: application["args"][name] for name in ("sampler_config", "target_ongoing_requests")}
-    return Arguments(
-        **shared,
-        name="demo",
-        accelerator="cpu",
-        min_replicas=2,
-        max_replicas=2,
-        engine_kwargs={"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 26},
-    )
+    return {
+        **{name: application["args"][name] for name in ("sampler_config", "target_ongoing_requests")},
+        "name": "demo",
+        "accelerator": "cpu",
+        "min_replicas": 2,
+        "max_replicas": 2,
+        "engine_kwargs": {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 1024,
+            "kv_cache_memory_bytes": 1 << 26,
+        },
+    }
 
 
 def replicas() -> dict[int, psutil.Process | None]:

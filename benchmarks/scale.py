@@ -1,7 +1,7 @@
 """What entropix costs beyond one GPU: bytes and time of a step's exchanges against ranks, rows, context and layers; fleets.
 
 The unit costs of this machine's exchanges are measured here, between processes over gloo; those of another machine's are given
-(``--latency-us``, ``--gigabytes-per-second``). The sizes are those of the tensors that ``attention/statistics.py`` exchanges. A
+(``--latency-us``, ``--gigabytes-per-second``). The sizes are those of the tensors that ``attention/ranks.py`` exchanges. A
 simulation of a server's steps, rows of mixed lengths and regimes, then gives what closed formulas don't: the spread.
 """
 
@@ -18,12 +18,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.common import add_out, finish, integers
+from vllm_entropix.attention.ranks import WORTH_WAITING
+from vllm_entropix.kernels.attention_statistics import layers_together
 
 FLOAT = 4
 # float32 a row in a message between pipeline stages: position and four sums.
 STAGE_VALUES = 5
-# float32 a head in the second exchange of a layer: entropy, sum of scores, deviation.
-HEAD_VALUES = 3
+# float32 a row and layer in the second exchange, beside the heads' entropies: means of scores and of deviations.
+SHARE_VALUES = 2
 
 
 @dataclass(frozen=True)
@@ -62,34 +64,26 @@ class Step:
     stage_bytes: int
 
     @classmethod
-    def of(cls, contexts: np.ndarray, heads: int, layers: int, tensor: int, stages: int) -> Step:
-        """For measured rows with these contexts, as attention/statistics.py exchanges.
+    def of(cls, contexts: np.ndarray, measured: np.ndarray, heads: int, layers: int, tensor: int, stages: int) -> Step:
+        """For rows with these contexts, some of which read attention, as ``attention/ranks.py`` exchanges on a GPU.
 
-        Rows go in groups of which none is padded to more than twice its length. For each layer and group there are two
-        exchanges: the sums of the weights over this rank's heads, one per position and one more; then three values per head.
+        The sums of the weights over this rank's heads, of all rows or, where that is much, of the measured; then an entropy per
+        head and two more values of each layer and row.
         """
         exchanges = received = 0
         if tensor > 1:
-            for group in groups(contexts):
-                values = len(group) * (int(group[0]) + 1 + HEAD_VALUES * (heads // tensor))
-                exchanges += 2 * layers
-                received += layers * values * (tensor - 1) * FLOAT
-        return cls(exchanges, received, len(contexts) * STAGE_VALUES * FLOAT if stages > 1 else 0)
+            rows, share, total = len(contexts), heads // tensor, int(contexts.sum())
+            if layers * total > WORTH_WAITING:
+                total = int(contexts[measured].sum())
+            exchanges = -(-layers // layers_together(layers, rows, share, total, tensor)) + 1
+            received = layers * (total + rows * (1 + share + SHARE_VALUES)) * (tensor - 1) * FLOAT
+        sent_on = int(measured.sum()) * STAGE_VALUES * FLOAT
+        return cls(exchanges, received, sent_on if stages > 1 else 0)
 
     def seconds(self, link: Link) -> float:
         """Time of all the step's exchanges."""
         stage = link.seconds(self.stage_bytes) if self.stage_bytes else 0.0
         return stage + (self.exchanges * link.latency + self.received / link.bandwidth if self.exchanges else 0.0)
-
-
-def groups(contexts: np.ndarray) -> list[np.ndarray]:
-    """Rows in descending order of length, cut where one is shorter than half the first of its group."""
-    rest, found = np.sort(contexts)[::-1], []
-    while len(rest):
-        size = int((rest * 2 >= rest[0]).sum())
-        found.append(rest[:size])
-        rest = rest[size:]
-    return found
 
 
 def _gather_times(rank: int, store: str, sizes: list[int], repeats: int, results: Any) -> None:
@@ -129,8 +123,8 @@ def simulate(options: argparse.Namespace, link: Link, tensor: int, layers: int, 
     times, received, exchanges = [], [], []
     for _ in range(options.steps):
         contexts = draw.lognormal(np.log(options.context) - sigma**2 / 2, sigma, rows).astype(int).clip(1, options.longest)
-        measured = contexts[draw.random(rows) < options.measured]
-        step = Step.of(measured, options.heads, layers, tensor, 1)
+        measured = draw.random(rows) < options.measured
+        step = Step.of(contexts, measured, options.heads, layers, tensor, 1)
         times.append(step.seconds(link))
         received.append(step.received)
         exchanges.append(step.exchanges)

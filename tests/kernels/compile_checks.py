@@ -16,9 +16,9 @@ from vllm_entropix.kernels import attention_statistics, candidates, logits_metri
 FLOATS, LONGS = "*fp32", "*i64"
 # Types of arguments by name, of all kernels; what isn't named here is float32 in memory, or a constant.
 TYPES = {
-    **dict.fromkeys(("vocabulary", "tiles", "rows", "layers", "groups", "padded", "table_stride"), "i32"),
+    **dict.fromkeys(("vocabulary", "tiles", "rows", "layers", "groups", "padded", "table_stride", "sums_width"), "i32"),
     **dict.fromkeys(("row_stride", "stride_block", "stride_head", "stride_position", "stride_dim"), "i64"),
-    **dict.fromkeys(("top_k", "samples", "forced", "addresses", "tables", "requests", "lengths", "offsets"), LONGS),
+    **dict.fromkeys(("top_k", "samples", "forced", "addresses", "tables", "requests", "lengths", "offsets", "starts"), LONGS),
     **dict.fromkeys(("sampled", "wanted"), "*i1"),
     "ids": "*i32",
 }
@@ -41,7 +41,9 @@ VARIANTS = (
     (wide_filters._filter, ROW, {}, 8),
     (attention_statistics._attend, HALF | SIDE_BY_SIDE, {"queries": "*bf16"}, 4),
     (attention_statistics._attend, HALF | ONE | SIDE_BY_SIDE | {"ELEMENT": tl.float8e4nv}, {"queries": "*bf16"}, 4),
-    (attention_statistics._deviate, HALF | ONE | SIDE_BY_SIDE, {"queries": "*bf16"}, 4),
+    (attention_statistics._deviate, HALF | ONE | SIDE_BY_SIDE | {"RANKS": 0}, {"queries": "*bf16"}, 4),
+    (attention_statistics._deviate, HALF | SIDE_BY_SIDE | {"RANKS": -1}, {"queries": "*bf16"}, 4),
+    (attention_statistics._deviate, HALF | ONE | SIDE_BY_SIDE | {"RANKS": 8}, {"queries": "*bf16"}, 4),
     (attention_statistics._merge_splits, {**HEADS, "HEADS_2": 32, "SINKS": True}, {}, 4),
     (attention_statistics._merge_splits, {**HEADS, **ONE, "HEADS_2": 32, "SINKS": False, "padded": 1}, {}, 4),
     (attention_statistics._finish, {**HEADS, "HEADS_2": 32, "RULE": 0}, {}, 4),

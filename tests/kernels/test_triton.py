@@ -40,6 +40,9 @@ CHECKS = (
     "a_layer_is_measured_by_them",
     "an_observer_launches_once_for_each_kind_of_layer",
     "attention_refuses_unequal_caches",
+    "heads_over_ranks",
+    "heads_over_ranks_of_every_kind",
+    "heads_over_ranks_in_parts",
     "the_sampler_decides_and_writes_by_them",
 )
 

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from tests.kernels.test_cpu import apply, mixed_logits
+from tests.support.ranks import Meeting
 from vllm_entropix import EntropixConfig
-from vllm_entropix.attention import AttentionObserver, LayerAttention, statistics
+from vllm_entropix.attention import AttentionObserver, LayerAttention, ranks, statistics
 from vllm_entropix.attention import observer as observer_module
 from vllm_entropix.attention.paged_keys import PlainKeys
+from vllm_entropix.attention.ranks import LayerRows
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch, measure_layers
 from vllm_entropix.kernels import attention_statistics, candidates, logits_metrics, wide_filters
 from vllm_entropix.sampling import LogitsMetrics, Parameters, batch, filters, sampler
@@ -421,10 +423,73 @@ def a_layer_is_measured_by_them():
     want = measure_layer_in_pytorch(*arguments)
     for metric in METRICS:
         torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5)
-    # Sums over the heads of other ranks are PyTorch's.
-    with mock.patch.object(statistics, "kernels_for", side_effect=AssertionError("asked for kernels")):
-        shared = measure_layer(*arguments, gather=lambda shares: shares)
-    torch.testing.assert_close(shared.agreement, want.agreement)
+
+
+def over_ranks(case, number):
+    """A case's statistics by ranks that have its heads together, and how much they exchanged."""
+    layers, queries, tables, requests, lengths, config, wanted = case
+    meeting = Meeting(number)
+
+    def part(rank, index):
+        layer, share = layers[index], lambda values: None if values is None else values.chunk(number)[rank]
+        keys = dataclasses.replace(layer.keys, cache=layer.keys.cache.chunk(number, dim=1)[rank])
+        own = dataclasses.replace(layer, keys=keys, alibi_slopes=share(layer.alibi_slopes), sinks=share(layer.sinks))
+        return LayerRows(own, queries[index].chunk(number, dim=1)[rank], tables[index])
+
+    parts = [[part(rank, index) for index in range(len(layers))] for rank in range(number)]
+    bounds = lengths.cpu() + 3  # which needn't be exact
+
+    def work(rank):
+        return ranks.measure_over_ranks_by_triton(parts[rank], requests, lengths, wanted, bounds, config, meeting.ranks(rank))
+
+    first, *others = ([getattr(found, metric) for metric in METRICS] for found in meeting.run(work))
+    first = torch.stack(first)
+    for other in others:
+        assert torch.equal(torch.stack(other).nan_to_num(7.0), first.nan_to_num(7.0)), "ranks must agree to the bit"
+    return first, meeting.exchanged
+
+
+def ranked_case(number, kinds=1, **settings):
+    """Heads over ranks against one rank that has all of them."""
+    *arguments, alone = attention_case(heads=2 * number, kv_heads=number, **settings)
+    wanted = ~alone[0, 0].isnan()
+    case = (*arguments, wanted)
+    found, exchanged = over_ranks(case, number)
+    torch.testing.assert_close(found, alone, rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert len(exchanged) == kinds + 1
+    assert exchanged[-1] == alone[0].numel() * (2 + 2)
+    return case, found
+
+
+def heads_over_ranks():
+    ranked_case(2, lengths=(1, 64, 130))
+    ranked_case(3, lengths=(1, 65, 130), wanted=[True, False, True], layers=1)
+
+
+def heads_over_ranks_of_every_kind():
+    slopes, sinks = torch.tensor([0.5, 0.25, 0.1, 0.0]), torch.tensor([1.0, -2.0, 0.0, 5.0])
+    ranked_case(2, kinds=2, windows=(64, None), lengths=(64, 130))
+    ranked_case(2, lengths=(1, 70), softcap=20.0, layers=1, alibi_slopes=slopes, sinks=sinks)
+    original = EntropixConfig.preset("jax-2024-10", fidelity="original")
+    ranked_case(2, config=original, lengths=(1, 65), layers=1)
+
+
+def heads_over_ranks_in_parts():
+    case, whole = ranked_case(2, lengths=(130, 5, 70), wanted=[True, False, True])
+    for module, name, value, exchanges in (
+        (attention_statistics, "_EXCHANGE", 1, 3),  # a layer at a time
+        (attention_statistics, "_SCRATCH", 1, 3),  # scores are computed again
+        (ranks, "WORTH_WAITING", 0, 2),
+    ):
+        with mock.patch.object(module, name, value):
+            found, exchanged = over_ranks(case, 2)
+        assert len(exchanged) == exchanges, name
+        assert torch.equal(found.nan_to_num(7.0), whole.nan_to_num(7.0)), name
+        # What the sums of weights take: a number for each position, one for each row's padded slots.
+        of_contexts = 2 * (130 + 70 if name == "WORTH_WAITING" else 130 + 5 + 70 + 3 * 3) + 2 * 3
+        assert sum(exchanged[:-1]) == of_contexts, name
+    found, _ = over_ranks((*case[:-1], torch.zeros_like(case[-1])), 2)
+    assert found.isnan().all()
 
 
 def an_observer_launches_once_for_each_kind_of_layer():
@@ -436,7 +501,7 @@ def an_observer_launches_once_for_each_kind_of_layer():
         observer._attention[index] = (layers[index].kv_cache, LayerAttention(keys, 0.2))
         observer._queries[index] = random(3, 2, heads, 32, seed=index)
         table = torch.randint(0, 40, (3, 5), dtype=torch.int32)
-        observer._steps[index] = observer_module._Step(torch.tensor([0, 2, 4, 6]), lengths, table, 3)
+        observer._steps[index] = observer_module._Step(torch.tensor([0, 2, 4, 6]), lengths, table, 3, lengths.cpu())
     requests, positions = torch.tensor([2, 0, 1, 0]), torch.tensor([32, 69, 4, 68])
     wanted = torch.tensor([True, True, False, True])
     want = observer.statistics_per_layer(requests, positions, wanted)
@@ -499,6 +564,9 @@ CHECKS = (
     a_layer_is_measured_by_them,
     an_observer_launches_once_for_each_kind_of_layer,
     attention_refuses_unequal_caches,
+    heads_over_ranks,
+    heads_over_ranks_of_every_kind,
+    heads_over_ranks_in_parts,
     the_sampler_decides_and_writes_by_them,
 )
 

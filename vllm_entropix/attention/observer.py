@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vllm_entropix.attention.paged_keys import UnsupportedAttentionError, key_reader
+from vllm_entropix.attention.ranks import LayerRows, Ranks, measure_over_ranks, measure_over_ranks_by_triton
 from vllm_entropix.attention.statistics import (
-    GatherHeads,
     LayerAttention,
     launch_kind,
     measure_layer,
@@ -38,6 +38,7 @@ class _Step:
     seq_lens: Tensor  # [requests]: positions up to and including the request's last row
     block_table: Tensor  # [requests, blocks]
     requests: int
+    bounds: Tensor  # [requests] on the host: seq_lens, or more
 
 
 class AttentionObserver:
@@ -48,7 +49,7 @@ class AttentionObserver:
         config: how statistics are taken.
         max_requests: requests in a step at most.
         rows_per_request: rows of a request that may be sampled in a step: 1, or the number of drafts + 1.
-        gather: exchanges sums between tensor-parallel ranks; None if there is one rank.
+        ranks: the tensor-parallel ranks that heads are split over; None if there is one.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class AttentionObserver:
         config: EntropixConfig,
         max_requests: int,
         rows_per_request: int = 1,
-        gather: GatherHeads | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.layers = dict(layers)
         self.rows_per_request = rows_per_request
-        self.gather = gather
+        self.ranks = ranks
         self._max_requests = max_requests
         self._queries: dict[int, Tensor] = {}
         self._steps: dict[int, _Step] = {}
@@ -99,6 +100,7 @@ class AttentionObserver:
                 common_attn_metadata.seq_lens,
                 common_attn_metadata.block_table_tensor,
                 common_attn_metadata.num_reqs,
+                _host_bounds(common_attn_metadata),
             )
             for index in indices:
                 self._steps[index] = step
@@ -164,37 +166,35 @@ class AttentionObserver:
 
     def statistics_per_layer(self, requests: Tensor, positions: Tensor, wanted: Tensor | None = None) -> AttentionStatistics:
         """The same for each observed layer, in ascending order: every metric is ``[layers, rows]``."""
-        if self.gather is None and measured_by_triton([self._layer(index) for index in self.layers], requests.device):
+        if measured_by_triton([self._layer(index) for index in self.layers], requests.device):
             everything = torch.ones_like(requests, dtype=torch.bool) if wanted is None else wanted
-            return self._measure_together(requests, positions, everything)
+            if self.ranks is None:
+                return self._measure_together(requests, positions, everything)
+            lengths = positions + 1
+            # All groups of layers have the same requests. Of each, all rows may be asked for.
+            bounds = next(iter(self._steps.values())).bounds.repeat(self.rows_per_request)
+            layers = self._layer_rows(requests, lengths)
+            return measure_over_ranks_by_triton(layers, requests, lengths, everything, bounds, self.config, self.ranks)
         if wanted is None:
             return self._measure_each(requests, positions)
         rows = wanted.nonzero().flatten()
-        found = self._measure_each(requests[rows], positions[rows])
-
-        def scattered(values: Tensor) -> Tensor:
-            return values.new_full((len(values), len(wanted)), torch.nan).index_copy_(1, rows, values)
-
-        return AttentionStatistics(
-            scattered(found.attention_entropy),
-            scattered(found.attention_varentropy),
-            scattered(found.agreement),
-            scattered(found.interaction_strength),
-        )
+        return self._measure_each(requests[rows], positions[rows]).scattered(wanted, rows)
 
     def _measure_each(self, requests: Tensor, positions: Tensor) -> AttentionStatistics:
         lengths = positions + 1
-        measured = []
-        for index in sorted(self.layers):
-            queries = self._queries_of(index, requests, lengths)
-            table = self._steps[index].block_table[requests]
-            measured.append(measure_layer(self._layer(index), queries, table, lengths, self.config, self.gather))
-        return AttentionStatistics(
-            torch.stack([statistics.attention_entropy for statistics in measured]),
-            torch.stack([statistics.attention_varentropy for statistics in measured]),
-            torch.stack([statistics.agreement for statistics in measured]),
-            torch.stack([statistics.interaction_strength for statistics in measured]),
+        layers = self._layer_rows(requests, lengths)
+        if self.ranks is not None:
+            return measure_over_ranks(layers, requests, lengths, self.config, self.ranks)
+        return AttentionStatistics.stacked(
+            [measure_layer(one.layer, one.queries, one.block_table[requests], lengths, self.config) for one in layers]
         )
+
+    def _layer_rows(self, requests: Tensor, lengths: Tensor) -> list[LayerRows]:
+        """What each observed layer has for these rows, in ascending order."""
+        return [
+            LayerRows(self._layer(index), self._queries_of(index, requests, lengths), self._steps[index].block_table)
+            for index in sorted(self.layers)
+        ]
 
     def _measure_together(self, requests: Tensor, positions: Tensor, wanted: Tensor) -> AttentionStatistics:
         """One launch for all layers with caches of one kind, and the device is never waited for."""
@@ -228,6 +228,14 @@ class AttentionObserver:
         if known is None or known[0] is not layer.kv_cache:
             known = self._attention[index] = (layer.kv_cache, describe_layer(layer))
         return known[1]
+
+
+def _host_bounds(metadata: Any) -> Tensor:
+    """What the host knows of the requests' lengths: no device is asked. Drafts count as if all were accepted."""
+    known: Tensor | None = metadata.seq_lens_cpu_upper_bound
+    if known is None:
+        return torch.full((metadata.num_reqs,), metadata.max_seq_len)
+    return known[: metadata.num_reqs].clone()  # the engine's own is filled again
 
 
 def find_attention_layers(model: nn.Module) -> dict[int, Any]:

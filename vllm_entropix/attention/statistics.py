@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
 
 if TYPE_CHECKING:
     from vllm_entropix.config import EntropixConfig
-    from vllm_entropix.kernels.attention_statistics import PagedLayers
+    from vllm_entropix.kernels.attention_statistics import PagedLayers, PagedRows
 
 # Keys of a layer that are unpacked at a time, in elements: bounds the extra memory at 4 times this many bytes.
 _MAX_KEY_ELEMENTS = 1 << 23
@@ -78,23 +78,18 @@ class LayerAttention:
         return scores, starts - offset
 
 
-# A tensor whose last dimension is this rank's share → the shares of all ranks, in rank order.
-GatherHeads = Callable[[Tensor], Tensor]
-
-
 def measure_layer(
     layer: LayerAttention,
     queries: Tensor,
     block_table: Tensor,
     lengths: Tensor,
     config: EntropixConfig,
-    gather: GatherHeads | None = None,
 ) -> AttentionStatistics:
     """Statistics of one layer for ``queries [rows, heads, head_dim]``; ``lengths`` and ``block_table`` as in ``scores``.
 
     By the kernel for this device where there is one for such a layer, otherwise in PyTorch.
     """
-    kernels = None if gather is not None else kernels_for(queries.device)
+    kernels = kernels_for(queries.device)
     if kernels == "triton" and _read_by_triton(layer):
         requests, wanted = torch.arange(len(lengths), device=lengths.device), torch.ones_like(lengths, dtype=torch.bool)
         measured = measure_layers([layer], queries.unsqueeze(0), [block_table], requests, lengths, wanted, config)
@@ -102,7 +97,7 @@ def measure_layer(
     plain = not layer.softcap and layer.alibi_slopes is None and layer.sinks is None
     if plain and kernels == "numba" and layer.keys.raw is not None:
         return _measure_by_cpu_kernel(layer, layer.keys.raw, queries, block_table, lengths, config)
-    return measure_layer_in_pytorch(layer, queries, block_table, lengths, config, gather)
+    return measure_layer_in_pytorch(layer, queries, block_table, lengths, config)
 
 
 _VARIANCE_RULES = {"heads": 0, "heads-unbiased": 1, "zero": 2}
@@ -147,20 +142,28 @@ def measure_layers(
     """
     from vllm_entropix.kernels.attention_statistics import attention_statistics
 
-    tables = [table.to(torch.int32) for table in block_tables]
-    results = attention_statistics(
-        _paged_layers(tuple(layers)),
-        queries.contiguous(),
-        _addresses(queries.device, tuple(table.data_ptr() for table in tables)),
-        tables[0].stride(0),
-        requests,
-        lengths,
-        wanted,
-        config.padded_positions or 0,
-        _VARIANCE_RULES[config.attention_varentropy],
-    )
+    paged, rows = paged_rows(layers, queries, block_tables, requests, lengths, wanted)
+    results = attention_statistics(paged, rows, config.padded_positions or 0, _VARIANCE_RULES[config.attention_varentropy])
     entropy, varentropy, agreement, strength = results
     return entropy, varentropy, agreement, strength
+
+
+def paged_rows(
+    layers: Sequence[LayerAttention],
+    queries: Tensor,
+    block_tables: Sequence[Tensor],
+    requests: Tensor,
+    lengths: Tensor,
+    wanted: Tensor,
+) -> tuple[PagedLayers, PagedRows]:
+    """What :func:`measure_layers` is given, as the Triton kernels take it."""
+    from vllm_entropix.kernels.attention_statistics import PagedRows
+
+    tables = tuple(table.to(torch.int32) for table in block_tables)
+    addresses = _addresses(queries.device, tuple(table.data_ptr() for table in tables))
+    stride = tables[0].stride(0)
+    rows = PagedRows(queries.contiguous(), addresses, stride, requests, lengths, wanted, tables)
+    return _paged_layers(tuple(layers)), rows
 
 
 @lru_cache(maxsize=256)
@@ -241,20 +244,15 @@ def _measure_by_cpu_kernel(
 
 
 def measure_layer_in_pytorch(
-    layer: LayerAttention,
-    queries: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    config: EntropixConfig,
-    gather: GatherHeads | None = None,
+    layer: LayerAttention, queries: Tensor, block_table: Tensor, lengths: Tensor, config: EntropixConfig
 ) -> AttentionStatistics:
-    """The same as :func:`measure_layer`, for every kind of layer, and with heads shared among ranks."""
+    """The same as :func:`measure_layer`, for every kind of layer."""
     results = AttentionStatistics(*(torch.empty(len(lengths), dtype=torch.float32, device=lengths.device) for _ in range(4)))
-    for rows in _groups(lengths, layer):
-        scores, starts = layer.scores(queries[rows], block_table[rows], lengths[rows])
-        attended = lengths[rows] if layer.window is None else lengths[rows].clamp_max(layer.window)
-        heads = HeadStatistics.from_scores(scores, attended, config.padded_positions, layer.sinks, starts)
-        statistics = combine_heads(heads, config, gather)
+    for rows, heads in head_statistics(layer, queries, block_table, lengths, config):
+        deviation = heads.deviation_from(heads.weights.mean(dim=1), heads.empty_weight.mean(dim=1))
+        statistics = AttentionStatistics.from_heads(
+            heads.entropy, heads.score_sum, deviation, heads.counted, config.attention_varentropy
+        )
         results.attention_entropy[rows] = statistics.attention_entropy
         results.attention_varentropy[rows] = statistics.attention_varentropy
         results.agreement[rows] = statistics.agreement
@@ -262,92 +260,14 @@ def measure_layer_in_pytorch(
     return results
 
 
-def combine_heads(heads: HeadStatistics, config: EntropixConfig, gather: GatherHeads | None) -> AttentionStatistics:
-    """Statistics over all heads from one rank's, exchanging sums with the other ranks if ``gather`` is given.
-
-    Every rank adds the same numbers in the same order, so all get the same bits.
-    """
-    if gather is None:
-        deviation = heads.deviation_from(heads.weights.mean(dim=1), heads.empty_weight.mean(dim=1))
-        return AttentionStatistics.from_heads(
-            heads.entropy, heads.score_sum, deviation, heads.counted, config.attention_varentropy
-        )
-    rows, local, positions = heads.weights.shape
-    sums = torch.cat((heads.weights.sum(dim=1), heads.empty_weight.sum(dim=1, keepdim=True)), dim=-1)
-    all_sums = gather(sums.contiguous()).view(rows, -1, positions + 1)
-    ranks = all_sums.shape[1]
-    means = all_sums.sum(dim=1) / (local * ranks)
-    deviation = heads.deviation_from(means[:, :-1], means[:, -1])
-    shares = torch.stack((heads.entropy, heads.score_sum, deviation))
-    entropy, score_sum, all_deviations = gather(shares.contiguous())
-    return AttentionStatistics.from_heads(entropy, score_sum, all_deviations, heads.counted, config.attention_varentropy)
-
-
-@dataclass(frozen=True)
-class StageStatistics:
-    """Statistics of the layers of a pipeline stage and of all stages before it, as they travel to the next one.
-
-    One tensor, so that a step's hidden states are followed by one message more: 20 bytes a row, however many layers there are.
-
-    Attributes:
-        values: float32 ``[5, requests, rows]``: for the last rows of each request of the batch, the last one first, the
-            row's position (exact below 2²⁴) and the sums over layers of the four metrics. NaN for rows not measured.
-    """
-
-    values: Tensor
-
-    @classmethod
-    def of_rows(cls, requests: int, index: Tensor, positions: Tensor, per_layer: AttentionStatistics) -> StageStatistics:
-        """Sums over this stage's layers.
-
-        Args:
-            requests: requests in the batch.
-            index: int64 ``[measured]``, places in the batch of those that were measured.
-            positions: int64 ``[measured, rows]``, negative where a request has no such row.
-            per_layer: each metric ``[layers, measured · rows]``.
-        """
-        measured, rows = positions.shape
-        metrics = (
-            per_layer.attention_entropy,
-            per_layer.attention_varentropy,
-            per_layer.agreement,
-            per_layer.interaction_strength,
-        )
-        sums = torch.stack([positions.to(torch.float32), *(metric.sum(dim=0).view(measured, rows) for metric in metrics)])
-        return cls(sums.new_full((5, requests, rows), torch.nan).index_copy_(1, index, sums))
-
-    def add(self, earlier: StageStatistics | None) -> StageStatistics:
-        """With the sums of the stages before; all stages add in the same order."""
-        if earlier is None:
-            return self
-        return StageStatistics(torch.cat((self.values[:1], earlier.values[1:] + self.values[1:])))
-
-    def sums(self, requests: Tensor, positions: Tensor) -> Tensor:
-        """float32 ``[4, rows]`` of some rows, by their request's place in the batch and their position.
-
-        NaN for a row that the earlier stages didn't measure: never another row's statistics.
-        """
-        last = self.values[0, requests, 0]
-        offsets = (last - positions).nan_to_num(nan=0.0).long().clamp(0, self.values.shape[2] - 1)
-        found = self.values[:, requests, offsets]
-        return torch.where(found[0] == positions, found[1:], torch.nan)
-
-
-def mean_over_stages(earlier: Tensor, per_layer: AttentionStatistics | None, layers: int) -> AttentionStatistics:
-    """The mean over ``layers`` layers, of which some were measured on earlier stages.
-
-    Args:
-        earlier: float32 ``[4, rows]``, sums over the layers of earlier stages (``StageStatistics.sums``).
-        per_layer: statistics of this stage's layers, ``[layers, rows]`` each; None if none is observed.
-        layers: observed layers of all stages together.
-    """
-    entropy, varentropy, agreement, strength = earlier
-    if per_layer is not None:
-        entropy = entropy + per_layer.attention_entropy.sum(dim=0)
-        varentropy = varentropy + per_layer.attention_varentropy.sum(dim=0)
-        agreement = agreement + per_layer.agreement.sum(dim=0)
-        strength = strength + per_layer.interaction_strength.sum(dim=0)
-    return AttentionStatistics(entropy / layers, varentropy / layers, agreement / layers, strength / layers)
+def head_statistics(
+    layer: LayerAttention, queries: Tensor, block_table: Tensor, lengths: Tensor, config: EntropixConfig
+) -> Iterator[tuple[Tensor, HeadStatistics]]:
+    """One layer's heads, a group of rows at a time, with the rows' indices; arguments as of :func:`measure_layer`."""
+    for rows in _groups(lengths, layer):
+        scores, starts = layer.scores(queries[rows], block_table[rows], lengths[rows])
+        attended = lengths[rows] if layer.window is None else lengths[rows].clamp_max(layer.window)
+        yield rows, HeadStatistics.from_scores(scores, attended, config.padded_positions, layer.sinks, starts)
 
 
 def _groups(lengths: Tensor, layer: LayerAttention) -> Iterator[Tensor]:

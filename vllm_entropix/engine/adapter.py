@@ -14,7 +14,7 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError, find_attention_layers, select_layers
-from vllm_entropix.attention.statistics import GatherHeads
+from vllm_entropix.attention.ranks import Ranks
 from vllm_entropix.engine.outputs import RECORDS, Records
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
 from vllm_entropix.requests import RequestSettings
@@ -116,7 +116,7 @@ class RunnerAdapter(ABC):
         try:
             chosen = select_layers({**everywhere, **found}, self.config)
             layers = {index: layer for index, layer in chosen.items() if index in found}
-            observer = AttentionObserver(layers, self.config, self.max_requests, self.rows_per_request, _gather_heads())
+            observer = AttentionObserver(layers, self.config, self.max_requests, self.rows_per_request, _ranks())
             for index in layers:
                 observer._layer(index)  # refuses a cache that can't be read now rather than in the first step
         except UnsupportedAttentionError as reason:
@@ -244,12 +244,12 @@ def _joined(parts: list[StepRecords]) -> Records:
     return {request_id: records for part in parts for request_id, records in part.by_request().items()}
 
 
-def _gather_heads() -> GatherHeads | None:
-    """Exchange between tensor-parallel ranks, in rank order so that all get the same; None if there is one rank."""
+def _ranks() -> Ranks | None:
+    """The tensor-parallel ranks that heads are split over; None if there is one."""
     group = get_tp_group()
     if group.world_size == 1:
         return None
-    return lambda shares: group.all_gather(shares, dim=-1)
+    return Ranks(group.world_size, lambda share: group.all_gather(share, dim=0).view(group.world_size, -1))
 
 
 def _nothing_to_wait_for() -> None:

@@ -70,7 +70,14 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "AttentionGroup": ("layer_names", "metadata_builders"),
     },
     "vllm.v1.attention.backend": {
-        "CommonAttentionMetadata": ("query_start_loc", "seq_lens", "block_table_tensor", "num_reqs"),
+        "CommonAttentionMetadata": (
+            "query_start_loc",
+            "seq_lens",
+            "seq_lens_cpu_upper_bound",
+            "max_seq_len",
+            "block_table_tensor",
+            "num_reqs",
+        ),
         "AttentionMetadataBuilder": ("build", "update_block_table"),
     },
     "vllm.model_executor.layers.attention.attention": {

@@ -15,7 +15,7 @@ from vllm.distributed import get_pp_group
 from vllm.sequence import IntermediateTensors
 
 from vllm_entropix.attention import AttentionObserver
-from vllm_entropix.attention.statistics import StageStatistics, mean_over_stages
+from vllm_entropix.attention.stages import StageStatistics, mean_over_stages
 from vllm_entropix.sampling.metrics import AttentionStatistics
 
 KEY = "entropix_attention"

@@ -4,6 +4,9 @@ Keys are read once, a tile at a time that all query heads of a group share. Thei
 which the heads' mean weights, and each head's deviation from them, are computed when the normalisers are known. A row that
 finds no room in the scratch has its scores computed again; its bits are the same. The context is cut into a fixed number of
 splits whose borders depend on the row alone. One launch covers all layers, as far as the scratch goes for a typical context.
+
+Where heads are split over tensor-parallel ranks, the ranks exchange the sums of their heads' weights between the two passes,
+and what comes out is each rank's share of the statistics (``attention.ranks``).
 """
 
 # Triton's compiler looks at a kernel's annotations, and knows none of Python's.
@@ -11,6 +14,7 @@ splits whose borders depend on the row alone. One launch covers all layers, as f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +27,8 @@ SPLITS = 16
 _LN2 = tl.constexpr(0.6931471805599453)
 # Of the scratch, in float32 elements: 128 MiB.
 _SCRATCH = 1 << 25
+# Of what is received in an exchange between ranks, in float32 elements: 256 MiB.
+_EXCHANGE = 1 << 26
 # Longer contexts may find no room in the scratch if all rows have them.
 _TYPICAL_CONTEXT = 4096
 
@@ -54,6 +60,52 @@ class PagedLayers:
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
     capped: bool = False
+
+    def part(self, chunk: slice) -> PagedLayers:
+        """Some of these layers."""
+        return PagedLayers(
+            self.caches[chunk],
+            self.addresses[chunk],
+            self.factors[:, chunk].contiguous(),
+            None if self.alibi_slopes is None else self.alibi_slopes[chunk],
+            None if self.sinks is None else self.sinks[chunk],
+            self.capped,
+        )
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """Rows that are measured together, in all layers.
+
+    Attributes:
+        queries: ``[layers, rows, heads, head_dim]``, contiguous.
+        tables: int64 ``[layers]``, on the device: addresses of the layers' block tables, int32 ``[requests, blocks]``.
+        table_width: elements from a request to the next in them.
+        requests: int64 ``[rows]``, the rows' requests in the block tables.
+        lengths: int64 ``[rows]``, positions up to and including the row's own.
+        wanted: bool ``[rows]``; the others cost nothing.
+        block_tables: the tensors that ``tables`` has the addresses of, to keep them.
+    """
+
+    queries: Tensor
+    tables: Tensor
+    table_width: int
+    requests: Tensor
+    lengths: Tensor
+    wanted: Tensor
+    block_tables: tuple[Tensor, ...]
+
+    def part(self, layers: slice, rows: slice = slice(None)) -> PagedRows:
+        """Some of the layers, some of the rows."""
+        return PagedRows(
+            self.queries[layers, rows].contiguous(),
+            self.tables[layers],
+            self.table_width,
+            self.requests[rows],
+            self.lengths[rows],
+            self.wanted[rows],
+            self.block_tables[layers],
+        )
 
 
 @triton.jit
@@ -295,6 +347,9 @@ def _deviate(
     offsets,
     scratch,
     heads_found,
+    sums,
+    sums_width,
+    starts,
     deviations,
     stride_block,
     stride_head,
@@ -311,14 +366,21 @@ def _deviate(
     ALIBI: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
+    RANKS: tl.constexpr,  # noqa: N803
 ):
-    """Summed deviation of all heads' weights from their mean, over one split."""
+    """Summed deviation of all heads' weights from their mean, over one split.
+
+    With RANKS 0 this rank has all heads. With more, ``sums [ranks, layers, sums_width]`` has the sums over each rank's heads,
+    this one's among them; a row's begin at its ``starts``. With RANKS -1 this rank's sums are written there, nothing else is.
+    """
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     layer, row = pair // rows, pair % rows
     if tl.load(wanted + row) == 0:
         return
     length, begin, first, last = _extent(lengths, factors + 3 * layers, row, layer, TILE)
     share = (last - first + SPLITS - 1) // SPLITS
+    KV_HEADS: tl.constexpr = HEADS // GROUP  # noqa: N806
+    ALL_HEADS: tl.constexpr = HEADS * RANKS if RANKS > 0 else HEADS  # noqa: N806
     member = tl.arange(0, ROWS)
     table_row = tl.load(requests + row) * table_stride
     offset = tl.load(offsets + pair)
@@ -327,14 +389,21 @@ def _deviate(
     for tile in tl.range(first + split * share, tl.minimum(last, first + (split + 1) * share)):
         position = tile * TILE + tl.arange(0, TILE)
         real = (position >= begin) & (position < length)
-        mean = tl.zeros((TILE,), tl.float32)
+        slot = position - first * TILE
+        shared = tl.load(starts + row) + position - begin
+        # No more than there is room for, however wrong the host's bound might be.
+        fits = real & (shared < sums_width - rows)
+        total = tl.zeros((TILE,), tl.float32)
+        if RANKS > 0:
+            for rank in tl.static_range(RANKS):  # in their order, so that all ranks get the same bits
+                total += tl.load(sums + (rank * layers + layer) * sums_width + shared, mask=fits, other=0.0)
         # Twice over the key heads: for the mean, and for the deviation from it.
-        for step in tl.range(2 * (HEADS // GROUP)):
-            kv_head = step % (HEADS // GROUP)
+        for step in tl.range(KV_HEADS if RANKS > 0 else 0, KV_HEADS if RANKS < 0 else 2 * KV_HEADS):
+            kv_head = step % KV_HEADS
             head = kv_head * GROUP + member
             inside = (member < GROUP)[:, None] & real[None, :]
             if offset >= 0:
-                place = offset + head[:, None] * width + (position - first * TILE)[None, :]
+                place = offset + head[:, None] * width + slot[None, :]
                 scores = tl.load(scratch + place, mask=inside, other=0.0)
             else:
                 scores = _scores_of_tile(
@@ -367,12 +436,15 @@ def _deviate(
                 )
             normaliser = tl.load(heads_found + pair * 3 * HEADS + head, mask=member < GROUP, other=0.0)
             weight = tl.where(inside, tl.exp(scores - normaliser[:, None]), 0.0)
-            if step < HEADS // GROUP:
-                mean += tl.sum(weight, axis=0) / HEADS
+            if step < KV_HEADS:
+                total += tl.sum(weight, axis=0)
             else:
-                apart = tl.where(inside, tl.abs(weight - mean[None, :]), 0.0)
+                apart = tl.where(inside, tl.abs(weight - (total / ALL_HEADS)[None, :]), 0.0)
                 deviation += tl.sum(tl.sum(apart, axis=1), axis=0)
-    tl.store(deviations + pair * SPLITS + split, deviation)
+        if RANKS < 0:
+            tl.store(sums + layer * sums_width + shared, total, mask=fits)
+    if RANKS >= 0:
+        tl.store(deviations + pair * SPLITS + split, deviation)
 
 
 @triton.jit
@@ -430,132 +502,215 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _TYPES
 
 
-def attention_statistics(
-    layers: PagedLayers,
-    queries: Tensor,
-    tables: Tensor,
-    table_width: int,
-    requests: Tensor,
-    lengths: Tensor,
-    wanted: Tensor,
-    padded: int,
-    variance_rule: int,
-) -> Tensor:
+def attention_statistics(layers: PagedLayers, rows: PagedRows, padded: int, variance_rule: int) -> Tensor:
     """Entropy, varentropy over heads, agreement and interaction, float32 ``[4, layers, rows]``; NaN for rows not wanted.
 
     Args:
         layers: where the keys are, and how they become scores.
-        queries: ``[layers, rows, heads, head_dim]``, contiguous.
-        tables: int64 ``[layers]``, on the device: addresses of the layers' block tables, int32 ``[requests, blocks]``.
-        table_width: elements from a request to the next in them.
-        requests: int64 ``[rows]``, the rows' requests in the block tables.
-        lengths: int64 ``[rows]``, positions up to and including the row's own.
-        wanted: bool ``[rows]``; the others cost nothing.
+        rows: what is measured.
         padded: slots that count at least, with score 0 (D2); 0 for none.
         variance_rule: 0 over heads, 1 with Bessel's correction, 2 zero.
     """
-    number, rows, heads, _ = queries.shape
-    results = torch.empty(4, number, rows, dtype=torch.float32, device=queries.device)
+    number, many = rows.queries.shape[:2]
+    results = torch.empty(4, number, many, dtype=torch.float32, device=rows.queries.device)
     if not results.numel():
         return results
-    context = min(table_width * layers.caches[0].shape[2], _TYPICAL_CONTEXT)
-    together = max(1, min(number, _SCRATCH // (rows * heads * context)))
+    together = _together(layers, rows)
     for start in range(0, number, together):
         chunk = slice(start, start + together)
-        part = PagedLayers(
-            layers.caches[chunk],
-            layers.addresses[chunk],
-            layers.factors[:, chunk].contiguous(),
-            None if layers.alibi_slopes is None else layers.alibi_slopes[chunk],
-            None if layers.sinks is None else layers.sinks[chunk],
-            layers.capped,
-        )
-        results[:, chunk] = _measure(
-            part, queries[chunk], tables[chunk], table_width, requests, lengths, wanted, padded, variance_rule
-        )
+        launches = _Launches(layers.part(chunk), rows.part(chunk), padded)
+        launches.attend()
+        launches.deviate()
+        results[:, chunk] = launches.finish(variance_rule)
     return results
 
 
-def _measure(
-    layers: PagedLayers,
-    queries: Tensor,
-    tables: Tensor,
-    table_width: int,
-    requests: Tensor,
-    lengths: Tensor,
-    wanted: Tensor,
-    padded: int,
-    variance_rule: int,
+def head_shares(
+    layers: PagedLayers, rows: PagedRows, padded: int, window: int | None, total: int, exchange: Exchange
 ) -> Tensor:
-    number, rows, heads, head_dim = queries.shape
-    cache, device, pairs = layers.caches[0], queries.device, number * rows
-    kv_heads = cache.shape[1]
-    windows = layers.factors[3].to(torch.int64).unsqueeze(-1)
-    begins = torch.where(windows > 0, (lengths - windows).clamp_min(0), 0)
-    widths = ((lengths + TILE - 1) // TILE - begins // TILE) * TILE
-    needed = torch.where(wanted, widths * heads, 0).flatten()
-    ends = needed.cumsum(0)
-    size = min(_SCRATCH, pairs * heads * triton.cdiv(table_width * cache.shape[2], TILE) * TILE)
-    offsets = torch.where(ends <= size, ends - needed, -1)
+    """A rank's share of the statistics, as ``attention.ranks.Shares`` takes them: float32 ``[layers, rows, heads + 2]``.
 
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
+    Exchanges the sums of weights once, or more often if memory doesn't allow that. Rows that aren't wanted get anything.
 
-    scratch, partial = floats(size), floats(pairs, heads, SPLITS, 4)
-    found, deviations, results = floats(pairs, 3, heads), floats(pairs, SPLITS), floats(4, number, rows)
-    # Never read where the constants say that there are none.
-    slopes = layers.factors if layers.alibi_slopes is None else layers.alibi_slopes
-    sinks = layers.factors if layers.sinks is None else layers.sinks
-    rows_at = (table_width, requests, lengths, wanted, layers.factors, slopes, number, rows, offsets, scratch)
-    group = heads // kv_heads
-    shape = {
-        "HEADS": heads,
-        "GROUP": group,
-        # The least that a matrix product takes.
-        "ROWS": max(16, triton.next_power_of_2(group)),
-        "HEAD_DIM": head_dim,
-        "DIMS": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_SIZE": cache.shape[2],
-        "ELEMENT": _TYPES[cache.dtype],
-        "SOFTCAP": layers.capped,
-        "ALIBI": layers.alibi_slopes is not None,
-        "TILE": TILE,
-        "SPLITS": SPLITS,
-    }
-    sources = (queries, layers.addresses, tables)
-    _attend[(pairs, kv_heads, SPLITS)](*sources, *rows_at, partial, *cache.stride(), **shape)
-    heads_2 = triton.next_power_of_2(heads)
-    _merge_splits[(pairs,)](
-        partial,
-        lengths,
-        wanted,
-        layers.factors,
-        sinks,
-        number,
-        rows,
-        padded,
-        found,
-        HEADS=heads,
-        HEADS_2=heads_2,
-        SINKS=layers.sinks is not None,
-        TILE=TILE,
-        SPLITS=SPLITS,
-    )
-    _deviate[(pairs, SPLITS)](*sources, *rows_at, found, deviations, *cache.stride(), **shape)
-    _finish[(pairs,)](
-        lengths,
-        wanted,
-        layers.factors,
-        number,
-        rows,
-        padded,
-        found,
-        deviations,
-        results,
-        RULE=variance_rule,
-        HEADS=heads,
-        HEADS_2=heads_2,
-        TILE=TILE,
-        SPLITS=SPLITS,
-    )
-    return results
+    Args:
+        layers: of this rank; ``queries`` and caches have its heads alone.
+        rows: what is measured.
+        padded: slots that count at least, with score 0 (D2); 0 for none.
+        window: of all the layers.
+        total: positions that all wanted rows together attend to, or a bound; the host has to know it.
+        exchange: with the other ranks.
+    """
+    number, many, heads, _ = rows.queries.shape
+    shares = torch.empty(number, many, heads + 2, dtype=torch.float32, device=rows.queries.device)
+    if not shares.numel():
+        return shares
+    attended = torch.where(rows.wanted, rows.lengths if window is None else rows.lengths.clamp_max(window), 0)
+    starts = attended.cumsum(0) - attended
+    together = layers_together(number, many, heads, total, exchange.ranks)
+    for first in range(0, number, together):
+        chunk = slice(first, first + together)
+        launches = _Launches(layers.part(chunk), rows.part(chunk), padded)
+        launches.attend()
+        sums = launches.sums(total, starts)
+        everything = exchange.gather(sums.flatten()).view(exchange.ranks, *sums.shape)
+        shares[chunk] = launches.shares(everything, starts)
+    return shares
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Between so many ranks, by ``gather``: this rank's numbers ``[n]`` → all ranks' ``[ranks, n]``."""
+
+    ranks: int
+    gather: Callable[[Tensor], Tensor]
+
+
+def layers_together(layers: int, rows: int, heads: int, total: int, ranks: int) -> int:
+    """Layers of one exchange of sums: all, unless memory for what is received or for scores doesn't allow that.
+
+    Args:
+        layers: of a step.
+        rows: of a step.
+        heads: of this rank.
+        total: positions that the rows attend to.
+        ranks: how many.
+    """
+    fit = min(_EXCHANGE // (ranks * (total + rows)), _SCRATCH // (heads * (total + rows * TILE)))
+    return max(1, min(layers, fit))
+
+
+def _together(layers: PagedLayers, rows: PagedRows) -> int:
+    """Layers whose scores fit the scratch, in a typical context."""
+    number, many, heads, _ = rows.queries.shape
+    context = min(rows.table_width * layers.caches[0].shape[2], _TYPICAL_CONTEXT)
+    return max(1, min(number, _SCRATCH // max(1, many * heads * context)))
+
+
+class _Launches:
+    """The launches for some layers and rows, in their order, and what they share."""
+
+    def __init__(self, layers: PagedLayers, rows: PagedRows, padded: int) -> None:
+        number, many, heads, head_dim = rows.queries.shape
+        cache, device, pairs = layers.caches[0], rows.queries.device, number * many
+        kv_heads = cache.shape[1]
+        windows = layers.factors[3].to(torch.int64).unsqueeze(-1)
+        begins = torch.where(windows > 0, (rows.lengths - windows).clamp_min(0), 0)
+        widths = ((rows.lengths + TILE - 1) // TILE - begins // TILE) * TILE
+        needed = torch.where(rows.wanted, widths * heads, 0).flatten()
+        ends = needed.cumsum(0)
+        size = min(_SCRATCH, pairs * heads * triton.cdiv(rows.table_width * cache.shape[2], TILE) * TILE)
+        offsets = torch.where(ends <= size, ends - needed, -1)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        self._layers, self._rows, self._padded = layers, rows, padded
+        self._pairs, self._heads, self._kv_heads = pairs, heads, kv_heads
+        self._attended = (rows.lengths - begins).flatten()
+        self._partial = floats(pairs, heads, SPLITS, 4)
+        self._found, self._deviations = floats(pairs, 3, heads), floats(pairs, SPLITS)
+        # Never read where the constants say that there are none.
+        slopes = layers.factors if layers.alibi_slopes is None else layers.alibi_slopes
+        self._sources = (
+            *(rows.queries, layers.addresses, rows.tables, rows.table_width, rows.requests, rows.lengths, rows.wanted),
+            *(layers.factors, slopes, number, many, offsets, floats(size)),
+        )
+        group = heads // kv_heads
+        self._shape = {
+            "HEADS": heads,
+            "GROUP": group,
+            # The least that a matrix product takes.
+            "ROWS": max(16, triton.next_power_of_2(group)),
+            "HEAD_DIM": head_dim,
+            "DIMS": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_SIZE": cache.shape[2],
+            "ELEMENT": _TYPES[cache.dtype],
+            "SOFTCAP": layers.capped,
+            "ALIBI": layers.alibi_slopes is not None,
+            "TILE": TILE,
+            "SPLITS": SPLITS,
+        }
+
+    def attend(self) -> None:
+        """Scores, and what each head says by itself."""
+        strides = self._layers.caches[0].stride()
+        _attend[(self._pairs, self._kv_heads, SPLITS)](*self._sources, self._partial, *strides, **self._shape)
+        sinks = self._layers.sinks
+        _merge_splits[(self._pairs,)](
+            self._partial,
+            self._rows.lengths,
+            self._rows.wanted,
+            self._layers.factors,
+            self._layers.factors if sinks is None else sinks,
+            len(self._layers.caches),
+            len(self._rows.lengths),
+            self._padded,
+            self._found,
+            HEADS=self._heads,
+            HEADS_2=triton.next_power_of_2(self._heads),
+            SINKS=sinks is not None,
+            TILE=TILE,
+            SPLITS=SPLITS,
+        )
+
+    def deviate(self, sums: Tensor | None = None, starts: Tensor | None = None, ranks: int = 0) -> None:
+        """Deviations from the heads' mean; arguments as the kernel says."""
+        strides = self._layers.caches[0].stride()
+        _deviate[(self._pairs, SPLITS)](
+            *self._sources,
+            self._found,
+            self._deviations if sums is None else sums,
+            0 if sums is None else sums.shape[-1],
+            self._rows.lengths if starts is None else starts,
+            self._deviations,
+            *strides,
+            **self._shape,
+            RANKS=ranks,
+        )
+
+    def finish(self, variance_rule: int) -> Tensor:
+        """The statistics ``[4, layers, rows]`` of this rank's heads, which are all."""
+        number, many = len(self._layers.caches), len(self._rows.lengths)
+        results = torch.empty(4, number, many, dtype=torch.float32, device=self._found.device)
+        _finish[(self._pairs,)](
+            self._rows.lengths,
+            self._rows.wanted,
+            self._layers.factors,
+            number,
+            many,
+            self._padded,
+            self._found,
+            self._deviations,
+            results,
+            RULE=variance_rule,
+            HEADS=self._heads,
+            HEADS_2=triton.next_power_of_2(self._heads),
+            TILE=TILE,
+            SPLITS=SPLITS,
+        )
+        return results
+
+    def sums(self, total: int, starts: Tensor) -> Tensor:
+        """Sums over this rank's heads ``[layers, total + rows]``: of the weights at each position, then of padded slots."""
+        number, many = len(self._layers.caches), len(self._rows.lengths)
+        sums = torch.empty(number, total + many, dtype=torch.float32, device=self._found.device)
+        self.deviate(sums, starts, -1)
+        sums[:, total:] = self._padding()[1].sum(dim=-1).view(number, many)
+        return sums
+
+    def shares(self, sums: Tensor, starts: Tensor) -> Tensor:
+        """This rank's shares ``[layers, rows, heads + 2]``, by the sums of all, ``[ranks, layers, total + rows]``."""
+        ranks, many = len(sums), len(self._rows.lengths)
+        self.deviate(sums, starts, ranks)
+        empty, padding = self._padding()
+        mean = sums[:, :, -many:].sum(dim=0).view(-1, 1) / (self._heads * ranks)
+        deviation = self._deviations.sum(dim=-1) + empty * (padding - mean).abs().sum(dim=-1)
+        absolute = self._found[:, 2].sum(dim=-1)
+        means = torch.stack((absolute, deviation), dim=-1) / self._heads
+        shares = torch.cat((self._found[:, 1], means), dim=-1)
+        return shares.view(-1, many, self._heads + 2)
+
+    def _padding(self) -> tuple[Tensor, Tensor]:
+        """Padded slots ``[pairs]``, and the weight that each head gives one of them, ``[pairs, heads]``."""
+        empty = (self._padded - self._attended).clamp_min(0)
+        return empty, torch.where(empty.unsqueeze(-1) > 0, (-self._found[:, 0]).exp(), 0.0)

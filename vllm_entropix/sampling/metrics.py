@@ -7,6 +7,7 @@ bitwise the same whatever rows stand beside it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -201,6 +202,29 @@ class AttentionStatistics:
             attention_varentropy=_variance_over_heads(entropy, varentropy),
             agreement=deviation.mean(dim=-1) / counted,
             interaction_strength=score_sum.mean(dim=-1) / counted,
+        )
+
+    @classmethod
+    def stacked(cls, layers: Sequence[AttentionStatistics]) -> AttentionStatistics:
+        """Those of several layers, with a layer dimension in front."""
+        return cls(
+            torch.stack([layer.attention_entropy for layer in layers]),
+            torch.stack([layer.attention_varentropy for layer in layers]),
+            torch.stack([layer.agreement for layer in layers]),
+            torch.stack([layer.interaction_strength for layer in layers]),
+        )
+
+    def scattered(self, wanted: Tensor, rows: Tensor) -> AttentionStatistics:
+        """Statistics ``[layers, len(rows)]`` of the rows that are ``wanted [all rows]``, among all, NaN for the others."""
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_full((len(values), len(wanted)), torch.nan).index_copy_(1, rows, values)
+
+        return AttentionStatistics(
+            spread(self.attention_entropy),
+            spread(self.attention_varentropy),
+            spread(self.agreement),
+            spread(self.interaction_strength),
         )
 
     def mean_over_layers(self) -> AttentionStatistics:

@@ -1,0 +1,195 @@
+"""Statistics over the heads of all tensor-parallel ranks: exact, the same bits on every rank, by two exchanges a step.
+
+Agreement is a deviation from the mean over all heads, so the sums of each rank's weights are exchanged first: as many numbers
+a layer and row as the context is long. Then one small exchange brings what each rank's heads say, of all layers and rows
+together. Every rank adds the same numbers in the order of the ranks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_entropix.attention.statistics import LayerAttention, head_statistics, launch_kind, paged_rows
+from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
+
+if TYPE_CHECKING:
+    from vllm_entropix.config import EntropixConfig
+
+# Weights that the PyTorch path keeps for an exchange, in float32 elements: 128 MiB.
+_MAX_WEIGHTS = 1 << 25
+# From so many numbers on it is worth asking the device how many there are without the rows that aren't wanted: 16 MiB.
+WORTH_WAITING = 1 << 22
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The tensor-parallel ranks that heads are split over, each with as many as the others.
+
+    Attributes:
+        number: how many.
+        gather: this rank's numbers ``[n]`` → all ranks' ``[number, n]``, in their order. All have to call it.
+    """
+
+    number: int
+    gather: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """One layer's part in a step.
+
+    Attributes:
+        layer: how it attends.
+        queries: of this rank's heads, ``[rows, heads, head_dim]``.
+        block_table: of all requests, ``[requests, blocks]``.
+    """
+
+    layer: LayerAttention
+    queries: Tensor
+    block_table: Tensor
+
+
+class Shares:
+    """What this rank's heads say of each layer and row, until all ranks' shares are put together."""
+
+    def __init__(self, layers: int) -> None:
+        self._shares: list[Tensor | None] = [None] * layers
+        self._counted: list[Tensor | None] = [None] * layers
+
+    def put(self, layer: int, share: Tensor, counted: Tensor) -> None:
+        """A layer's share.
+
+        Args:
+            layer: which of them.
+            share: float32 ``[rows, heads + 2]``: per head its entropy, then the means over this rank's heads of the summed
+                absolute scores and of the summed deviation.
+            counted: ``[rows]``, number of slots that means are taken over.
+        """
+        self._shares[layer], self._counted[layer] = share, counted
+
+    def together(self, ranks: Ranks, config: EntropixConfig) -> AttentionStatistics:
+        """The statistics of all layers, ``[layers, rows]`` each, by one exchange."""
+        shares = [share for share in self._shares if share is not None]
+        sizes = [share.numel() for share in shares]
+        flat = torch.cat([share.flatten() for share in shares])
+        if not len(flat):  # nothing to exchange, on all ranks alike
+            return AttentionStatistics(*(flat.new_empty(len(shares), 0) for _ in range(4)))
+        everything = torch.split(ranks.gather(flat), sizes, dim=1)
+        layers = []
+        for share, of_ranks, counted in zip(shares, everything, self._counted, strict=True):
+            assert counted is not None
+            rows, width = share.shape
+            by_row = of_ranks.view(ranks.number, rows, width).transpose(0, 1)  # [rows, ranks, heads + 2]
+            entropy, score_sum, deviation = by_row[:, :, :-2].flatten(1), by_row[:, :, -2], by_row[:, :, -1]
+            layers.append(AttentionStatistics.from_heads(entropy, score_sum, deviation, counted, config.attention_varentropy))
+        return AttentionStatistics.stacked(layers)
+
+
+def measure_over_ranks(
+    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, config: EntropixConfig, ranks: Ranks
+) -> AttentionStatistics:
+    """Statistics of several layers in PyTorch, ``[layers, rows]`` each.
+
+    Args:
+        layers: of any kind.
+        requests: int64 ``[rows]``, the rows' requests in the block tables.
+        lengths: int64 ``[rows]``, positions up to and including the row's own.
+        config: how statistics are taken.
+        ranks: that have the other heads.
+    """
+    parts = (
+        (index, rows, heads)
+        for index, one in enumerate(layers)
+        for rows, heads in head_statistics(one.layer, one.queries, one.block_table[requests], lengths, config)
+    )
+    found = [lengths.new_empty(len(lengths), one.queries.shape[1] + 2, dtype=torch.float32) for one in layers]
+    counted = [torch.empty_like(lengths) for _ in layers]
+    waiting: list[tuple[int, Tensor, HeadStatistics]] = []
+    held = 0
+
+    def exchange() -> None:
+        shares = shares_of_heads([heads for _, _, heads in waiting], ranks)
+        for (index, rows, heads), share in zip(waiting, shares, strict=True):
+            found[index][rows], counted[index][rows] = share, heads.counted
+
+    for part in parts:
+        # All ranks have as many heads, and so exchange at the same places.
+        size = part[2].weights.numel()
+        if waiting and held + size > _MAX_WEIGHTS:
+            exchange()
+            waiting, held = [], 0
+        waiting.append(part)
+        held += size
+    if waiting:
+        exchange()
+    shares = Shares(len(layers))
+    for index in range(len(layers)):
+        shares.put(index, found[index], counted[index])
+    return shares.together(ranks, config)
+
+
+def shares_of_heads(parts: Sequence[HeadStatistics], ranks: Ranks) -> list[Tensor]:
+    """This rank's shares, as ``Shares.put`` takes them, by one exchange of the sums of weights."""
+    sums = [torch.cat((part.weights.sum(dim=1), part.empty_weight.sum(dim=1, keepdim=True)), dim=-1) for part in parts]
+    everything = torch.split(ranks.gather(torch.cat([one.flatten() for one in sums])), [one.numel() for one in sums], dim=1)
+    shares = []
+    for part, one, of_ranks in zip(parts, sums, everything, strict=True):
+        mean = of_ranks.sum(dim=0).view_as(one) / (part.entropy.shape[1] * ranks.number)
+        deviation = part.deviation_from(mean[:, :-1], mean[:, -1])
+        means = torch.stack((part.score_sum.mean(dim=1), deviation.mean(dim=1)), dim=-1)
+        shares.append(torch.cat((part.entropy, means), dim=-1))
+    return shares
+
+
+def measure_over_ranks_by_triton(
+    layers: Sequence[LayerRows],
+    requests: Tensor,
+    lengths: Tensor,
+    wanted: Tensor,
+    bounds: Tensor,
+    config: EntropixConfig,
+    ranks: Ranks,
+) -> AttentionStatistics:
+    """The same by the kernels, for layers with plain keys; the device is not waited for unless that saves more than it costs.
+
+    Args:
+        layers: with plain keys.
+        requests: int64 ``[rows]``.
+        lengths: int64 ``[rows]``.
+        wanted: bool ``[rows]``; the others get NaN.
+        bounds: integers ``[at least rows]`` on the host, whose sum is no less than that of any window's share of the lengths.
+        config: how statistics are taken.
+        ranks: that have the other heads.
+    """
+    from vllm_entropix.kernels.attention_statistics import Exchange, head_shares
+
+    kinds: dict[Hashable, list[int]] = defaultdict(list)
+    for index, one in enumerate(layers):
+        kinds[launch_kind(one.layer, one.block_table), one.layer.window, one.queries.shape].append(index)
+    padded = config.padded_positions or 0
+    shares = Shares(len(layers))
+    for indices in kinds.values():
+        same = [layers[index] for index in indices]
+        window = same[0].layer.window
+        attended = lengths if window is None else lengths.clamp_max(window)
+        total = int((bounds if window is None else bounds.clamp_max(window)).sum())
+        if len(same) * total > WORTH_WAITING:
+            total = int(torch.where(wanted, attended, 0).sum())
+        paged, rows = paged_rows(
+            [one.layer for one in same],
+            torch.stack([one.queries for one in same]),
+            [one.block_table for one in same],
+            requests,
+            lengths,
+            wanted,
+        )
+        found = head_shares(paged, rows, padded, window, total, Exchange(ranks.number, ranks.gather))
+        for index, share in zip(indices, found, strict=True):
+            shares.put(index, torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded))
+    return shares.together(ranks, config)

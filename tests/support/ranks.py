@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from vllm_entropix.attention.ranks import Ranks
+from vllm_entropix.kernels.ranks import Ranks
 
 
 class Meeting:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_entropix.attention.paged_keys import UnsupportedAttentionError, key_reader
-from vllm_entropix.attention.ranks import LayerRows, Ranks, measure_over_ranks, measure_over_ranks_by_triton
+from vllm_entropix.attention.ranks import LayerRows, measure_over_ranks, measure_over_ranks_by_triton
 from vllm_entropix.attention.statistics import (
     LayerAttention,
     launch_kind,
@@ -24,6 +24,7 @@ from vllm_entropix.attention.statistics import (
     measure_layers,
     measured_by_triton,
 )
+from vllm_entropix.kernels.ranks import Ranks
 from vllm_entropix.sampling.metrics import AttentionStatistics
 
 if TYPE_CHECKING:

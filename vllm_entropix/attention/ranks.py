@@ -8,7 +8,7 @@ together. Every rank adds the same numbers in the order of the ranks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_entropix.attention.statistics import LayerAttention, head_statistics, launch_kind, paged_rows
+from vllm_entropix.kernels.ranks import Ranks
 from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
 
 if TYPE_CHECKING:
@@ -25,19 +26,6 @@ if TYPE_CHECKING:
 _MAX_WEIGHTS = 1 << 25
 # From so many numbers on it is worth asking the device how many there are without the rows that aren't wanted: 16 MiB.
 WORTH_WAITING = 1 << 22
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The tensor-parallel ranks that heads are split over, each with as many as the others.
-
-    Attributes:
-        number: how many.
-        gather: this rank's numbers ``[n]`` → all ranks' ``[number, n]``, in their order. All have to call it.
-    """
-
-    number: int
-    gather: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ def measure_over_ranks_by_triton(
         config: how statistics are taken.
         ranks: that have the other heads.
     """
-    from vllm_entropix.kernels.attention_statistics import Exchange, head_shares
+    from vllm_entropix.kernels.attention_statistics import head_shares
 
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for index, one in enumerate(layers):
@@ -189,7 +177,7 @@ def measure_over_ranks_by_triton(
             lengths,
             wanted,
         )
-        found = head_shares(paged, rows, padded, window, total, Exchange(ranks.number, ranks.gather))
+        found = head_shares(paged, rows, padded, window, total, ranks)
         for index, share in zip(indices, found, strict=True):
             shares.put(index, torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded))
     return shares.together(ranks, config)

@@ -14,9 +14,9 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError, find_attention_layers, select_layers
-from vllm_entropix.attention.ranks import Ranks
 from vllm_entropix.engine.outputs import RECORDS, Records
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
+from vllm_entropix.kernels.ranks import Ranks
 from vllm_entropix.requests import RequestSettings
 from vllm_entropix.sampling.batch import RECORD_FIELDS, BatchSampler, Rows
 from vllm_entropix.sampling.metrics import AttentionStatistics

@@ -14,13 +14,14 @@ and what comes out is each rank's share of the statistics (``attention.ranks``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from vllm_entropix.kernels.ranks import Ranks
 
 TILE = 64
 SPLITS = 16
@@ -525,9 +526,7 @@ def attention_statistics(layers: PagedLayers, rows: PagedRows, padded: int, vari
     return results
 
 
-def head_shares(
-    layers: PagedLayers, rows: PagedRows, padded: int, window: int | None, total: int, exchange: Exchange
-) -> Tensor:
+def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, window: int | None, total: int, ranks: Ranks) -> Tensor:
     """A rank's share of the statistics, as ``attention.ranks.Shares`` takes them: float32 ``[layers, rows, heads + 2]``.
 
     Exchanges the sums of weights once, or more often if memory doesn't allow that. Rows that aren't wanted get anything.
@@ -538,7 +537,7 @@ def head_shares(
         padded: slots that count at least, with score 0 (D2); 0 for none.
         window: of all the layers.
         total: positions that all wanted rows together attend to, or a bound; the host has to know it.
-        exchange: with the other ranks.
+        ranks: that have the other heads.
     """
     number, many, heads, _ = rows.queries.shape
     shares = torch.empty(number, many, heads + 2, dtype=torch.float32, device=rows.queries.device)
@@ -546,23 +545,15 @@ def head_shares(
         return shares
     attended = torch.where(rows.wanted, rows.lengths if window is None else rows.lengths.clamp_max(window), 0)
     starts = attended.cumsum(0) - attended
-    together = layers_together(number, many, heads, total, exchange.ranks)
+    together = layers_together(number, many, heads, total, ranks.number)
     for first in range(0, number, together):
         chunk = slice(first, first + together)
         launches = _Launches(layers.part(chunk), rows.part(chunk), padded)
         launches.attend()
         sums = launches.sums(total, starts)
-        everything = exchange.gather(sums.flatten()).view(exchange.ranks, *sums.shape)
+        everything = ranks.gather(sums.flatten()).view(ranks.number, *sums.shape)
         shares[chunk] = launches.shares(everything, starts)
     return shares
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Between so many ranks, by ``gather``: this rank's numbers ``[n]`` → all ranks' ``[ranks, n]``."""
-
-    ranks: int
-    gather: Callable[[Tensor], Tensor]
 
 
 def layers_together(layers: int, rows: int, heads: int, total: int, ranks: int) -> int:

@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 VLLM = Path(sys.executable).parent / "vllm"
 START_SECONDS = 240
@@ -30,9 +30,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Server(NamedTuple):
+    """A server that has answered."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
 @contextlib.contextmanager
 def serve(model: Any, log: Path, *arguments: str, **env: str) -> Iterator[str]:
     """Serve a model; gives the base URL once it answers."""
+    with serve_process(model, log, *arguments, **env) as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def serve_process(model: Any, log: Path, *arguments: str, **env: str) -> Iterator[Server]:
+    """Serve a model; gives the server once it answers. It may have ended when this is left."""
     port = free_port()
     command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("w") as output:
@@ -51,9 +65,10 @@ def serve(model: Any, log: Path, *arguments: str, **env: str) -> Iterator[str]:
                     urllib.request.urlopen(f"{url}/health", timeout=2).close()
                     break
                 time.sleep(0.5)
-            yield url
+            yield Server(url, process)
         finally:
-            os.killpg(process.pid, signal.SIGINT)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:

@@ -1,0 +1,67 @@
+"""A tensor-parallel rank that dies while a stream is under way: clients are told, and the server ends as vLLM alone does.
+
+Ranks exchange attention statistics in every step, so the one that is left may wait for the dead one in an exchange of ours.
+"""
+
+import os
+import time
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.support import runners
+from tests.support.engine import close_engine
+from tests.support.models import tiny_llama
+from tests.support.server import serve_process
+from vllm_entropix.client import ASK, StreamTraces
+
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
+
+ARGUMENTS = (
+    *("--tensor-parallel-size", "2", "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"),
+    *("--max-model-len", "8192", "--kv-cache-memory-bytes", str(1 << 26)),
+)
+# The stream would take far longer than this test.
+ASKED = {
+    "model": "tiny",
+    "prompt": "Once",
+    "max_tokens": 8000,
+    "seed": 1,
+    "stream": True,
+    "extra_body": {**ASK, "ignore_eos": True},
+}
+BEFORE = 20
+TOLD_SECONDS, ENDED_SECONDS = 30, 30
+
+
+def worker(processes, rank):
+    """The one among these processes that vLLM gave the title of this rank."""
+    [found] = [process for process in processes if f"Worker_TP{rank}" in " ".join(process.cmdline())]
+    return found
+
+
+def test_clients_are_told_and_nothing_is_left(tmp_path):
+    close_engine()
+    model = tiny_llama(tmp_path / "model", max_position_embeddings=8192)
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    sampler = ("--sampler", "entropix", "--sampler-config", '{"attention": {"layers": "all"}}')
+    env = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}", **(runners.V2_ONLY if runners.is_v2() else {})}
+    with serve_process(model, tmp_path / "log", *ARGUMENTS, *sampler, **env) as server:
+        started = psutil.Process(server.process.pid).children(recursive=True)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=TOLD_SECONDS)
+        chunks, traces = client.completions.create(**ASKED), StreamTraces()
+        for _ in range(BEFORE):
+            traces.add(next(chunks))
+        worker(started, 1).kill()
+        killed = time.monotonic()
+        after = []
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            after.extend(chunks)
+        assert time.monotonic() - killed < TOLD_SECONDS
+        assert all(choice.finish_reason is None for chunk in after for choice in chunk.choices)
+        assert all(entry.attention_entropy is not None for entry in traces[0].tokens)
+        server.process.wait(ENDED_SECONDS)
+        _, alive = psutil.wait_procs(started, ENDED_SECONDS)
+        assert alive == []

@@ -121,6 +121,32 @@ def test_hovering_shows_why(page):
     assert shown.is_hidden()
 
 
+def test_numbers_and_texts_are_what_was_written(browser, tmp_path):
+    """All that is packed comes out as it went in: small, large, negative and missing numbers, and each model's own texts."""
+    values = [12.3456, 0.0, None, 0.000123456, -4.5, 98765.4, 3.0, 1e-30]
+    shown = ["12.35", "0", "\u2013", "1.2e-4", "-4.5", "98770", "3", "1.0e-30"]
+    long = line(["a"] * len(values), name="long")
+    for record, value in zip(long.records, values, strict=True):
+        record.confidence = value
+        record.alternatives = [(2**31 + 5, 0.5), (7, 0.25)]
+    long.records[1].alternatives = []
+    long.alternative_texts = {7: "seven", 2**31 + 5: "far"}
+    same, other = (long.model_copy(update={"request_id": name}) for name in ("same", "other"))
+    same.alternative_texts, other.alternative_texts = {7: "SEVEN", 2**31 + 5: "far"}, {7: "sept"}
+    other.model = "another"
+    with opened(browser, made(tmp_path / "report.html", long, same, other)) as page:
+        pieces = page.locator(".text bdi")
+        for place, text in enumerate(shown):
+            pieces.nth(place).hover()
+            assert page.locator("#details dt", has_text="confidence").locator("+ dd").inner_text() == text
+            assert page.locator("#details li").count() == (0 if place == 1 else 2)
+        for place, texts in enumerate((["far", "seven"], ["far", "SEVEN"], [f"id {2**31 + 5}", "sept"])):
+            page.locator(f"#sequence-{place}").click()
+            until(page, f"document.querySelector('.pane h2').textContent === '{('long', 'same', 'other')[place]}'")
+            pieces.first.hover()
+            assert page.locator("#details li bdi").all_inner_texts() == texts
+
+
 def test_keys_go_through_the_text(page):
     text = page.locator(".text").first
     text.locator("bdi").first.focus()

@@ -1,8 +1,8 @@
 """Traces as one HTML file that opens without a network: text by regime, the entropy × varentropy plane, metrics, alternatives.
 
-What came from a model is only ever data: compressed JSON in base64 per sequence, unpacked in the browser when the sequence is
-looked at, and put on the page as text. A content security policy names the page's own scripts by their hashes, so that nothing
-else runs and nothing is fetched.
+What came from a model is only ever data: compressed columns in base64 per sequence, unpacked in the browser when the sequence
+is looked at, and put on the page as text. A content security policy names the page's own scripts by their hashes, so that
+nothing else runs and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from vllm_entropix._version import __version__
 from vllm_entropix.config import ConfigError
@@ -29,7 +32,10 @@ from vllm_entropix.observability.tracefile import TraceLine
 # The charts are plotly.js's smallest bundle: the one that Python's plotly brings takes a browser a second longer to start.
 TEMPLATES = ("report.html.j2", "report.css", "report.js", "plotly/plotly-basic.min.js")
 SNIPPET_CHARACTERS = 90
-# Significant digits: of metrics and parameters, and of the probabilities of alternatives.
+# Browsers compile a function when it is first called, and the charts call most of theirs at once. Chromium takes this comment
+# as advice to compile all of them together, which takes less time; to others it is a comment.
+COMPILE_ALL = "//# allFunctionsCalledOnLoad\n"
+# Significant digits: of metrics and parameters (at most 4 fit a column), and of the probabilities of alternatives.
 DIGITS = 4
 PROBABILITY_DIGITS = 3
 # The hues of terminal.STYLES, for light and for dark backgrounds.
@@ -79,6 +85,8 @@ class _Payload:
     sequences: list[dict[str, Any]] = field(default_factory=list)
     borders: list[dict[str, Any]] = field(default_factory=list)
     packed: list[str] = field(default_factory=list)
+    # By model: texts of alternatives by token id, which its sequences share.
+    _vocabularies: dict[str | None, dict[int, str]] = field(default_factory=dict)
     _packed_characters: int = 0
 
     def add(self, file: int, line: TraceLine) -> None:
@@ -86,10 +94,8 @@ class _Payload:
         if borders not in self.borders:
             self.borders.append(borders)
         counts: Counter[str] = Counter(entry.regime for entry in line.records)
-        packed = _pack(_columns(line))
-        begin = self._packed_characters
-        self._packed_characters += len(packed)
-        self.packed.append(packed)
+        vocabulary = self._vocabularies.setdefault(line.model, {})
+        own = {token: text for token, text in line.alternative_texts.items() if vocabulary.setdefault(token, text) != text}
         entropies = [entry.entropy for entry in line.records if entry.entropy is not None]
         self.sequences.append(
             {
@@ -108,42 +114,71 @@ class _Payload:
                 "finish": line.finish_reason,
                 "counts": [counts[regime] for regime in REGIMES],
                 "forced": sum(entry.forced for entry in line.records),
-                "entropy": _short(fmean(entropies)) if entropies else None,
+                "entropy": float(f"{fmean(entropies):.{DIGITS}g}") if entropies else None,
                 "borders": self.borders.index(borders),
-                "packed": (begin, self._packed_characters),
+                "vocabulary": list(self._vocabularies).index(line.model),
+                "packed": self._place(_columns(line, own)),
             }
         )
 
+    def vocabularies(self) -> list[tuple[int, int]]:
+        """Where each vocabulary is packed; called once, after all sequences."""
+        return [self._place(_json(texts)) for texts in self._vocabularies.values()]
 
-def _columns(line: TraceLine) -> dict[str, Any]:
-    """A sequence's tokens column by column."""
-    columns: dict[str, Any] = {
-        "texts": line.texts,
-        "ids": line.token_ids,
-        "regimes": [REGIMES.index(entry.regime) for entry in line.records],
-        "forced": [place for place, entry in enumerate(line.records) if entry.forced],
-        "alternatives": [_flat(entry.alternatives) for entry in line.records],
-        "alternativeTexts": line.alternative_texts,
-    }
-    for name in (*METRICS, *PARAMETERS):
-        columns[name] = [_short(getattr(entry, name)) for entry in line.records]
-    return columns
+    def _place(self, data: bytes) -> tuple[int, int]:
+        """Pack; returns the first character and the one behind the last."""
+        packed = base64.b64encode(zlib.compress(data, 6)).decode()
+        begin = self._packed_characters
+        self._packed_characters += len(packed)
+        self.packed.append(packed)
+        return begin, self._packed_characters
 
 
-def _flat(alternatives: list[tuple[int, float]]) -> list[float | int | None]:
-    """Ids and probabilities in turn."""
-    return [part for token, p in alternatives for part in (token, _short(p, PROBABILITY_DIGITS))]
+def _columns(line: TraceLine, own_texts: dict[int, str]) -> bytes:
+    """A sequence's tokens, column by column. report.js has the other half.
+
+    JSON's length (4 bytes), JSON (tokens' texts, and texts of alternatives other than in the vocabulary), token ids; of each
+    record its regime (ten more if forced) and its number of alternatives, a byte each, metrics and parameters; of all
+    alternatives their ids and probabilities.
+    """
+    records = line.records
+    alternatives = [alternative for entry in records for alternative in entry.alternatives]
+    text = _json({"texts": line.texts, "alternativeTexts": own_texts})
+    return b"".join(
+        (
+            len(text).to_bytes(4, "little"),
+            text,
+            _integers(line.token_ids, "<i8"),
+            _integers([REGIMES.index(entry.regime) + 10 * entry.forced for entry in records], "<u1"),
+            _integers([len(entry.alternatives) for entry in records], "<u1"),
+            *(_numbers([getattr(entry, name) for entry in records]) for name in (*METRICS, *PARAMETERS)),
+            _integers([token for token, _ in alternatives], "<i8"),
+            _numbers([probability for _, probability in alternatives], PROBABILITY_DIGITS),
+        )
+    )
 
 
-def _short(value: float | None, digits: int = DIGITS) -> float | int | None:
-    if value is None:
-        return None
-    rounded = float(f"{value:.{digits}g}")
-    return int(rounded) if rounded.is_integer() else rounded
+def _integers(values: Sequence[int], kind: str) -> bytes:
+    """Integers of a little-endian kind; first bytes of all, then second ones, and so on: like compresses well beside like."""
+    array = np.array(values, dtype=kind)
+    return array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
 
 
-def _pack(data: Any) -> str:
-    return base64.b64encode(zlib.compress(json.dumps(data, separators=(",", ":")).encode(), 6)).decode()
+def _numbers(values: Sequence[float | None], digits: int = DIGITS) -> bytes:
+    """Decimal numbers: integers of that many digits, and the powers of ten they are multiplied by, two bytes each.
+
+    The power of what is missing or infinite is -32768.
+    """
+    mantissas, powers = [0] * len(values), [-32768] * len(values)
+    for place, value in enumerate(values):
+        if value is not None and math.isfinite(value):
+            mantissa, power = f"{value:.{digits - 1}e}".split("e")
+            mantissas[place], powers[place] = int(mantissa.replace(".", "")), int(power) - digits + 1
+    return _integers(mantissas, "<i2") + _integers(powers, "<i2")
+
+
+def _json(data: Any) -> bytes:
+    return json.dumps(data, separators=(",", ":")).encode()
 
 
 def _json_for_script(data: Any) -> str:
@@ -185,6 +220,7 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
         "files": payload.files,
         "sequences": payload.sequences,
         "borders": payload.borders,
+        "vocabularies": payload.vocabularies(),
         "regimes": [
             {"name": regime, "meaning": MEANINGS[regime], "light": COLOURS[regime][0], "dark": COLOURS[regime][1]}
             for regime in REGIMES
@@ -194,6 +230,7 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
     }
     templates = files("vllm_entropix.observability") / "templates"
     page, style, script, plotly = ((templates / name).read_text(encoding="utf-8") for name in TEMPLATES)
+    plotly = COMPILE_ALL + plotly
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     # Markup is what is ours: style and scripts from this package and from plotly, and JSON that is escaped above.
     return environment.from_string(page).render(

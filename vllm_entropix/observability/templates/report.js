@@ -33,6 +33,7 @@
   /** The nodes that show a piece of text; `broken`: line breaks also break the line. */
   function visible(text, broken = false) {
     if (text === "") return [make("span", { className: "sign nothing" })];
+    if (!SIGNS.test(text) && !text.includes("\n")) return [text];
     const nodes = [];
     for (const part of text.split(/(\n|[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff])/)) {
       if (part === "\n") nodes.push(make("span", { className: "sign newline" }), ...(broken ? ["\n"] : []));
@@ -61,17 +62,80 @@
     return `rgb(${parts.join(",")})`;
   }
 
-  async function inflated(packed) {
-    const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).json();
+  // --- packed data, as report.py's _columns writes it ------------------------------------------------------------------
+
+  const packed = byId("packed").textContent;
+  function inflated([begin, end]) {
+    const text = packed.slice(begin, end);
+    const bytes = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
+  }
+
+  /** Reads columns of `bytes` one after the other. */
+  class Columns {
+    constructor(bytes) { this.bytes = bytes; this.at = 0; }
+
+    json() {
+      const begin = this.at + 4;
+      this.at = begin + new DataView(this.bytes.buffer).getUint32(this.at, true);
+      return JSON.parse(new TextDecoder().decode(this.bytes.subarray(begin, this.at)));
+    }
+
+    /** `count` integers of `size` bytes, whose first bytes come first. */
+    integers(count, size, signed = false) {
+      const values = Array(count);
+      const from = this.at;
+      this.at += count * size;
+      for (let place = 0; place < count; place++) {
+        const last = this.bytes[from + (size - 1) * count + place];
+        let value = signed && last > 127 ? last - 256 : last;
+        for (let part = size - 2; part >= 0; part--) value = value * 256 + this.bytes[from + part * count + place];
+        values[place] = value;
+      }
+      return values;
+    }
+
+    numbers(count) {
+      const digits = this.integers(count, 2, true);
+      const powers = this.integers(count, 2, true);
+      return digits.map((value, place) => {
+        const power = powers[place];
+        if (power === -32768) return null;
+        // Powers of ten up to 22 are exact, so this rounds as reading the number would.
+        return power >= -22 && power <= 0 ? value / 10 ** -power : Number(`${value}e${power}`);
+      });
+    }
+  }
+
+  const vocabularies = report.vocabularies.map(() => null); // texts of tokens by their ids
+  const vocabularyOf = (which) => (vocabularies[which] ??= inflated(report.vocabularies[which]).json());
+
+  async function read(sequence) {
+    const [texts, bytes] = await Promise.all([vocabularyOf(sequence.vocabulary), inflated(sequence.packed).arrayBuffer()]);
+    const columns = new Columns(new Uint8Array(bytes));
+    const data = columns.json();
+    const { records } = sequence;
+    data.ids = columns.integers(sequence.tokens, 8, true);
+    const kinds = columns.integers(records, 1);
+    data.regimes = kinds.map((kind) => kind % 10);
+    data.forced = new Set(kinds.flatMap((kind, token) => (kind > 9 ? [token] : [])));
+    const counts = columns.integers(records, 1);
+    for (const { field } of [...metrics, ...parameters]) data[field] = columns.numbers(records);
+    const total = sum(counts);
+    const [ids, shares] = [columns.integers(total, 8, true), columns.numbers(total)];
+    let end = 0;
+    const ends = counts.map((count) => (end += count));
+    /** A token's alternatives: [id, text, probability]. */
+    data.alternatives = (token) => ids.slice(ends[token] - counts[token], ends[token]).map((id, place) =>
+      [id, data.alternativeTexts[id] ?? texts[id] ?? `id ${id}`, shares[ends[token] - counts[token] + place]]);
+    return data;
   }
 
   const unpacked = new Map(); // the few sequences looked at last
-  async function tokensOf(place) {
+  function tokensOf(place) {
     if (!unpacked.has(place)) {
       if (unpacked.size > 7) unpacked.delete(unpacked.keys().next().value);
-      const [begin, end] = sequences[place].packed;
-      unpacked.set(place, await inflated(byId("packed").textContent.slice(begin, end)));
+      unpacked.set(place, read(sequences[place]));
     }
     return unpacked.get(place);
   }
@@ -115,14 +179,13 @@
         return [make("dt", { textContent: name }), make("dd", { textContent: unit && value !== "–" ? `${value} ${unit}` : value })];
       })));
       details.append(line, make("div", { className: "values" }, ...lists));
-      const alternatives = data.alternatives[token];
+      const alternatives = data.alternatives(token);
       if (alternatives.length) {
         const rows = make("ol");
-        for (let place = 0; place < alternatives.length; place += 2) {
-          const [id, share] = [alternatives[place], alternatives[place + 1]];
+        for (const [id, text, share] of alternatives) {
           const bar = make("i");
           bar.style.width = `${share * 100}%`;
-          rows.append(make("li", { className: id === data.ids[token] ? "drawn" : "" }, make("bdi", {}, ...visible(data.alternativeTexts[id] ?? `id ${id}`)), bar, make("span", { textContent: percent(share) })));
+          rows.append(make("li", { className: id === data.ids[token] ? "drawn" : "" }, make("bdi", {}, ...visible(text)), bar, make("span", { textContent: percent(share) })));
         }
         details.append(make("h3", { textContent: "Most probable" }), rows);
       }
@@ -169,7 +232,7 @@
     async show(place) {
       this.sequence = sequences[place];
       this.data = await tokensOf(place);
-      this.forced = new Set(this.data.forced);
+      this.forced = this.data.forced;
       this.differs = -1;
       this.page = 0;
       this.current = 0;
@@ -378,7 +441,7 @@
       };
       const adaptive = colour(regimes.length - 1);
       this.draw(this.plane, traces, {
-        ...this.layout(410), margin: { l: 54, r: 8, t: 8, b: 42 }, shapes, annotations: [corner], hovermode: "closest", plot_bgcolor: mixed(adaptive, card, 0.05),
+        ...this.layout(410), margin: { l: 54, r: 14, t: 8, b: 42 }, shapes, annotations: [corner], hovermode: "closest", plot_bgcolor: mixed(adaptive, card, 0.05),
         xaxis: axis("entropy, bits", low, right), yaxis: axis("varentropy, bits²", bottom, top),
       });
       this.plane.setAttribute("aria-label", `Entropy and varentropy of ${this.places.length} tokens, with the borders of the regimes`);
@@ -400,7 +463,7 @@
       const { data, places } = this;
       const rows = [...metrics, ...parameters].filter(({ field }) => state.shown.has(field));
       const layout = {
-        ...this.layout(Math.max(300, 40 + rows.length * 92)), margin: { l: 46, r: 8, t: 18, b: 44 }, hovermode: "x", annotations: [],
+        ...this.layout(Math.max(300, 40 + rows.length * 92)), margin: { l: 46, r: 14, t: 18, b: 44 }, hovermode: "x", annotations: [],
         shapes: [{ type: "line", xref: "x", yref: "paper", x0: 1, x1: 1, y0: 0, y1: 1, line: { color: variable("--ink"), width: 1.5 }, visible: false }],
       };
       const gap = rows.length > 1 ? 0.26 / rows.length : 0;
@@ -426,7 +489,7 @@
 
     axis() {
       const line = variable("--line");
-      return { gridcolor: line, linecolor: line, zerolinecolor: line, tickcolor: line, automargin: false };
+      return { gridcolor: line, linecolor: line, zerolinecolor: line, tickcolor: line, automargin: false, ticklabeloverflow: "allow" };
     }
 
     layout(height) {
@@ -438,6 +501,7 @@
 
     draw(chart, traces, layout) {
       const first = !chart.data;
+      chart.style.height = `${layout.height}px`; // fixed, so that what is measured in drawing doesn't lay out the rest of the page
       Plotly.react(chart, traces, layout, { displayModeBar: false, responsive: true });
       if (!first) return;
       const at = (event) => {
@@ -536,8 +600,10 @@
       };
     });
     const [pane] = panes;
+    const layout = pane.layout(46 + rows.length * 34);
+    byId("shares").style.height = `${layout.height}px`;
     Plotly.react(byId("shares"), traces, {
-      ...pane.layout(46 + rows.length * 34), dragmode: false, barmode: "stack", bargap: 0.25, uniformtext: { minsize: 10, mode: "hide" }, margin: { l: 88, r: 24, t: 4, b: 26 },
+      ...layout, dragmode: false, barmode: "stack", bargap: 0.25, uniformtext: { minsize: 10, mode: "hide" }, margin: { l: 88, r: 24, t: 4, b: 26 },
       xaxis: { ...pane.axis(), range: [0, 100], ticksuffix: " %", fixedrange: true }, yaxis: { ...pane.axis(), fixedrange: true, ticks: "" },
     }, { displayModeBar: false, responsive: true });
   }
@@ -571,6 +637,25 @@
 
   const list = byId("sequences");
   let listed = [];
+  const blank = make("li", { role: "option" }, make("div", { className: "name" }, make("bdi"), make("span")), make("bdi", { className: "snippet" }), make("div", { className: "bar", role: "img" }));
+  const made = new Map(); // a sequence's entry in the list
+  let chosen = null; // of these
+
+  /** Thousands of these are made before anything is seen: copies of one, filled in. */
+  function itemOf(place) {
+    let item = made.get(place);
+    if (item) return item;
+    const sequence = sequences[place];
+    item = blank.cloneNode(true);
+    item.id = `sequence-${place}`;
+    const [head, snippet, bar] = item.children;
+    head.firstChild.append(...visible(nameOf(sequence)));
+    head.lastChild.textContent = number.format(sequence.tokens);
+    snippet.append(...visible(plain(sequence.snippet)));
+    shareBar(bar, sequence.counts);
+    made.set(place, item);
+    return item;
+  }
 
   function drawList() {
     const wanted = byId("filter").value.toLowerCase();
@@ -585,11 +670,7 @@
         file = sequence.file;
         items.push(make("li", { className: "file", role: "presentation" }, make("bdi", {}, ...visible(`${file + 1} · ${files[file]}`))));
       }
-      const item = make("li", { role: "option", id: `sequence-${place}` },
-        make("div", { className: "name" }, make("bdi", {}, ...visible(nameOf(sequence))), make("span", { textContent: number.format(sequence.tokens) })),
-        make("bdi", { className: "snippet" }, ...visible(plain(sequence.snippet))), shareBar(make("div", { className: "bar", role: "img" }), sequence.counts));
-      item.onclick = () => choose(place);
-      items.push(item);
+      items.push(itemOf(place));
     }
     if (!listed.length) items.push(make("li", { className: "empty", textContent: "No sequence matches." }));
     list.replaceChildren(...items);
@@ -597,8 +678,9 @@
   }
 
   function markChosen() {
-    list.querySelector("[aria-selected]")?.removeAttribute("aria-selected");
-    const item = byId(`sequence-${state.first}`);
+    chosen?.removeAttribute("aria-selected");
+    chosen = made.get(state.first);
+    const item = listed.includes(state.first) ? chosen : null;
     if (!item) { list.removeAttribute("aria-activedescendant"); return; }
     item.setAttribute("aria-selected", "true");
     list.setAttribute("aria-activedescendant", item.id);
@@ -614,6 +696,10 @@
     update();
   }
 
+  list.onclick = (event) => {
+    const item = event.target.closest("[role=option]");
+    if (item) choose(Number(item.id.slice("sequence-".length)));
+  };
   list.onkeydown = (event) => {
     const at = listed.indexOf(state.first);
     const target = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: listed.length - 1, PageDown: at + 10, PageUp: at - 10 }[event.key];
@@ -640,6 +726,7 @@
   const tokens = sum(sequences.map((sequence) => sequence.tokens));
   byId("summary").replaceChildren(...visible(`${files.join(" · ")} — ${number.format(sequences.length)} ${sequences.length === 1 ? "sequence" : "sequences"}, ${number.format(tokens)} tokens`));
   shareBar(byId("all-shares"), together(sequences));
+  tokensOf(state.first); // unpacked while the list is made
   drawList();
   update();
 })();

@@ -47,10 +47,16 @@ def test_what_is_compared_depends_on_the_layers(of_one_worker):
 def test_tensor_parallel(monkeypatch, four_layers, of_one_worker):
     llm = layouts.layout(monkeypatch, four_layers, tensor_parallel_size=2, distributed_executor_backend="mp")
     llm.collective_rpc(layouts.keep_digests)
+    llm.collective_rpc(layouts.count_exchanges)
     assert_equal(layouts.results(llm), of_one_worker)
     first, second = llm.collective_rpc(layouts.digests)
     assert len(first) > 50
     assert first == second, "the ranks drew from different bits"
+    # One of the contexts' length and a small one, whatever is observed; none where no row reads attention.
+    for counted in llm.collective_rpc(layouts.exchanges):
+        assert len(counted) > 50
+        assert set(counted) <= {0, 2}
+        assert 2 in counted
 
 
 def test_pipeline_parallel(monkeypatch, four_layers, of_one_worker):

@@ -57,6 +57,33 @@ def digests(worker):
     return worker._entropix.digests
 
 
+def count_exchanges(worker):
+    """Count what this worker exchanges with the others of its tensor-parallel group, each time attention is measured."""
+    from vllm.distributed import get_tp_group
+
+    adapter, group = worker._entropix, get_tp_group()
+    adapter.exchanges, measure, gather = [], adapter.measure, group.all_gather
+
+    def counted(*args, **kwargs):
+        adapter.exchanges[-1] += 1
+        return gather(*args, **kwargs)
+
+    def counting(rows, wanted):
+        adapter.exchanges.append(0)
+        group.all_gather = counted
+        try:
+            return measure(rows, wanted)
+        finally:
+            del group.all_gather
+
+    adapter.measure = counting
+
+
+def exchanges(worker):
+    """What ``count_exchanges`` counted."""
+    return worker._entropix.exchanges
+
+
 def results(llm):
     """For each choice of layers: per request its tokens, and its trace as plain values or None."""
     from vllm import SamplingParams

@@ -1,5 +1,8 @@
 """CPU kernels against the PyTorch functions that they equal."""
 
+import math
+
+import numba
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from vllm_entropix.attention import LayerAttention
 from vllm_entropix.attention.paged_keys import CpuAmxKeys, CpuVectorKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
 from vllm_entropix.kernels import cpu
+from vllm_entropix.kernels.cpu.elementary import exponential, largest
 from vllm_entropix.observability.trace import FIELDS
 from vllm_entropix.sampling import AttentionStatistics, EntropixSampler
 from vllm_entropix.sampling.batch import BatchSampler, Rows
@@ -183,6 +187,50 @@ def test_attention(layout, dtype, window, fidelity):
         torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("layout", "dtype"), [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 80), (4, 2, 32), (14, 2, 64), (8, 1, 112), (32, 8, 128)])
+@pytest.mark.parametrize("window", [None, 700])
+def test_attention_of_head_groups(layout, dtype, heads, kv_heads, head_dim, window):
+    """Every way of dealing a group's heads, rows of several blocks and of more positions than are added at a time."""
+    keys = paged(layout, dtype, kv_heads, head_dim, size=128, blocks=24, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    lengths = torch.tensor([1100, 513, 15, 16, 17, 1])
+    queries = torch.randn(len(lengths), heads, head_dim, generator=generator) * 2
+    table = torch.randint(0, 24, (len(lengths), 9), generator=generator, dtype=torch.int32)
+    layer, config = LayerAttention(keys, scale=head_dim**-0.5, window=window), EntropixConfig()
+    got = measure_layer(layer, queries, table, lengths, config)
+    want = measure_layer_in_pytorch(layer, queries, table, lengths, config)
+    for metric in METRICS:
+        torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("vec", torch.float32), ("amx", torch.bfloat16)])
+def test_attention_sees_only_its_positions(layout, dtype):
+    """What lies before the window and beyond the row's last position doesn't matter; a NaN among its keys makes it all NaN."""
+    size, head_dim, length, window = 32, 32, 75, 40
+    generator = torch.Generator().manual_seed(7)
+    numbers = torch.randn(3 * size, head_dim, generator=generator)
+    queries = torch.randn(1, 4, head_dim, generator=generator)
+
+    def measured(numbers):
+        blocks = numbers.view(3, size, head_dim).to(dtype)
+        tiles = blocks.view(3, size // 16, 16, head_dim // 2, 2).transpose(2, 3)
+        cache = torch.zeros(3, 1, size, 2 * head_dim, dtype=dtype)
+        cache.view(3, -1)[:, : size * head_dim] = (tiles if layout == "amx" else blocks.transpose(1, 2)).reshape(3, -1)
+        layer = LayerAttention((CpuAmxKeys if layout == "amx" else CpuVectorKeys)(cache), scale=0.2, window=window)
+        table = torch.arange(3, dtype=torch.int32).view(1, 3)
+        statistics = measure_layer(layer, queries, table, torch.tensor([length]), EntropixConfig())
+        return torch.cat([getattr(statistics, metric) for metric in METRICS])
+
+    want = measured(numbers)
+    assert want.isfinite().all()
+    around = numbers.clone()
+    around[length:] = around[: length - window] = torch.nan
+    assert torch.equal(measured(around), want)
+    around[length - window] = torch.nan
+    assert measured(around).isnan().all()
+
+
 def test_attention_rows_do_not_depend_on_the_others_nor_on_threads(monkeypatch):
     from vllm_entropix.kernels.cpu import threads
 
@@ -194,7 +242,42 @@ def test_attention_rows_do_not_depend_on_the_others_nor_on_threads(monkeypatch):
     layer = LayerAttention(keys, scale=0.125)
     monkeypatch.setattr(threads, "WORTH_SHARING", 1)
     shared = measure_layer(layer, queries, table, lengths, config)
-    for row in range(6):
-        alone = measure_layer(layer, queries[row : row + 1], table[row : row + 1], lengths[row : row + 1], config)
-        for metric in METRICS:
-            assert getattr(alone, metric)[0] == getattr(shared, metric)[row]
+    for workers in (1, 2, 3):
+        monkeypatch.setattr(threads.torch, "get_num_threads", lambda workers=workers: workers)
+        for row in range(6):
+            alone = measure_layer(layer, queries[row : row + 1], table[row : row + 1], lengths[row : row + 1], config)
+            for metric in METRICS:
+                assert getattr(alone, metric)[0] == getattr(shared, metric)[row]
+
+
+@numba.njit
+def each(numbers, results):
+    for i in range(len(numbers)):
+        results[i] = exponential(numbers[i])
+
+
+def test_exponential():
+    numbers = np.concatenate([np.linspace(-87, 0, 1 << 18), -np.logspace(-30, 1.9, 1 << 16), [0.0, -0.0]]).astype(np.float32)
+    results = np.empty_like(numbers)
+    each(numbers, results)
+    want = np.array([math.exp(number) for number in numbers.tolist()])
+    # Units in the last place of the float32 nearest to the truth.
+    assert (np.abs(results - want) / np.spacing(want.astype(np.float32))).max() < 2
+    numbers = np.array([0.0, -88.0, -1e30, -np.inf, np.nan], dtype=np.float32)
+    results = np.empty_like(numbers)
+    each(numbers, results)
+    assert results[0] == 1
+    assert (results[1:4] == results[1]).all()
+    assert 0 < results[1] < 2e-38
+    assert np.isnan(results[4])
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 1000])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest(count, sign):
+    numbers = sign * np.abs(np.random.default_rng(count).normal(size=(50, count))).astype(np.float32)
+    numbers[0, 0] = 0.0
+    numbers[1, 0] = np.inf
+    numbers[2] = -np.inf
+    for row in numbers:
+        assert largest(row) == row.max()

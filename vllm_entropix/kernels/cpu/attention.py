@@ -1,6 +1,6 @@
 """Queries and the CPU backend's paged keys → attention statistics of each row: ``attention.statistics.measure_layer``.
 
-Keys are read once, a block at a time, into a tile that all query heads of their group share.
+Keys are read once, where they lie, by all query heads that share them. A row's weights are kept until its heads' mean is known.
 """
 
 from __future__ import annotations
@@ -10,45 +10,177 @@ from typing import Any
 import numba
 import numpy as np
 
-from vllm_entropix.kernels.cpu import AMX_BFLOAT16, VECTOR_FLOAT32
+from vllm_entropix.kernels.cpu import AMX_BFLOAT16
+from vllm_entropix.kernels.cpu.dot_products import TILE, add_products
+from vllm_entropix.kernels.cpu.elementary import exponential, largest
+from vllm_entropix.kernels.cpu.threads import share_rows
 
+# Numbers that are added in float32 before their sum goes into a float64.
+_STRETCH = 512
+_LN2 = float(np.log(2.0))
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _read_tile(cache: Any, block: int, head: int, layout: int, bits: Any, tile: Any) -> Any:
-    """One block's keys of one head as float32 ``[head_dim, block_size]``."""
-    head_dim, size = tile.shape
-    raw = cache[block, head]
-    if layout == AMX_BFLOAT16:
-        place = 0
-        for group in range(size // 16):
-            for pair in range(head_dim // 2):
-                for position in range(16):
-                    bits[2 * pair, group * 16 + position] = np.uint32(raw[place]) << np.uint32(16)
-                    bits[2 * pair + 1, group * 16 + position] = np.uint32(raw[place + 1]) << np.uint32(16)
-                    place += 2
-        return bits.view(np.float32)
-    for d in range(head_dim):
-        line = bits[d]
-        part = raw[d * size : (d + 1) * size]
-        for position in range(size):
-            line[position] = np.uint32(part[position]) << np.uint32(16)
-    return bits.view(np.float32)
+# What is kept of each head of a row, float64 ``[4, heads]``: entropy in bits, sum of absolute scores, what weights are to be
+# multiplied with, and the weight of a slot that only counts.
+_ENTROPY, _ABSOLUTE, _FACTOR, _EMPTY_WEIGHT = range(4)
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
-def _add_scores(scores: Any, query: Any, tile: Any, start: int, stop: int) -> None:
-    for d in range(tile.shape[0]):
-        q = query[d]
-        line = tile[d]
-        for position in range(stop - start):
-            scores[start + position] += q * line[position]
+def _weigh(scores: Any, maximum: Any) -> Any:
+    """Turn scores into ``exp(score - maximum)``; the sums of these, of these times ``score - maximum``, and of ``|score|``."""
+    total = np.float32(0.0)
+    product = np.float32(0.0)
+    absolute = np.float32(0.0)
+    for i in range(scores.shape[0]):
+        shifted = scores[i] - maximum
+        weight = exponential(shifted)
+        total += weight
+        product += weight * shifted
+        absolute += abs(scores[i])
+        scores[i] = weight
+    return total, product, absolute
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def measure_rows(
+def _measure_head(scores: Any, empty: int, kept: Any, head: int) -> None:
+    """Turn a head's scores into weights, up to a factor, and write what is kept of it."""
+    maximum = largest(scores)
+    if empty > 0:
+        maximum = max(maximum, np.float32(0.0))
+    empty_weight = np.exp(-np.float64(maximum)) if empty > 0 else 0.0
+    total = empty * empty_weight
+    product = -total * maximum
+    absolute = 0.0
+    for start in range(0, scores.shape[0], _STRETCH):
+        sums = _weigh(scores[start : start + _STRETCH], maximum)
+        total += sums[0]
+        product += sums[1]
+        absolute += sums[2]
+    kept[_ENTROPY, head] = (np.log(total) - product / total) / _LN2
+    kept[_ABSOLUTE, head] = absolute
+    kept[_FACTOR, head] = 1.0 / total
+    kept[_EMPTY_WEIGHT, head] = empty_weight / total
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _measure_heads(
+    queries: Any,
+    scale: float,
+    cache: Any,
+    paired: bool,
+    block_size: int,
+    blocks: Any,
+    begin: int,
+    length: int,
+    empty: int,
+    weights: Any,
+    kept: Any,
+    first: int,
+    last: int,
+) -> None:
+    """Weights, up to a factor, and what is kept of the heads that read key heads ``first`` to ``last - 1``, of one row.
+
+    Args:
+        queries: float32 ``[heads, head_dim]``.
+        scale: factor on the products.
+        cache: ``[blocks, kv_heads, elements]``.
+        paired: do keys lie in pairs?
+        block_size: positions per block.
+        blocks: the row's block numbers.
+        begin: first position attended to.
+        length: one more than the last.
+        empty: slots with score 0 that only count.
+        weights: float32 ``[heads, positions]``, written from ``begin % TILE`` on.
+        kept: written.
+        first: where to begin.
+        last: where to end.
+    """
+    heads, head_dim = queries.shape
+    group = heads // cache.shape[1]
+    scaled = (queries * np.float32(scale)).ravel()
+    scores = weights.ravel()
+    capacity = weights.shape[1]
+    start = begin // TILE * TILE
+    stop = (length + block_size - 1) // block_size
+    for kv_head in range(first, last):
+        head = kv_head * group
+        scores[head * capacity : (head + group) * capacity] = 0.0
+        for block in range(begin // block_size, stop):
+            here = block * block_size
+            low, high = max(start, here), min(length, here + block_size)
+            add_products(
+                scores,
+                head * capacity + low - start,
+                capacity,
+                scaled,
+                head * head_dim,
+                head_dim,
+                group,
+                cache[blocks[block], kv_head],
+                cache[blocks[min(block + 1, stop - 1)], kv_head],
+                paired,
+                block_size,
+                (low - here) // TILE,
+                (high - here + TILE - 1) // TILE,
+            )
+        for one in range(head, head + group):
+            _measure_head(weights[one, begin - start : length - start], empty, kept, one)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+def _add_scaled(means: Any, weights: Any, factor: Any) -> None:
+    for i in range(means.shape[0]):
+        means[i] += weights[i] * factor
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+def _deviation(means: Any, weights: Any, factor: Any) -> Any:
+    deviation = np.float32(0.0)
+    for i in range(means.shape[0]):
+        deviation += abs(weights[i] * factor - means[i])
+    return deviation
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _deviations(weights: Any, begin: int, count: int, kept: Any) -> float:
+    """Absolute deviations of all heads' weights ``[heads, positions]`` from their mean, summed over ``count`` positions."""
+    heads = weights.shape[0]
+    means = np.empty(_STRETCH, dtype=np.float32)
+    total = 0.0
+    for start in range(0, count, _STRETCH):
+        low, high = begin + start, begin + min(start + _STRETCH, count)
+        mean = means[: high - low]
+        mean[:] = 0.0
+        for head in range(heads):
+            _add_scaled(mean, weights[head, low:high], np.float32(kept[_FACTOR, head] / heads))
+        for head in range(heads):
+            total += _deviation(mean, weights[head, low:high], np.float32(kept[_FACTOR, head]))
+    return total
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _combine(kept: Any, deviation: float, count: int, empty: int, variance_rule: int, results: Any, row: int) -> None:
+    """Write a row's statistics from what was kept of its heads; of ``count`` positions, and ``empty`` slots more."""
+    heads = kept.shape[1]
+    if empty > 0:
+        deviation += empty * np.abs(kept[_EMPTY_WEIGHT] - kept[_EMPTY_WEIGHT].mean()).sum()
+    mean_entropy = kept[_ENTROPY].mean()
+    variance = 0.0
+    if variance_rule < 2:
+        for head in range(heads):
+            variance += (kept[_ENTROPY, head] - mean_entropy) ** 2
+        variance /= heads - variance_rule
+    counted = np.float64(count + empty) * heads
+    results[0, row] = mean_entropy
+    results[1, row] = variance
+    results[2, row] = deviation / counted
+    results[3, row] = kept[_ABSOLUTE].sum() / counted
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _measure_rows(
     queries: Any,
     cache: Any,
-    layout: int,
+    paired: bool,
     block_size: int,
     block_table: Any,
     lengths: Any,
@@ -59,14 +191,55 @@ def measure_rows(
     results: Any,
     first_row: int,
     last_row: int,
+    space: Any,
+    kept: Any,
+    first_head: int,
+    last_head: int,
+    last_step: bool,
 ) -> None:
-    """Write the statistics of rows ``first_row`` to ``last_row - 1``.
+    """As ``measure_rows``, but of some key heads only, and without the last step, which needs all of them, unless it is wanted.
+
+    There is one such function for rows and for parts of a row, so that the same instructions compute both.
+    """
+    heads = queries.shape[1]
+    for row in range(first_row, last_row):
+        length = lengths[row]
+        begin = max(0, length - window) if window > 0 else 0
+        count = length - begin
+        empty = max(0, padded - count)
+        positions = (length + TILE - 1) // TILE * TILE - begin // TILE * TILE
+        weights = space[: heads * positions].reshape((heads, positions))
+        blocks = block_table[row]
+        _measure_heads(
+            queries[row], scale, cache, paired, block_size, blocks, begin, length, empty, weights, kept, first_head, last_head
+        )
+        if last_step:
+            deviation = _deviations(weights, begin % TILE, count, kept)
+            _combine(kept, deviation, count, empty, variance_rule, results, row)
+
+
+def measure_rows(
+    queries: np.ndarray,
+    cache: np.ndarray,
+    layout: int,
+    block_size: int,
+    block_table: np.ndarray,
+    lengths: np.ndarray,
+    window: int,
+    scale: float,
+    padded: int,
+    variance_rule: int,
+    results: np.ndarray,
+    first_row: int,
+    last_row: int,
+) -> None:
+    """Write the statistics of rows ``first_row`` to ``last_row - 1``. Of a lone row, threads share the heads.
 
     Args:
         queries: float32 ``[rows, heads, head_dim]``.
         cache: ``[blocks, kv_heads, elements]``: float32, or bfloat16 as uint16; a block's keys stand first.
         layout: how keys lie in it, see the package.
-        block_size: positions per block.
+        block_size: positions per block, a multiple of 16.
         block_table: integer ``[rows, blocks]``.
         lengths: int64 ``[rows]``, positions up to and including the row's own.
         window: positions attended to at most; 0 for all.
@@ -77,77 +250,26 @@ def measure_rows(
         first_row: where to begin.
         last_row: where to end.
     """
-    heads, head_dim = queries.shape[1], queries.shape[2]
-    kv_heads = cache.shape[1]
-    groups = heads // kv_heads
-    bits = np.empty((head_dim, block_size), dtype=np.uint32)
-    tile = bits.view(np.float32)
-    entropies = np.empty(heads, dtype=np.float64)
-    for row in range(first_row, last_row):
-        length = lengths[row]
-        begin = max(0, length - window) if window > 0 else 0
-        count = length - begin
-        scores = np.zeros((heads, count), dtype=np.float32)
-        scaled = queries[row] * np.float32(scale)
-        for block in range(begin // block_size, (length + block_size - 1) // block_size):
-            low, high = max(begin, block * block_size), min(length, (block + 1) * block_size)
-            for kv_head in range(kv_heads):
-                number = block_table[row, block]
-                if layout == VECTOR_FLOAT32:
-                    keys = cache[number, kv_head][: head_dim * block_size].reshape((head_dim, block_size)).view(np.float32)
-                else:
-                    keys = _read_tile(cache, number, kv_head, layout, bits, tile)
-                part = keys[:, low - block * block_size : high - block * block_size]
-                for group in range(groups):
-                    head = kv_head * groups + group
-                    _add_scores(scores[head], scaled[head], part, low - begin, high - begin)
-        _statistics(scores, max(0, padded - count), entropies, variance_rule, results, row)
+    rows, heads, head_dim = queries.shape
+    paired, kv_heads = layout == AMX_BFLOAT16, cache.shape[1]
+    if paired:
+        cache = cache.view(np.uint32)
+    attended = int(lengths[first_row:last_row].max())
+    if window > 0:
+        attended = min(attended, window)
+    # Tiles at either end may be attended to in part.
+    space = np.empty(heads * (attended + 2 * TILE), dtype=np.float32)
+    kept = np.empty((4, heads), dtype=np.float64)
 
+    def measure(first_head: int, last_head: int, last_step: bool) -> None:
+        _measure_rows(
+            queries, cache, paired, block_size, block_table, lengths, window, scale, padded, variance_rule, results,
+            first_row, last_row, space, kept, first_head, last_head, last_step,
+        )  # fmt: skip
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _statistics(scores: Any, empty: int, entropies: Any, variance_rule: int, results: Any, row: int) -> None:
-    """Statistics of one row from ``scores [heads, count]``, which become the attention weights."""
-    heads, count = scores.shape
-    absolute = 0.0
-    empty_weights = np.zeros(heads)
-    for head in range(heads):
-        line = scores[head]
-        largest = line.max()
-        if empty > 0:
-            largest = max(largest, np.float32(0.0))
-        total = empty * np.exp(-np.float64(largest)) if empty > 0 else 0.0
-        weighted = 0.0
-        for i in range(count):
-            score = line[i]
-            weight = np.exp(score - largest)
-            absolute += abs(score)
-            total += weight
-            weighted += weight * score
-            line[i] = weight
-        entropies[head] = (np.log(total) + largest - weighted / total) / np.log(2.0)
-        inverse = 1.0 / total
-        for i in range(count):
-            line[i] *= np.float32(inverse)
-        if empty > 0:
-            empty_weights[head] = np.exp(-np.float64(largest)) * inverse
-    deviation = 0.0
-    for i in range(count):
-        mean = np.float32(0.0)
-        for head in range(heads):
-            mean += scores[head, i]
-        mean /= np.float32(heads)
-        for head in range(heads):
-            deviation += abs(scores[head, i] - mean)
-    if empty > 0:
-        deviation += empty * np.abs(empty_weights - empty_weights.mean()).sum()
-    counted = np.float64(count + empty) * heads
-    mean_entropy = entropies.mean()
-    variance = 0.0
-    if variance_rule < 2:
-        for head in range(heads):
-            variance += (entropies[head] - mean_entropy) ** 2
-        variance /= heads - variance_rule
-    results[0, row] = mean_entropy
-    results[1, row] = variance
-    results[2, row] = deviation / counted
-    results[3, row] = absolute / counted
+    if rows > 1:
+        measure(0, kv_heads, True)
+        return
+    costs = np.full(kv_heads, attended * heads // kv_heads * head_dim)
+    share_rows(costs, lambda first_head, last_head: measure(first_head, last_head, False))
+    measure(0, 0, True)

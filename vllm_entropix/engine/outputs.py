@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from vllm_entropix.config import Trace
 from vllm_entropix.engine.engine_config import Resolved
 from vllm_entropix.observability import disk, prometheus
-from vllm_entropix.observability.trace import TokenTrace
+from vllm_entropix.observability.trace import RECORD, TokenTrace
 from vllm_entropix.requests import RequestSettings
 
 # Request id → (is it traced?, rows, their records one after the other).
@@ -26,6 +28,29 @@ TRACED, COUNTED = "entropix_traced", "entropix_counted"
 # Comes with the first record of a sequence that is to be written to disk: what its line says of the engine.
 WRITTEN = "entropix_written"
 _OURS = frozenset({TRACED, COUNTED, WRITTEN})
+
+
+def by_request(values: np.ndarray, requests: dict[int, tuple[str, bool]]) -> Records:
+    """Each sequence's records, one after the other; without alternatives if it is only counted.
+
+    Args:
+        values: float32 ``[rows, columns]``: slot (0 for rows to skip), record, alternatives.
+        requests: slot → (request id, is it traced?).
+    """
+    # Cut out of one string: an array's own indexing takes longer than all else here, and this runs in every step.
+    data = values[:, 1:].tobytes()
+    width = 4 * (values.shape[1] - 1)
+    found: Records = {}
+    for row, slot in enumerate(values[:, 0].tolist()):
+        known = requests.get(slot) if slot else None  # a whole number as a float finds the integer's entry
+        if known is None:
+            continue
+        request_id, traced = known
+        begin = row * width
+        record = data[begin : begin + (width if traced else RECORD.size)]
+        before = found.get(request_id)
+        found[request_id] = (traced, 1, record) if before is None else (traced, before[1] + 1, before[2] + record)
+    return found
 
 
 class EntropixSchedulerMixin:
@@ -56,10 +81,11 @@ class EntropixSchedulerMixin:
                 record = records.get(output.request_id)
                 if record is not None and output.new_token_ids:
                     carried = self._carry(output, *record)
-                    if TRACED in carried and output.request_id in labels:
+                    if labels and TRACED in carried and output.request_id in labels:
                         carried[WRITTEN] = labels[output.request_id]
                     if carried:
-                        output.kv_transfer_params = {**(output.kv_transfer_params or {}), **carried}
+                        others = output.kv_transfer_params
+                        output.kv_transfer_params = {**others, **carried} if others else carried
         return result
 
     def _labels(self, records: Records) -> dict[str, dict[str, Any]]:
@@ -85,13 +111,14 @@ class EntropixSchedulerMixin:
     def _carry(self, output: Any, traced: bool, rows: int, data: bytes) -> dict[str, Any]:
         # Of a draft that was rejected there are rows and no tokens.
         tokens, width = len(output.new_token_ids), len(data) // rows
-        counted: dict[str, Any] = {COUNTED: data[: tokens * width]} if self._entropix_counted else {}
-        if not traced:
-            return counted
-        sent = self._entropix_sent.get(output.request_id, 0)
-        self._entropix_sent[output.request_id] = sent + tokens
-        kept = min(tokens, max(0, self._entropix_cap - sent))
-        return {**counted, TRACED: [width, data[: kept * width]]} if kept else counted
+        carried: dict[str, Any] = {COUNTED: data[: tokens * width]} if self._entropix_counted else {}
+        if traced:
+            sent = self._entropix_sent.get(output.request_id, 0)
+            self._entropix_sent[output.request_id] = sent + tokens
+            kept = min(tokens, self._entropix_cap - sent)
+            if kept > 0:
+                carried[TRACED] = [width, data[: kept * width]]
+        return carried
 
 
 def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], Any]) -> Any:

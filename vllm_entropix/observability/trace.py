@@ -118,9 +118,10 @@ class TokenTrace:
 
     def extend(self, records: bytes, tokens: int) -> None:
         """Append the records of ``tokens`` new tokens; there may be fewer records than tokens at the cap."""
-        kept = min(len(records), tokens * self._record.size)
+        size = self._record.size
+        kept = min(len(records), tokens * size)
         self._data += records[:kept]
-        self.not_kept += tokens - kept // self._record.size
+        self.not_kept += tokens - kept // size
 
     def values(self) -> np.ndarray:
         """The wire format's numbers, float32 ``[tokens, fields]``: FIELDS, then ids and probabilities of alternatives."""

@@ -252,8 +252,8 @@ def _write_by_triton_kernels(logits: Tensor, decision: Decision, forced: Tensor,
         filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, sampled)
 
 
-def _alternatives(logits: Tensor, decision: Decision, count: int, kernels: bool) -> Tensor | None:
-    """Ids and probabilities (at temperature 1, unfiltered) of the most probable tokens, ``[rows, 2 * count]``."""
+def _alternatives(logits: Tensor, decision: Decision, count: int, kernels: bool) -> tuple[Tensor, Tensor] | None:
+    """Ids and probabilities (at temperature 1, unfiltered) of the most probable tokens, ``[rows, count]`` each."""
     count = min(count, logits.shape[-1])
     if not count:
         return None
@@ -261,8 +261,7 @@ def _alternatives(logits: Tensor, decision: Decision, count: int, kernels: bool)
         values, token_ids = _largest_by_cpu_kernel(logits, count)
     else:
         values, token_ids = logits.topk(count, dim=-1)
-    probabilities = (values.to(decision.log_normaliser.dtype) - decision.log_normaliser.unsqueeze(-1)).exp()
-    return torch.cat((token_ids.to(torch.float32), probabilities.to(torch.float32)), dim=-1)
+    return token_ids, (values.to(decision.log_normaliser.dtype) - decision.log_normaliser.unsqueeze(-1)).exp()
 
 
 def _largest_by_cpu_kernel(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -277,7 +276,9 @@ def _largest_by_cpu_kernel(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, token_ids
 
 
-def _records(decision: Decision, forced: Tensor, sampled: Tensor, slots: Tensor, alternatives: Tensor | None) -> Tensor:
+def _records(
+    decision: Decision, forced: Tensor, sampled: Tensor, slots: Tensor, alternatives: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """Slots, records and alternatives ``[rows, columns]``; a greedy row's parameters are those of argmax."""
     metrics, parameters = decision.metrics, decision.parameters
     if not sampled.all() if sampled.device.type == "cpu" else True:
@@ -298,15 +299,17 @@ def _records(decision: Decision, forced: Tensor, sampled: Tensor, slots: Tensor,
         decision.confidence,
         forced >= 0,
     )
+    blocks = alternatives or ()
     if slots.device.type != "cpu":
         records = torch.stack([column.to(torch.float32) for column in columns], dim=-1)
-        return records if alternatives is None else torch.cat((records, alternatives), dim=-1)
+        return torch.cat((records, *(block.to(torch.float32) for block in blocks)), dim=-1)
     # The same in half the time.
-    told = len(columns)
-    records = torch.empty(len(slots), told if alternatives is None else told + alternatives.shape[1])
+    records = torch.empty(len(slots), len(columns) + sum(block.shape[1] for block in blocks))
     host = records.numpy()
     for place, column in enumerate(columns):
         host[:, place] = column.numpy()
-    if alternatives is not None:
-        host[:, told:] = alternatives.numpy()
+    begin = len(columns)
+    for block in blocks:
+        host[:, begin : begin + block.shape[1]] = block.numpy()
+        begin += block.shape[1]
     return records

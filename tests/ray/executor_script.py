@@ -1,8 +1,38 @@
-"""vLLM's Ray executor with two workers; then with workers that don't have the plugin."""
+"""vLLM's Ray executor with two workers, one of which is killed; then with workers that don't have the plugin."""
 
 import json
 import os
 import sys
+import time
+from typing import Any
+
+import psutil
+
+ENDED_SECONDS = 60
+
+
+def process_id(worker: Any) -> int:
+    """Sent to each worker."""
+    return os.getpid()
+
+
+def while_killing(llm: Any, prompt: str, params: Any) -> dict[str, Any]:
+    """Generate, and after some steps kill the second worker: how the generation ended, and who of the workers lives on."""
+    workers = [psutil.Process(pid) for pid in llm.collective_rpc(process_id)]
+    engine = llm.llm_engine
+    engine.add_request("interrupted", prompt, params)
+    for _ in range(5):
+        engine.step()
+    workers[1].kill()
+    killed, error = time.monotonic(), None
+    try:
+        while engine.has_unfinished_requests():
+            engine.step()
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    seconds = time.monotonic() - killed
+    _, alive = psutil.wait_procs(workers, ENDED_SECONDS)
+    return {"error": error, "seconds": seconds, "alive": len(alive)}
 
 
 def main() -> None:
@@ -24,6 +54,8 @@ def main() -> None:
         trace = getattr(output.outputs[0], "entropix_trace", None)
         records = None if trace is None else [record.to_dict() for record in trace]
         found.append([list(output.outputs[0].token_ids), records])
+    traced = SamplingParams(max_tokens=480, ignore_eos=True, seed=3, extra_args={"entropix_trace": "on"})
+    killed = while_killing(llm, "a", traced)
     close_engine()
 
     os.environ["ENTROPIX_TEST_RAY_WITHOUT_PLUGIN"] = "1"
@@ -39,7 +71,7 @@ def main() -> None:
         refused = None
     except Exception as error:
         refused = str(error)
-    print("RESULT " + json.dumps({"outputs": found, "refused": refused}))
+    print("RESULT " + json.dumps({"outputs": found, "killed": killed, "refused": refused}))
 
 
 if __name__ == "__main__":

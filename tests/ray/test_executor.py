@@ -43,6 +43,12 @@ def test_two_workers_give_what_one_gives(model, found):
                 assert record[metric] == pytest.approx(want[metric], rel=1e-5, abs=1e-5), metric
 
 
+def test_when_a_worker_dies_generation_ends_and_so_does_the_other(found):
+    assert found["killed"]["error"] is not None
+    assert found["killed"]["seconds"] < 30
+    assert found["killed"]["alive"] == 0
+
+
 def test_a_node_without_the_plugin_is_named(found):
     assert "vllm-entropix isn't installed on Ray node 127.0.0.1" in found["refused"]
     assert f"install version {__version__} on every node" in found["refused"]

@@ -31,15 +31,15 @@ def _prefix() -> list[str]:
     return [*_APART, "sh", "-c", 'ip link set lo up && exec "$@"', "sh"] if allowed else []
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """For a process that starts Ray, and for all that Ray starts."""
+def environment(folder: str, **extra: str) -> dict[str, str]:
+    """For a process that starts Ray, and for all that Ray starts; its files and sockets are in this folder."""
     made = runners.environment("v1", ray=True)
     path = os.pathsep.join([str(ROOT), made["PYTHONPATH"]])
     return {
         **{name: value for name, value in made.items() if not name.startswith("VLLM_")},
         "PYTHONPATH": path,
         "HF_HUB_OFFLINE": "1",
-        "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray", dir="/tmp"),  # sockets have short names
+        "RAY_TMPDIR": folder,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "VLLM_HOST_IP": "127.0.0.1",
@@ -51,12 +51,14 @@ def environment(**extra: str) -> dict[str, str]:
 @contextlib.contextmanager
 def driver(log: Path, *arguments: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
     """A Python process that starts Ray, its output in a file. Everything it started is dead when this is left."""
-    with log.open("w") as output:
+    # Not pytest's own: sockets have short names.
+    folders = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True)
+    with log.open("w") as output, folders as folder:
         process = subprocess.Popen(
             [*_prefix(), sys.executable, *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(**env),
+            env=environment(folder, **env),
             cwd=ROOT,
             start_new_session=True,
         )

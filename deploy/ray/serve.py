@@ -25,7 +25,7 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Json
 from ray import cloudpickle
 from ray.exceptions import RayActorError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
@@ -46,6 +46,10 @@ DIED = "the replica that served this request has died; ask again"
 CHECK_SECONDS, GRACE_SECONDS = 0.25, 0.5
 
 
+# `serve run` gives every value as text.
+JsonObject = dict[str, Any] | Json[dict[str, Any]]
+
+
 class Arguments(BaseModel):
     """What ``serve run`` takes as ``name=value``, and the YAML file under ``args``."""
 
@@ -63,8 +67,8 @@ class Arguments(BaseModel):
     accelerator_type: str | None = Field(None, description="As Ray knows it: H100, A10G ...; None takes any.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of a replica; its workers share a placement group.")
     replica_cpus: float = Field(1, gt=0, description="CPUs that Ray reserves for a replica.")
-    engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further arguments of vLLM's engine.")
-    runtime_env: dict[str, Any] = Field(
+    engine_kwargs: JsonObject = Field(default_factory=dict, description="Further arguments of vLLM's engine.")
+    runtime_env: JsonObject = Field(
         default_factory=dict, description="Of replicas, for instance {pip: [vllm-entropix]} where the image doesn't have it."
     )
 

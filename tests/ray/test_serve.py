@@ -10,6 +10,17 @@ from vllm_entropix.client import trace_of
 pytestmark = pytest.mark.engine
 
 
+def test_arguments_of_a_command_line():
+    from deploy.ray.serve import Arguments
+
+    given = {"max_replicas": "4", "sampler_config": "torch-2024-10", "engine_kwargs": '{"enforce_eager": true}'}
+    arguments = Arguments.model_validate(given)
+    assert (arguments.max_replicas, arguments.sampler_config) == (4, "torch-2024-10")
+    assert arguments.engine_kwargs == Arguments.model_validate({"engine_kwargs": {"enforce_eager": True}}).engine_kwargs
+    with pytest.raises(ValueError, match="engine_kwargs"):
+        Arguments.model_validate({"engine_kwargs": "enforce_eager"})
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     close_engine()

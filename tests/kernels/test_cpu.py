@@ -1,6 +1,7 @@
 """CPU kernels against the PyTorch functions that they equal."""
 
 import math
+import threading
 
 import numba
 import numpy as np
@@ -12,6 +13,7 @@ from vllm_entropix.attention import LayerAttention
 from vllm_entropix.attention.paged_keys import CpuAmxKeys, CpuVectorKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
 from vllm_entropix.kernels import cpu
+from vllm_entropix.kernels.cpu import threads
 from vllm_entropix.kernels.cpu.elementary import exponential, largest
 from vllm_entropix.observability.trace import FIELDS
 from vllm_entropix.sampling import AttentionStatistics, EntropixSampler
@@ -232,8 +234,6 @@ def test_attention_sees_only_its_positions(layout, dtype):
 
 
 def test_attention_rows_do_not_depend_on_the_others_nor_on_threads(monkeypatch):
-    from vllm_entropix.kernels.cpu import threads
-
     config = EntropixConfig()
     keys = paged("vec", torch.float32, 2, 64, 32, 64, seed=3)
     lengths = torch.tensor([700, 3, 350, 512, 33, 900])
@@ -248,6 +248,30 @@ def test_attention_rows_do_not_depend_on_the_others_nor_on_threads(monkeypatch):
             alone = measure_layer(layer, queries[row : row + 1], table[row : row + 1], lengths[row : row + 1], config)
             for metric in METRICS:
                 assert getattr(alone, metric)[0] == getattr(shared, metric)[row]
+
+
+@pytest.mark.parametrize("costs", [[1] * 40, [1, 100, 0, 5, 1], [0, 0, 9], [100, 1], [0, 0], [7], []])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_every_row_is_done_once(monkeypatch, costs, workers):
+    monkeypatch.setattr(threads, "WORTH_SHARING", 1)
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: workers)
+    done = []
+    threads.share_rows(np.array(costs, dtype=np.int64), lambda first, last: done.extend(range(first, last)))
+    assert sorted(done) == list(range(len(costs)))
+
+
+def test_an_error_of_a_share_is_raised(monkeypatch):
+    monkeypatch.setattr(threads, "WORTH_SHARING", 1)
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
+    begun = threading.Barrier(2, timeout=60)
+
+    def work(first, last):
+        begun.wait()  # until both threads are at it
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("of a helper")
+
+    with pytest.raises(ValueError, match="of a helper"):
+        threads.share_rows(np.ones(2, dtype=np.int64), work)
 
 
 @numba.njit

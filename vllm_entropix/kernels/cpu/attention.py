@@ -13,7 +13,7 @@ import numpy as np
 from vllm_entropix.kernels.cpu import AMX_BFLOAT16
 from vllm_entropix.kernels.cpu.dot_products import TILE, add_products
 from vllm_entropix.kernels.cpu.elementary import exponential, largest
-from vllm_entropix.kernels.cpu.threads import share_rows
+from vllm_entropix.kernels.cpu.threads import share_rows, worth_sharing
 
 # Numbers that are added in float32 before their sum goes into a float64.
 _STRETCH = 512
@@ -267,9 +267,10 @@ def measure_rows(
             first_row, last_row, space, kept, first_head, last_head, last_step,
         )  # fmt: skip
 
-    if rows > 1:
+    # Eight multiplications of vectors take as long as one.
+    costs = np.full(kv_heads, attended * heads // kv_heads * head_dim // 8)
+    if rows > 1 or not worth_sharing(costs):
         measure(0, kv_heads, True)
         return
-    costs = np.full(kv_heads, attended * heads // kv_heads * head_dim)
     share_rows(costs, lambda first_head, last_head: measure(first_head, last_head, False))
     measure(0, 0, True)

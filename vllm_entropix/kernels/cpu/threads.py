@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -11,11 +12,19 @@ import torch
 
 # Waking a thread takes about as long as this many multiplications.
 WORTH_SHARING = 1 << 19
+# Shares for each thread. PyTorch's own threads spin for a while after their work, so that one of ours may get half a core:
+# whoever is done takes the next share.
+_SHARES = 4
 
 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="entropix")
+
+
+def worth_sharing(costs: np.ndarray) -> bool:
+    """Does :func:`share_rows` share rows of these costs?"""
+    return len(costs) > 1 and torch.get_num_threads() > 1 and int(costs.sum()) >= WORTH_SHARING
 
 
 def share_rows(costs: np.ndarray, work: Callable[[int, int], None]) -> None:
@@ -26,14 +35,25 @@ def share_rows(costs: np.ndarray, work: Callable[[int, int], None]) -> None:
         work: does rows ``first_row`` to ``last_row - 1``; a row's result mustn't depend on how they are shared.
     """
     rows, workers = len(costs), torch.get_num_threads()
-    total = int(costs.sum())
-    if rows < 2 or workers < 2 or total < WORTH_SHARING:
+    if not worth_sharing(costs):
         work(0, rows)
         return
-    borders = np.searchsorted(costs.cumsum(), np.linspace(0, total, workers + 1)[1:-1], side="right").tolist()
-    pairs = list(zip([0, *borders], [*borders, rows], strict=True))
-    # The last share is done here rather than waited for.
-    waiting = [_pool(workers).submit(work, first, last) for first, last in pairs[:-1] if last > first]
-    work(*pairs[-1])
-    for future in waiting:
-        future.result()
+    shares = np.linspace(0, int(costs.sum()), min(rows, _SHARES * workers) + 1)[1:-1]
+    borders = np.searchsorted(costs.cumsum(), shares, side="right").tolist()
+    pairs = zip([0, *borders], [*borders, rows], strict=True)
+    waiting = deque((first, last) for first, last in pairs if last > first)
+
+    def take() -> None:
+        while True:
+            try:
+                first, last = waiting.popleft()
+            except IndexError:
+                return
+            work(first, last)
+
+    helpers = [_pool(workers).submit(take) for _ in range(min(workers, len(waiting)) - 1)]
+    take()
+    for helper in helpers:
+        # One that hasn't begun isn't waited for: all is done.
+        if not helper.cancel():
+            helper.result()

@@ -79,7 +79,10 @@ class Source:
 
 @dataclass
 class _Payload:
-    """What the page's script gets: an index of all sequences, with the data of each packed."""
+    """What the page's script gets: an index of all sequences, with the data of each packed.
+
+    The first sequence is packed beside the index, and all others behind the script: it begins before they have been read.
+    """
 
     files: list[str] = field(default_factory=list)
     sequences: list[dict[str, Any]] = field(default_factory=list)
@@ -129,7 +132,8 @@ class _Payload:
         """Pack; returns the first character and the one behind the last."""
         packed = base64.b64encode(zlib.compress(data, 6)).decode()
         begin = self._packed_characters
-        self._packed_characters += len(packed)
+        if self.packed:  # the first lies apart
+            self._packed_characters += len(packed)
         self.packed.append(packed)
         return begin, self._packed_characters
 
@@ -221,6 +225,7 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
         "sequences": payload.sequences,
         "borders": payload.borders,
         "vocabularies": payload.vocabularies(),
+        "first": payload.packed[0],
         "regimes": [
             {"name": regime, "meaning": MEANINGS[regime], "light": COLOURS[regime][0], "dark": COLOURS[regime][1]}
             for regime in REGIMES
@@ -240,7 +245,7 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
         script_hashes=" ".join((_script_hash(plotly), _script_hash(script))),
         style=Markup(style),
         # Base64 has nothing to escape.
-        packed=Markup("".join(payload.packed)),
+        packed=Markup("".join(payload.packed[1:])),
         data=Markup(_json_for_script(data)),
         plotly=Markup(plotly),
         script=Markup(script),

@@ -64,9 +64,10 @@
 
   // --- packed data, as report.py's _columns writes it ------------------------------------------------------------------
 
-  const packed = byId("packed").textContent;
-  function inflated([begin, end]) {
-    const text = packed.slice(begin, end);
+  // What is packed stands behind this script, all but the first sequence, so that this begins while the rest is being read.
+  const behind = new Promise((read) => document.addEventListener("DOMContentLoaded", read)).then(() => byId("packed").textContent);
+  async function inflated([begin, end]) {
+    const text = begin === end ? report.first : (await behind).slice(begin, end);
     const bytes = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
   }
@@ -107,12 +108,10 @@
     }
   }
 
-  const vocabularies = report.vocabularies.map(() => null); // texts of tokens by their ids
-  const vocabularyOf = (which) => (vocabularies[which] ??= inflated(report.vocabularies[which]).json());
+  const vocabularies = report.vocabularies.map(async (range) => (await inflated(range)).json()); // texts of tokens by their ids
 
   async function read(sequence) {
-    const [texts, bytes] = await Promise.all([vocabularyOf(sequence.vocabulary), inflated(sequence.packed).arrayBuffer()]);
-    const columns = new Columns(new Uint8Array(bytes));
+    const columns = new Columns(new Uint8Array(await (await inflated(sequence.packed)).arrayBuffer()));
     const data = columns.json();
     const { records } = sequence;
     data.ids = columns.integers(sequence.tokens, 8, true);
@@ -125,9 +124,11 @@
     const [ids, shares] = [columns.integers(total, 8, true), columns.numbers(total)];
     let end = 0;
     const ends = counts.map((count) => (end += count));
+    let vocabulary = {};
+    data.complete = vocabularies[sequence.vocabulary].then((texts) => { vocabulary = texts; });
     /** A token's alternatives: [id, text, probability]. */
     data.alternatives = (token) => ids.slice(ends[token] - counts[token], ends[token]).map((id, place) =>
-      [id, data.alternativeTexts[id] ?? texts[id] ?? `id ${id}`, shares[ends[token] - counts[token] + place]]);
+      [id, data.alternativeTexts[id] ?? vocabulary[id] ?? `id ${id}`, shares[ends[token] - counts[token] + place]]);
     return data;
   }
 
@@ -143,12 +144,13 @@
   function shareBar(element, counts) {
     const total = sum(counts) || 1;
     let end = 0;
-    const stops = counts.map((count, regime) => {
+    let stops = "";
+    counts.forEach((count, regime) => {
       const begin = end;
       end += (count / total) * 100;
-      return `var(--${regimes[regime].name}) ${begin}% ${end}%`;
+      stops += `, var(--${regimes[regime].name}) ${begin}% ${end}%`;
     });
-    if (sum(counts)) element.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
+    if (end) element.style.background = `linear-gradient(to right${stops})`;
     element.setAttribute("aria-label", counts.map((count, regime) => `${regimes[regime].name} ${percent(count / total)}`).join(", "));
     return element;
   }
@@ -556,6 +558,7 @@
     await new Promise((painted) => requestAnimationFrame(() => setTimeout(painted)));
     if (mine !== turn) return;
     drawCharts();
+    await Promise.all(panes.map((pane) => pane.data.complete));
     document.documentElement.dataset.ready = Math.round(performance.now());
   }
 
@@ -684,9 +687,11 @@
     if (!item) { list.removeAttribute("aria-activedescendant"); return; }
     item.setAttribute("aria-selected", "true");
     list.setAttribute("aria-activedescendant", item.id);
-    const [box, frame] = [item.getBoundingClientRect(), list.getBoundingClientRect()];
-    if (box.top < frame.top + 30) list.scrollTop -= frame.top + 30 - box.top;
-    else if (box.bottom > frame.bottom) list.scrollTop += box.bottom - frame.bottom;
+    requestAnimationFrame(() => { // with the frame's own layout, not one before it
+      const [box, frame] = [item.getBoundingClientRect(), list.getBoundingClientRect()];
+      if (box.top < frame.top + 30) list.scrollTop -= frame.top + 30 - box.top;
+      else if (box.bottom > frame.bottom) list.scrollTop += box.bottom - frame.bottom;
+    });
   }
 
   function choose(place) {

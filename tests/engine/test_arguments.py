@@ -131,8 +131,8 @@ def test_what_cannot_be_had_is_refused_before_an_engine_starts(tiny, settings, e
     ],
 )
 def test_what_only_a_gpu_can_have_is_refused(tiny, part, setting, value, named):
-    # vLLM refuses some of these on a CPU before we are asked, so they are set on a configuration that is made already. Those that
-    # it takes here are given as its arguments in test_unsupported_layouts.py.
+    # vLLM refuses some of these on a CPU before we are asked, so they are set on a configuration that is made already. What
+    # it takes here is given by its own arguments in test_unsupported_layouts.py.
     from vllm import EngineArgs
 
     from vllm_entropix.engine.engine_config import finalise

@@ -233,6 +233,14 @@ def test_attention_sees_only_its_positions(layout, dtype):
     assert measured(around).isnan().all()
 
 
+def test_attention_of_no_rows():
+    layer = LayerAttention(paged("vec", torch.bfloat16, 1, 32, 32, 2, seed=8), scale=1.0)
+    got = measure_layer(
+        layer, torch.empty(0, 2, 32), torch.empty(0, 1, dtype=torch.int32), torch.empty(0).long(), EntropixConfig()
+    )
+    assert got.attention_entropy.shape == (0,)
+
+
 def test_attention_rows_do_not_depend_on_the_others_nor_on_threads(monkeypatch):
     config = EntropixConfig()
     keys = paged("vec", torch.float32, 2, 64, 32, 64, seed=3)

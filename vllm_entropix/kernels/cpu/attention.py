@@ -13,7 +13,6 @@ import numpy as np
 from vllm_entropix.kernels.cpu import AMX_BFLOAT16
 from vllm_entropix.kernels.cpu.dot_products import TILE, add_products
 from vllm_entropix.kernels.cpu.elementary import exponential, largest
-from vllm_entropix.kernels.cpu.threads import share_rows, worth_sharing
 
 # Numbers that are added in float32 before their sum goes into a float64.
 _STRETCH = 512
@@ -74,10 +73,9 @@ def _measure_heads(
     empty: int,
     weights: Any,
     kept: Any,
-    first: int,
-    last: int,
+    kv_head: int,
 ) -> None:
-    """Weights, up to a factor, and what is kept of the heads that read key heads ``first`` to ``last - 1``, of one row.
+    """Weights, up to a factor, and what is kept of the heads of one row that read key head ``kv_head``.
 
     Args:
         queries: float32 ``[heads, head_dim]``.
@@ -91,39 +89,36 @@ def _measure_heads(
         empty: slots with score 0 that only count.
         weights: float32 ``[heads, positions]``, written from ``begin % TILE`` on.
         kept: written.
-        first: where to begin.
-        last: where to end.
+        kv_head: whose keys.
     """
     heads, head_dim = queries.shape
     group = heads // cache.shape[1]
-    scaled = (queries * np.float32(scale)).ravel()
-    scores = weights.ravel()
+    head = kv_head * group
+    scaled = (queries[head : head + group] * np.float32(scale)).ravel()
     capacity = weights.shape[1]
+    scores = weights.ravel()[head * capacity : (head + group) * capacity]
+    scores[:] = 0.0
     start = begin // TILE * TILE
     stop = (length + block_size - 1) // block_size
-    for kv_head in range(first, last):
-        head = kv_head * group
-        scores[head * capacity : (head + group) * capacity] = 0.0
-        for block in range(begin // block_size, stop):
-            here = block * block_size
-            low, high = max(start, here), min(length, here + block_size)
-            add_products(
-                scores,
-                head * capacity + low - start,
-                capacity,
-                scaled,
-                head * head_dim,
-                head_dim,
-                group,
-                cache[blocks[block], kv_head],
-                cache[blocks[min(block + 1, stop - 1)], kv_head],
-                paired,
-                block_size,
-                (low - here) // TILE,
-                (high - here + TILE - 1) // TILE,
-            )
-        for one in range(head, head + group):
-            _measure_head(weights[one, begin - start : length - start], empty, kept, one)
+    for block in range(begin // block_size, stop):
+        here = block * block_size
+        low, high = max(start, here), min(length, here + block_size)
+        add_products(
+            scores,
+            low - start,
+            capacity,
+            scaled,
+            head_dim,
+            group,
+            cache[blocks[block], kv_head],
+            cache[blocks[min(block + 1, stop - 1)], kv_head],
+            paired,
+            block_size,
+            (low - here) // TILE,
+            (high - here + TILE - 1) // TILE,
+        )
+    for one in range(head, head + group):
+        _measure_head(weights[one, begin - start : length - start], empty, kept, one)
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
@@ -191,17 +186,16 @@ def _measure_rows(
     results: Any,
     first_row: int,
     last_row: int,
-    space: Any,
-    kept: Any,
-    first_head: int,
-    last_head: int,
-    last_step: bool,
 ) -> None:
-    """As ``measure_rows``, but of some key heads only, and without the last step, which needs all of them, unless it is wanted.
-
-    There is one such function for rows and for parts of a row, so that the same instructions compute both.
-    """
-    heads = queries.shape[1]
+    heads, kv_heads = queries.shape[1], cache.shape[1]
+    attended = 0
+    for row in range(first_row, last_row):
+        attended = max(attended, lengths[row])
+    if window > 0:
+        attended = min(attended, window)
+    # Tiles at either end may be attended to in part.
+    space = np.empty(heads * (attended + 2 * TILE), dtype=np.float32)
+    kept = np.empty((4, heads), dtype=np.float64)
     for row in range(first_row, last_row):
         length = lengths[row]
         begin = max(0, length - window) if window > 0 else 0
@@ -209,13 +203,12 @@ def _measure_rows(
         empty = max(0, padded - count)
         positions = (length + TILE - 1) // TILE * TILE - begin // TILE * TILE
         weights = space[: heads * positions].reshape((heads, positions))
-        blocks = block_table[row]
-        _measure_heads(
-            queries[row], scale, cache, paired, block_size, blocks, begin, length, empty, weights, kept, first_head, last_head
-        )
-        if last_step:
-            deviation = _deviations(weights, begin % TILE, count, kept)
-            _combine(kept, deviation, count, empty, variance_rule, results, row)
+        for kv_head in range(kv_heads):
+            _measure_heads(
+                queries[row], scale, cache, paired, block_size, block_table[row], begin, length, empty, weights, kept, kv_head
+            )
+        deviation = _deviations(weights, begin % TILE, count, kept)
+        _combine(kept, deviation, count, empty, variance_rule, results, row)
 
 
 def measure_rows(
@@ -233,7 +226,7 @@ def measure_rows(
     first_row: int,
     last_row: int,
 ) -> None:
-    """Write the statistics of rows ``first_row`` to ``last_row - 1``. Of a lone row, threads share the heads.
+    """Write the statistics of rows ``first_row`` to ``last_row - 1``.
 
     Args:
         queries: float32 ``[rows, heads, head_dim]``.
@@ -250,27 +243,9 @@ def measure_rows(
         first_row: where to begin.
         last_row: where to end.
     """
-    rows, heads, head_dim = queries.shape
-    paired, kv_heads = layout == AMX_BFLOAT16, cache.shape[1]
-    if paired:
-        cache = cache.view(np.uint32)
-    attended = int(lengths[first_row:last_row].max())
-    if window > 0:
-        attended = min(attended, window)
-    # Tiles at either end may be attended to in part.
-    space = np.empty(heads * (attended + 2 * TILE), dtype=np.float32)
-    kept = np.empty((4, heads), dtype=np.float64)
-
-    def measure(first_head: int, last_head: int, last_step: bool) -> None:
-        _measure_rows(
-            queries, cache, paired, block_size, block_table, lengths, window, scale, padded, variance_rule, results,
-            first_row, last_row, space, kept, first_head, last_head, last_step,
-        )  # fmt: skip
-
-    # Eight multiplications of vectors take as long as one.
-    costs = np.full(kv_heads, attended * heads // kv_heads * head_dim // 8)
-    if rows > 1 or not worth_sharing(costs):
-        measure(0, kv_heads, True)
-        return
-    share_rows(costs, lambda first_head, last_head: measure(first_head, last_head, False))
-    measure(0, 0, True)
+    paired = layout == AMX_BFLOAT16
+    cache = cache.view(np.uint32) if paired else cache
+    _measure_rows(
+        queries, cache, paired, block_size, block_table, lengths, window, scale, padded, variance_rule, results,
+        first_row, last_row,
+    )  # fmt: skip

@@ -139,7 +139,6 @@ def add_products(
     score: int,
     next_head: int,
     queries: Any,
-    query: int,
     head_dim: int,
     heads: int,
     keys: Any,
@@ -155,8 +154,7 @@ def add_products(
         scores: float32, flat.
         score: where in it the first head's scores of tile ``first`` begin.
         next_head: from one head's scores to the next one's.
-        queries: float32, flat; a head's after the other's.
-        query: where in it the first head's begin.
+        queries: float32 ``[heads, head_dim]``, flat.
         head_dim: dimensions.
         heads: how many heads.
         keys: the block's, of these heads, flat: float32, bfloat16 as uint16, or pairs of bfloat16 as uint32.
@@ -184,7 +182,7 @@ def add_products(
             step = part * depth
             key = tile * TILE * steps + step * TILE if paired else step * block_size + tile * TILE
             count = min(depth, steps - step)
-            to, of = score + (tile - first) * TILE, query + step * per_step
+            to, of = score + (tile - first) * TILE, step * per_step
             head = 0
             while head + 4 <= heads:
                 _add_4(

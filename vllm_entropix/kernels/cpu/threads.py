@@ -22,11 +22,6 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="entropix")
 
 
-def worth_sharing(costs: np.ndarray) -> bool:
-    """Does :func:`share_rows` share rows of these costs?"""
-    return len(costs) > 1 and torch.get_num_threads() > 1 and int(costs.sum()) >= WORTH_SHARING
-
-
 def share_rows(costs: np.ndarray, work: Callable[[int, int], None]) -> None:
     """Call ``work(first_row, last_row)`` for all rows, in as many threads as PyTorch uses if that is worth it.
 
@@ -35,10 +30,11 @@ def share_rows(costs: np.ndarray, work: Callable[[int, int], None]) -> None:
         work: does rows ``first_row`` to ``last_row - 1``; a row's result mustn't depend on how they are shared.
     """
     rows, workers = len(costs), torch.get_num_threads()
-    if not worth_sharing(costs):
+    total = int(costs.sum())
+    if rows < 2 or workers < 2 or total < WORTH_SHARING:
         work(0, rows)
         return
-    shares = np.linspace(0, int(costs.sum()), min(rows, _SHARES * workers) + 1)[1:-1]
+    shares = np.linspace(0, total, min(rows, _SHARES * workers) + 1)[1:-1]
     borders = np.searchsorted(costs.cumsum(), shares, side="right").tolist()
     pairs = zip([0, *borders], [*borders, rows], strict=True)
     waiting = deque((first, last) for first, last in pairs if last > first)

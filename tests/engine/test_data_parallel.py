@@ -47,7 +47,9 @@ def test_both_engines_answer_and_count_in_one_place(tmp_path):
     first, second, *_ = sorted(os.sched_getaffinity(0))
     env = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}", **(runners.V2_ONLY if runners.is_v2() else {})}
     with serve(model, tmp_path / "log", *ARGUMENTS, **env) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        # A connection each: the server ends one that is idle for five seconds, which may be when it is used again.
+        alone = {"Connection": "close"}
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, default_headers=alone)
 
         def one(index):
             answer = client.completions.create(

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import re
 import sys
-import time
 from html import unescape
 
 import pytest
@@ -357,11 +356,11 @@ def test_a_thousand_sequences_open_at_once(browser, tmp_path):
     path = made(tmp_path / "report.html", *named)
     assert path.stat().st_size < 20e6
     seconds = []
-    for _ in range(2):  # the browser itself starts with the first
-        began = time.monotonic()
+    for _ in range(3):  # the browser itself starts with the first; what else the machine does only adds to it
         with opened(browser, path) as page:
-            seconds.append(time.monotonic() - began)
             assert page.locator("#sequences [role=option]").count() == 1000
+            # From the navigation's beginning until the charts are drawn, by the browser's clock.
+            seconds.append(int(page.get_attribute("html", "data-ready")) / 1000)
     assert min(seconds) < 2
 
 

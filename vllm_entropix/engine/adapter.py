@@ -14,11 +14,11 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError, find_attention_layers, select_layers
-from vllm_entropix.engine.outputs import RECORDS, Records
+from vllm_entropix.engine.outputs import RECORDS, Records, by_request
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
 from vllm_entropix.kernels.ranks import Ranks
 from vllm_entropix.requests import RequestSettings
-from vllm_entropix.sampling.batch import RECORD_FIELDS, BatchSampler, Rows
+from vllm_entropix.sampling.batch import BatchSampler, Rows
 from vllm_entropix.sampling.metrics import AttentionStatistics
 from vllm_entropix.sampling.sequences import Sequence
 
@@ -50,18 +50,7 @@ class StepRecords:
     def by_request(self) -> Records:
         """Each sequence's records, one after the other; without alternatives if it is only counted."""
         self.ready()
-        values = self.values.numpy()
-        rows_of: dict[int, list[int]] = {}
-        for row, slot in enumerate(values[:, 0].astype(np.int64).tolist()):
-            if slot:
-                rows_of.setdefault(slot, []).append(row)
-        found: Records = {}
-        for slot, rows in rows_of.items():
-            request_id, traced = self.requests.get(slot, (None, False))
-            if request_id is not None:
-                columns = values.shape[1] if traced else 1 + len(RECORD_FIELDS)
-                found[request_id] = (traced, len(rows), values[rows, 1:columns].tobytes())
-        return found
+        return by_request(self.values.numpy(), self.requests)
 
 
 class RunnerAdapter(ABC):

@@ -299,17 +299,7 @@ def _records(
         decision.confidence,
         forced >= 0,
     )
-    blocks = alternatives or ()
-    if slots.device.type != "cpu":
-        records = torch.stack([column.to(torch.float32) for column in columns], dim=-1)
-        return torch.cat((records, *(block.to(torch.float32) for block in blocks)), dim=-1)
-    # The same in half the time.
-    records = torch.empty(len(slots), len(columns) + sum(block.shape[1] for block in blocks))
-    host = records.numpy()
-    for place, column in enumerate(columns):
-        host[:, place] = column.numpy()
-    begin = len(columns)
-    for block in blocks:
-        host[:, begin : begin + block.shape[1]] = block.numpy()
-        begin += block.shape[1]
-    return records
+    records = torch.stack([column.to(torch.float32) for column in columns], dim=-1)
+    if alternatives is None:
+        return records
+    return torch.cat((records, *(block.to(torch.float32) for block in alternatives)), dim=-1)

@@ -9,8 +9,6 @@ from tests.support.runners import is_v2
 from tests.support.server import run_vllm
 from vllm_entropix import ConfigError
 
-pytestmark = pytest.mark.both_runners
-
 CONTEXT = ("context parallelism", "set --decode-context-parallel-size and --prefill-context-parallel-size to 1")
 ON_BOTH = [
     ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, *CONTEXT),
@@ -40,6 +38,7 @@ def one_key_head(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("one"), num_key_value_heads=1)
 
 
+@pytest.mark.both_runners
 @pytest.mark.parametrize(("arguments", "feature", "way_out"), ON_BOTH + (ON_V2 if is_v2() else []))
 def test_refused_where_vllm_alone_would_start(one_key_head, arguments, feature, way_out):
     from vllm import EngineArgs

@@ -7,7 +7,7 @@ from tests.support.ranks import Meeting
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import LayerAttention, ranks
 from vllm_entropix.attention.paged_keys import PlainKeys
-from vllm_entropix.attention.ranks import LayerRows, Shares, measure_over_ranks, shares_of_heads
+from vllm_entropix.attention.ranks import LayerRows, combine_shares, measure_over_ranks, shares_of_heads
 from vllm_entropix.attention.stages import StageStatistics, mean_over_stages
 from vllm_entropix.attention.statistics import measure_layer_in_pytorch
 from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
@@ -21,10 +21,7 @@ def of_heads(scores, lengths, config, others=None):
     if others is None:
         return AttentionStatistics.stacked([AttentionStatistics.from_scores(layer, lengths, config) for layer in scores])
     parts = [HeadStatistics.from_scores(layer, lengths, config.padded_positions) for layer in scores]
-    shares = Shares(len(parts))
-    for layer, share in enumerate(shares_of_heads(parts, others)):
-        shares.put(layer, share, parts[layer].counted)
-    return shares.together(others, config)
+    return combine_shares(shares_of_heads(parts, others), [part.counted for part in parts], others, config)
 
 
 def assert_same_bits(found):

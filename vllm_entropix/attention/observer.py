@@ -39,7 +39,7 @@ class _Step:
     seq_lens: Tensor  # [requests]: positions up to and including the request's last row
     block_table: Tensor  # [requests, blocks]
     requests: int
-    bounds: Tensor  # [requests] on the host: seq_lens, or more
+    bounds: Tensor | None  # [requests] on the host: seq_lens, or more; None where there is one rank, which needs none
 
 
 class AttentionObserver:
@@ -101,7 +101,7 @@ class AttentionObserver:
                 common_attn_metadata.seq_lens,
                 common_attn_metadata.block_table_tensor,
                 common_attn_metadata.num_reqs,
-                _host_bounds(common_attn_metadata),
+                None if self.ranks is None else _host_bounds(common_attn_metadata),
             )
             for index in indices:
                 self._steps[index] = step
@@ -173,7 +173,9 @@ class AttentionObserver:
                 return self._measure_together(requests, positions, everything)
             lengths = positions + 1
             # All groups of layers have the same requests. Of each, all rows may be asked for.
-            bounds = next(iter(self._steps.values())).bounds.repeat(self.rows_per_request)
+            bounds = next(iter(self._steps.values())).bounds
+            assert bounds is not None
+            bounds = bounds.repeat(self.rows_per_request)
             layers = self._layer_rows(requests, lengths)
             return measure_over_ranks_by_triton(layers, requests, lengths, everything, bounds, self.config, self.ranks)
         if wanted is None:
@@ -235,7 +237,7 @@ def _host_bounds(metadata: Any) -> Tensor:
     """What the host knows of the requests' lengths: no device is asked. Drafts count as if all were accepted."""
     known: Tensor | None = metadata.seq_lens_cpu_upper_bound
     if known is None:
-        return torch.full((metadata.num_reqs,), metadata.max_seq_len)
+        return torch.full((metadata.num_reqs,), metadata.max_seq_len, device="cpu")
     return known[: metadata.num_reqs].clone()  # the engine's own is filled again
 
 

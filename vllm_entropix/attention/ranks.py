@@ -43,40 +43,29 @@ class LayerRows:
     block_table: Tensor
 
 
-class Shares:
-    """What this rank's heads say of each layer and row, until all ranks' shares are put together."""
+def combine_shares(
+    shares: Sequence[Tensor], counted: Sequence[Tensor], ranks: Ranks, config: EntropixConfig
+) -> AttentionStatistics:
+    """The statistics of all layers, ``[layers, rows]`` each, from what each rank's heads say, by one exchange.
 
-    def __init__(self, layers: int) -> None:
-        self._shares: list[Tensor | None] = [None] * layers
-        self._counted: list[Tensor | None] = [None] * layers
-
-    def put(self, layer: int, share: Tensor, counted: Tensor) -> None:
-        """A layer's share.
-
-        Args:
-            layer: which of them.
-            share: float32 ``[rows, heads + 2]``: per head its entropy, then the means over this rank's heads of the summed
-                absolute scores and of the summed deviation.
-            counted: ``[rows]``, number of slots that means are taken over.
-        """
-        self._shares[layer], self._counted[layer] = share, counted
-
-    def together(self, ranks: Ranks, config: EntropixConfig) -> AttentionStatistics:
-        """The statistics of all layers, ``[layers, rows]`` each, by one exchange."""
-        shares = [share for share in self._shares if share is not None]
-        sizes = [share.numel() for share in shares]
-        flat = torch.cat([share.flatten() for share in shares])
-        if not len(flat):  # nothing to exchange, on all ranks alike
-            return AttentionStatistics(*(flat.new_empty(len(shares), 0) for _ in range(4)))
-        everything = torch.split(ranks.gather(flat), sizes, dim=1)
-        layers = []
-        for share, of_ranks, counted in zip(shares, everything, self._counted, strict=True):
-            assert counted is not None
-            rows, width = share.shape
-            by_row = of_ranks.view(ranks.number, rows, width).transpose(0, 1)  # [rows, ranks, heads + 2]
-            entropy, score_sum, deviation = by_row[:, :, :-2].flatten(1), by_row[:, :, -2], by_row[:, :, -1]
-            layers.append(AttentionStatistics.from_heads(entropy, score_sum, deviation, counted, config.attention_varentropy))
-        return AttentionStatistics.stacked(layers)
+    Args:
+        shares: this rank's of each layer, float32 ``[rows, heads + 2]``: per head its entropy, then the means over these heads
+            of the summed absolute scores and of the summed deviation.
+        counted: of each layer, ``[rows]``: number of slots that means are taken over.
+        ranks: that have the other heads.
+        config: how statistics are taken.
+    """
+    flat = torch.cat([share.flatten() for share in shares])
+    if not len(flat):  # nothing to exchange, on all ranks alike
+        return AttentionStatistics(*(flat.new_empty(len(shares), 0) for _ in range(4)))
+    everything = torch.split(ranks.gather(flat), [share.numel() for share in shares], dim=1)
+    layers = []
+    for share, of_ranks, slots in zip(shares, everything, counted, strict=True):
+        rows, width = share.shape
+        by_row = of_ranks.view(ranks.number, rows, width).transpose(0, 1)  # [rows, ranks, heads + 2]
+        entropy, score_sum, deviation = by_row[:, :, :-2].flatten(1), by_row[:, :, -2], by_row[:, :, -1]
+        layers.append(AttentionStatistics.from_heads(entropy, score_sum, deviation, slots, config.attention_varentropy))
+    return AttentionStatistics.stacked(layers)
 
 
 def measure_over_ranks(
@@ -116,14 +105,11 @@ def measure_over_ranks(
         held += size
     if waiting:
         exchange()
-    shares = Shares(len(layers))
-    for index in range(len(layers)):
-        shares.put(index, found[index], counted[index])
-    return shares.together(ranks, config)
+    return combine_shares(found, counted, ranks, config)
 
 
 def shares_of_heads(parts: Sequence[HeadStatistics], ranks: Ranks) -> list[Tensor]:
-    """This rank's shares, as ``Shares.put`` takes them, by one exchange of the sums of weights."""
+    """This rank's shares, as :func:`combine_shares` takes them, by one exchange of the sums of weights."""
     sums = [torch.cat((part.weights.sum(dim=1), part.empty_weight.sum(dim=1, keepdim=True)), dim=-1) for part in parts]
     everything = torch.split(ranks.gather(torch.cat([one.flatten() for one in sums])), [one.numel() for one in sums], dim=1)
     shares = []
@@ -161,14 +147,14 @@ def measure_over_ranks_by_triton(
     for index, one in enumerate(layers):
         kinds[launch_kind(one.layer, one.block_table), one.layer.window, one.queries.shape].append(index)
     padded = config.padded_positions or 0
-    shares = Shares(len(layers))
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for indices in kinds.values():
         same = [layers[index] for index in indices]
         window = same[0].layer.window
-        attended = lengths if window is None else lengths.clamp_max(window)
+        attended = torch.where(wanted, lengths if window is None else lengths.clamp_max(window), 0)
         total = int((bounds if window is None else bounds.clamp_max(window)).sum())
         if len(same) * total > WORTH_WAITING:
-            total = int(torch.where(wanted, attended, 0).sum())
+            total = int(attended.sum())
         paged, rows = paged_rows(
             [one.layer for one in same],
             torch.stack([one.queries for one in same]),
@@ -177,7 +163,7 @@ def measure_over_ranks_by_triton(
             lengths,
             wanted,
         )
-        found = head_shares(paged, rows, padded, window, total, ranks)
-        for index, share in zip(indices, found, strict=True):
-            shares.put(index, torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded))
-    return shares.together(ranks, config)
+        for index, share in zip(indices, head_shares(paged, rows, padded, attended, total, ranks), strict=True):
+            found[index] = torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded)
+    shares, counted = zip(*(found[index] for index in range(len(layers))), strict=True)
+    return combine_shares(shares, counted, ranks, config)

@@ -14,7 +14,7 @@ and what comes out is each rank's share of the statistics (``attention.ranks``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -96,17 +96,9 @@ class PagedRows:
     wanted: Tensor
     block_tables: tuple[Tensor, ...]
 
-    def part(self, layers: slice, rows: slice = slice(None)) -> PagedRows:
-        """Some of the layers, some of the rows."""
-        return PagedRows(
-            self.queries[layers, rows].contiguous(),
-            self.tables[layers],
-            self.table_width,
-            self.requests[rows],
-            self.lengths[rows],
-            self.wanted[rows],
-            self.block_tables[layers],
-        )
+    def part(self, layers: slice) -> PagedRows:
+        """In some of the layers."""
+        return replace(self, queries=self.queries[layers], tables=self.tables[layers], block_tables=self.block_tables[layers])
 
 
 @triton.jit
@@ -526,8 +518,8 @@ def attention_statistics(layers: PagedLayers, rows: PagedRows, padded: int, vari
     return results
 
 
-def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, window: int | None, total: int, ranks: Ranks) -> Tensor:
-    """A rank's share of the statistics, as ``attention.ranks.Shares`` takes them: float32 ``[layers, rows, heads + 2]``.
+def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, attended: Tensor, total: int, ranks: Ranks) -> Tensor:
+    """A rank's share of the statistics, as ``attention.ranks.combine_shares`` takes it: float32 ``[layers, rows, heads + 2]``.
 
     Exchanges the sums of weights once, or more often if memory doesn't allow that. Rows that aren't wanted get anything.
 
@@ -535,15 +527,14 @@ def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, window: int |
         layers: of this rank; ``queries`` and caches have its heads alone.
         rows: what is measured.
         padded: slots that count at least, with score 0 (D2); 0 for none.
-        window: of all the layers.
-        total: positions that all wanted rows together attend to, or a bound; the host has to know it.
+        attended: int64 ``[rows]``, positions that a wanted row attends to in each of the layers, 0 for the others.
+        total: their sum or more; the host has to know it.
         ranks: that have the other heads.
     """
     number, many, heads, _ = rows.queries.shape
     shares = torch.empty(number, many, heads + 2, dtype=torch.float32, device=rows.queries.device)
     if not shares.numel():
         return shares
-    attended = torch.where(rows.wanted, rows.lengths if window is None else rows.lengths.clamp_max(window), 0)
     starts = attended.cumsum(0) - attended
     together = layers_together(number, many, heads, total, ranks.number)
     for first in range(0, number, together):

@@ -193,14 +193,27 @@ def _join_or_start(cpus: int) -> None:
         ray.init(num_cpus=max(cpus, os.cpu_count() or 1))
 
 
+def finished_files(folder: Path) -> list[Path]:
+    """The files of results that a run has finished; those it left behind half written are done again when it is resumed.
+
+    Ray writes a part's ids into a pending checkpoint first, then the part's file, whose name begins as the checkpoint's does,
+    and then commits the checkpoint by renaming it (``ray/data/checkpoint/checkpoint_writer.py:195-271``, Ray 2.60).
+    """
+    # In this order: what begins while this runs is either not listed or known to be pending.
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".parquet"))
+    suffix = ".pending.parquet"
+    pending = tuple(file.name.removesuffix(suffix) for file in (folder / CHECKPOINTS).glob(f"*{suffix}"))
+    return [file for file in files if not file.name.startswith(pending)]
+
+
 def read_results(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows that a run has written."""
+    """The rows that a run has finished."""
     import pyarrow.parquet
 
-    for file in sorted(folder.iterdir()):
+    for file in finished_files(folder):
         if file.suffix == ".json":
             yield from (json.loads(line) for line in file.open())
-        elif file.suffix == ".parquet":
+        else:
             yield from pyarrow.parquet.read_table(file).to_pylist()
 
 

@@ -108,17 +108,21 @@ def gpu_actions(batch: Layers) -> tuple[dict[str, Callable[[], object]], str]:
     """What is timed on a GPU: the statistics, and a copy of as many bytes as the keys have."""
     from vllm_entropix import EntropixConfig
     from vllm_entropix.attention import LayerAttention
+    from vllm_entropix.attention.launches import measure_layers
+    from vllm_entropix.attention.layers import LayerRows
     from vllm_entropix.attention.paged_keys import PlainKeys
-    from vllm_entropix.attention.statistics import measure_layers
 
-    layers = [LayerAttention(PlainKeys(cache, batch.head_dim), batch.scale) for cache in batch.caches]
-    tables, requests = [batch.table] * len(layers), torch.arange(batch.rows, device=batch.device)
+    layers = [
+        LayerRows(LayerAttention(PlainKeys(cache, batch.head_dim), batch.scale), queries, batch.table)
+        for cache, queries in zip(batch.caches, batch.queries, strict=True)
+    ]
+    requests = torch.arange(batch.rows, device=batch.device)
     wanted, config = torch.ones_like(requests, dtype=torch.bool), EntropixConfig()
     source = torch.empty(batch.key_bytes, dtype=torch.uint8, device=batch.device)
     target = torch.empty_like(source)
     return {
         "copy": lambda: target.copy_(source),
-        "statistics": lambda: measure_layers(layers, batch.queries, tables, requests, batch.lengths, wanted, config),
+        "statistics": lambda: measure_layers(layers, requests, batch.lengths, wanted, config),
     }, "plain"
 
 

@@ -6,8 +6,9 @@ import torch
 from tests.support.ranks import Meeting
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import LayerAttention, ranks
+from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.paged_keys import PlainKeys
-from vllm_entropix.attention.ranks import LayerRows, combine_shares, measure_over_ranks, shares_of_heads
+from vllm_entropix.attention.ranks import combine_shares, measure_over_ranks, shares_of_heads
 from vllm_entropix.attention.stages import StageStatistics, mean_over_stages
 from vllm_entropix.attention.statistics import measure_layer_in_pytorch
 from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics

@@ -89,15 +89,14 @@ def test_a_step_does_not_wait_for_the_device():
 
 
 def test_statistics_in_a_cuda_graph(checks):
-    *arguments, want = checks.attention_case(lengths=(130, 5, 70, 200), layers=2)
-    layers, queries, tables, requests, lengths, config = arguments
+    layers, requests, lengths, config, want = checks.attention_case(lengths=(130, 5, 70, 200), layers=2)
     wanted = torch.ones(4, dtype=torch.bool)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = checks.measure_layers(layers, queries, tables, requests, lengths, wanted, config)
+        captured = checks.by_kernels(layers, requests, lengths, wanted, config)
     shorter = torch.tensor([3, 64, 65, 100])
     lengths.copy_(shorter)
     graph.replay()
-    again = checks.measure_layers(layers, queries, tables, requests, shorter, wanted, config)
-    assert torch.equal(torch.stack(captured), torch.stack(again))
-    assert not torch.equal(torch.stack(captured), want)
+    again = checks.by_kernels(layers, requests, shorter, wanted, config)
+    assert torch.equal(captured, again)
+    assert not torch.equal(captured, want)

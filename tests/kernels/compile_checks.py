@@ -27,8 +27,8 @@ KEYS = {**HEADS, "GROUP": 4, "ROWS": 16, "HEAD_DIM": 128, "DIMS": 128, "BLOCK_SI
 HALF = {**KEYS, "ELEMENT": tl.bfloat16, "SOFTCAP": True, "ALIBI": True}
 ROW = {"BLOCK": 4096, "GROUP": 64, "LIMIT": candidates.LIMIT}
 
-# An argument that is 1 becomes a constant: one row, one layer, a vocabulary of one tile, elements side by side.
-ONE = {"rows": 1, "layers": 1}
+# An argument that is 1 becomes a constant: one layer, a vocabulary of one tile, elements side by side.
+ONE = {"layers": 1}
 SIDE_BY_SIDE = {"stride_dim": 1}
 
 # Kernel, constants, types other than above, warps.
@@ -36,7 +36,7 @@ VARIANTS = (
     (logits_metrics._measure_tile, {"TILE": logits_metrics.TILE}, {"logits": "*bf16"}, 8),
     (logits_metrics._merge_tiles, {"TILES": 32}, {}, 1),
     (logits_metrics._measure_tile, {"TILE": logits_metrics.TILE, "tiles": 1}, {}, 8),
-    (logits_metrics._merge_tiles, {"TILES": 1, "tiles": 1, "rows": 1}, {}, 1),
+    (logits_metrics._merge_tiles, {"TILES": 1, "tiles": 1}, {}, 1),
     (candidates._distribute, {**ROW, "GROUPS": 2048, "CAPACITY": 256, "STEP": 32}, {}, 8),
     (wide_filters._filter, ROW, {}, 8),
     (attention_statistics._attend, HALF | SIDE_BY_SIDE, {"queries": "*bf16"}, 4),

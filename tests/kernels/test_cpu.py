@@ -1,6 +1,8 @@
 """CPU kernels against the PyTorch functions that they equal."""
 
 import math
+import subprocess
+import sys
 import threading
 
 import numba
@@ -313,3 +315,22 @@ def test_largest(count, sign):
     numbers[2] = -np.inf
     for row in numbers:
         assert largest(row) == row.max()
+
+
+NO_FOLDER = """
+import numba.core.caching as caching
+caching.FunctionCache._impl_class._locator_classes = []
+import numpy as np
+from vllm_entropix.kernels.cpu import metrics
+from vllm_entropix.kernels.cpu.compiled import kept_on_disk
+assert not kept_on_disk()
+entropy, varentropy, log_normaliser = np.empty((3, 1), dtype=np.float32)
+metrics.metrics_of_rows(np.zeros((1, 8), dtype=np.float32), entropy, varentropy, log_normaliser, 0, 1)
+assert entropy[0] == 3.0, entropy
+"""
+
+
+def test_kernels_run_where_nothing_can_be_kept():
+    """As in a container whose package and home can't be written to."""
+    ended = subprocess.run([sys.executable, "-c", NO_FOLDER], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr

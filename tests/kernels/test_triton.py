@@ -39,7 +39,6 @@ CHECKS = (
     "attention_rows_do_not_depend_on_the_batch",
     "a_layer_is_measured_by_them",
     "an_observer_launches_once_for_each_kind_of_layer",
-    "attention_refuses_unequal_caches",
     "heads_over_ranks",
     "heads_over_ranks_of_every_kind",
     "heads_over_ranks_in_parts",
@@ -68,18 +67,18 @@ def results():
     return result_of("triton_checks", "v2")
 
 
+KERNELS = {"_measure_tile", "_merge_tiles", "_distribute", "_filter", "_attend", "_merge_splits", "_deviate", "_finish"}
+
+
 def test_kernels_compile_for_a_gpu():
     # For an H100: machine code is made without one.
-    assert set(result_of("compile_checks", "v1")) == {
-        "_measure_tile",
-        "_merge_tiles",
-        "_distribute",
-        "_filter",
-        "_attend",
-        "_merge_splits",
-        "_deviate",
-        "_finish",
-    }
+    assert set(result_of("compile_checks", "v1")) == KERNELS
+
+
+def test_no_size_of_a_batch_compiles_a_kernel_anew():
+    found = result_of("variant_checks", "v1")
+    assert set(found) == KERNELS
+    assert not any(found.values()), found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is repaired for machines without a GPU")

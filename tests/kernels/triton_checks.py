@@ -12,17 +12,17 @@ import types
 from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 
 from tests.kernels.test_cpu import apply, mixed_logits
 from tests.support.ranks import Meeting
 from vllm_entropix import EntropixConfig
-from vllm_entropix.attention import AttentionObserver, LayerAttention, ranks, statistics
+from vllm_entropix.attention import AttentionObserver, LayerAttention, launches, ranks, statistics
 from vllm_entropix.attention import observer as observer_module
+from vllm_entropix.attention.launches import measure_layers
+from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.paged_keys import PlainKeys
-from vllm_entropix.attention.ranks import LayerRows
-from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch, measure_layers
+from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
 from vllm_entropix.kernels import attention_statistics, candidates, logits_metrics, wide_filters
 from vllm_entropix.sampling import LogitsMetrics, Parameters, batch, filters, sampler
 
@@ -307,30 +307,36 @@ def attention_case(
     rows, width = len(lengths), -(-int(lengths.max()) // size)
     query_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
     scales = [torch.tensor(0.5 + layer) if dtype.itemsize == 1 else None for layer in range(layers)]
-    kept, tables = [], []
+    requests = torch.randperm(rows + 2)[:rows]
+    queries = (random(layers, rows, heads, head_dim, seed=9) * 2).to(query_dtype)
+    kept = []
     for layer in range(layers):
         cache = cache_of(layout, 40, kv_heads, size, head_dim, dtype, seed=layer)
         keys = PlainKeys(cache, head_dim, scales[layer])
-        kept.append(LayerAttention(keys, head_dim**-0.5 * (1 + layer), window=windows[layer % len(windows)], **settings))
-        tables.append(torch.randint(0, 40, (rows + 2, width + 1), dtype=torch.int32))
-    requests = torch.randperm(rows + 2)[:rows]
-    queries = (random(layers, rows, heads, head_dim, seed=9) * 2).to(query_dtype)
+        attention = LayerAttention(keys, head_dim**-0.5 * (1 + layer), window=windows[layer % len(windows)], **settings)
+        table = torch.randint(0, 40, (rows + 2, width + 1), dtype=torch.int32)
+        kept.append(LayerRows(attention, queries[layer], table))
     wanted = torch.ones(rows, dtype=torch.bool) if wanted is None else torch.tensor(wanted)
-    found = measure_layers(kept, queries, tables, requests, lengths, wanted, config)
-    for layer in range(layers):
-        table = tables[layer][requests]
-        want = measure_layer_in_pytorch(kept[layer], queries[layer], table, lengths, config)
-        for metric, got in zip(METRICS, found, strict=True):
+    found = by_kernels(kept, requests, lengths, wanted, config)
+    for layer, one in enumerate(kept):
+        want = measure_layer_in_pytorch(one.layer, one.queries, one.block_table[requests], lengths, config)
+        for metric, got in zip(METRICS, found[:, layer], strict=True):
             exact = getattr(want, metric)
             torch.testing.assert_close(
-                got[layer][wanted],
+                got[wanted],
                 exact[wanted],
                 rtol=tolerance,
                 atol=tolerance,
                 msg=lambda m, metric=metric, layer=layer: f"{metric} of layer {layer}: {m}",
             )
-            assert got[layer][~wanted].isnan().all()
-    return kept, queries, tables, requests, lengths, config, torch.stack(found)
+            assert got[~wanted].isnan().all()
+    return kept, requests, lengths, config, found
+
+
+def by_kernels(*arguments):
+    """The statistics of layers, [4, layers, rows]."""
+    found = measure_layers(*arguments)
+    return torch.stack([getattr(found, metric) for metric in METRICS])
 
 
 def attention_layouts():
@@ -385,30 +391,23 @@ def attention_rows_that_are_not_wanted():
 
 
 def attention_without_room_in_the_scratch():
-    *arguments, with_room = attention_case(lengths=(130, 5, 70))
-    layers, queries, tables, requests, lengths, config = arguments
+    layers, requests, lengths, config, with_room = attention_case(lengths=(130, 5, 70))
     wanted = torch.ones(3, dtype=torch.bool)
     for size in (1, 1000):
-        before, attention_statistics._SCRATCH = attention_statistics._SCRATCH, size
-        try:
-            without = measure_layers(layers, queries, tables, requests, lengths, wanted, config)
-        finally:
-            attention_statistics._SCRATCH = before
-        assert torch.equal(torch.stack(without), with_room)
+        with mock.patch.object(attention_statistics, "_SCRATCH", size):
+            without = by_kernels(layers, requests, lengths, wanted, config)
+        assert torch.equal(without, with_room)
 
 
 def attention_rows_do_not_depend_on_the_batch():
     for dtype in (torch.float32, torch.bfloat16):
-        *arguments, together = attention_case(dtype=dtype, lengths=(130, 1, 64), tolerance=1e-4)
-        layers, queries, tables, requests, lengths, config = arguments
+        layers, requests, lengths, config, together = attention_case(dtype=dtype, lengths=(130, 1, 64), tolerance=1e-4)
         wanted = torch.ones(3, dtype=torch.bool)
         for order in (torch.tensor([0]), torch.tensor([2, 0]), torch.tensor([1, 2, 0])):
-            some = measure_layers(
-                layers, queries[:, order], tables, requests[order], lengths[order], wanted[: len(order)], config
-            )
-            assert torch.equal(torch.stack(some), together[:, :, order])
-        alone = measure_layers(layers[1:], queries[1:], tables[1:], requests, lengths, wanted, config)
-        assert torch.equal(torch.stack(alone), together[:, 1:])
+            some_rows = [dataclasses.replace(one, queries=one.queries[order]) for one in layers]
+            some = by_kernels(some_rows, requests[order], lengths[order], wanted[: len(order)], config)
+            assert torch.equal(some, together[:, :, order])
+        assert torch.equal(by_kernels(layers[1:], requests, lengths, wanted, config), together[:, 1:])
 
 
 def a_layer_is_measured_by_them():
@@ -416,7 +415,7 @@ def a_layer_is_measured_by_them():
     layer, lengths = LayerAttention(keys, 0.2, window=50), torch.tensor([3, 70])
     arguments = (layer, random(2, 4, 32, seed=4), torch.randint(0, 40, (2, 5)), lengths, EntropixConfig())
     with (
-        mock.patch.object(statistics, "kernels_for", return_value="triton"),
+        mock.patch.object(launches, "kernels_for", return_value="triton"),
         mock.patch.object(statistics, "measure_layer_in_pytorch", side_effect=AssertionError("it was called")),
     ):
         got = measure_layer(*arguments)
@@ -427,16 +426,16 @@ def a_layer_is_measured_by_them():
 
 def over_ranks(case, number):
     """A case's statistics by ranks that have its heads together, and how much they exchanged."""
-    layers, queries, tables, requests, lengths, config, wanted = case
+    layers, requests, lengths, config, wanted = case
     meeting = Meeting(number)
 
-    def part(rank, index):
-        layer, share = layers[index], lambda values: None if values is None else values.chunk(number)[rank]
+    def part(rank, one):
+        layer, share = one.layer, lambda values: None if values is None else values.chunk(number)[rank]
         keys = dataclasses.replace(layer.keys, cache=layer.keys.cache.chunk(number, dim=1)[rank])
         own = dataclasses.replace(layer, keys=keys, alibi_slopes=share(layer.alibi_slopes), sinks=share(layer.sinks))
-        return LayerRows(own, queries[index].chunk(number, dim=1)[rank], tables[index])
+        return LayerRows(own, one.queries.chunk(number, dim=1)[rank], one.block_table)
 
-    parts = [[part(rank, index) for index in range(len(layers))] for rank in range(number)]
+    parts = [[part(rank, one) for one in layers] for rank in range(number)]
     bounds = lengths.cpu() + 3  # which needn't be exact
 
     def work(rank):
@@ -506,20 +505,16 @@ def an_observer_launches_once_for_each_kind_of_layer():
     wanted = torch.tensor([True, True, False, True])
     want = observer.statistics_per_layer(requests, positions, wanted)
     with (
-        mock.patch.object(statistics, "kernels_for", return_value="triton"),
-        mock.patch.object(observer_module, "measure_layers", side_effect=measure_layers) as launches,
+        mock.patch.object(launches, "kernels_for", return_value="triton"),
+        mock.patch.object(
+            attention_statistics, "attention_statistics", side_effect=attention_statistics.attention_statistics
+        ) as launched,
     ):
         got = observer.statistics_per_layer(requests, positions, wanted)
-    assert launches.call_count == 2
+    assert launched.call_count == 2
     for metric in METRICS:
         torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5, equal_nan=True)
         assert getattr(got, metric)[:, 2].isnan().all()
-
-
-def attention_refuses_unequal_caches():
-    layers = [LayerAttention(PlainKeys(torch.zeros(2, 1, size, 64), 32), 1.0) for size in (16, 32)]
-    with pytest.raises(ValueError, match="differ"):
-        statistics._paged_layers(tuple(layers))
 
 
 def the_sampler_decides_and_writes_by_them():
@@ -563,7 +558,6 @@ CHECKS = (
     attention_rows_do_not_depend_on_the_batch,
     a_layer_is_measured_by_them,
     an_observer_launches_once_for_each_kind_of_layer,
-    attention_refuses_unequal_caches,
     heads_over_ranks,
     heads_over_ranks_of_every_kind,
     heads_over_ranks_in_parts,

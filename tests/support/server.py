@@ -83,13 +83,10 @@ def run_vllm(*arguments: str, timeout: float = 180, **env: str) -> subprocess.Co
     )
 
 
-def generate_in_process(
-    model: Any, arguments: dict[str, Any], requests: list[Any], timeout: float = 300, **env: str
-) -> list[Any]:
-    """What ``generate_script`` gives, in a process with this environment."""
-    script = Path(__file__).with_name("generate_script.py")
+def result_of(script: str, *arguments: Any, timeout: float = 300, **env: str) -> Any:
+    """What a script of this folder prints as its result, in JSON behind the word RESULT, in a process with this environment."""
     ended = subprocess.run(
-        [sys.executable, str(script), str(model), json.dumps(arguments), json.dumps(requests)],
+        [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -100,3 +97,8 @@ def generate_in_process(
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert lines, ended.stderr[-3000:]
     return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def generate_in_process(model: Any, arguments: dict[str, Any], requests: list[Any], **env: str) -> list[Any]:
+    """What ``generate_script`` gives, in a process with this environment."""
+    return result_of("generate_script", model, json.dumps(arguments), json.dumps(requests), **env)

@@ -7,23 +7,18 @@ CUDA graphs. Scores are computed afterwards from the kept queries and the paged 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from vllm_entropix.attention.launches import measure_layers, measured_by_triton
+from vllm_entropix.attention.layers import LayerAttention, LayerRows
 from vllm_entropix.attention.paged_keys import UnsupportedAttentionError, key_reader
-from vllm_entropix.attention.ranks import LayerRows, measure_over_ranks, measure_over_ranks_by_triton
-from vllm_entropix.attention.statistics import (
-    LayerAttention,
-    launch_kind,
-    measure_layer,
-    measure_layers,
-    measured_by_triton,
-)
+from vllm_entropix.attention.ranks import measure_over_ranks, measure_over_ranks_by_triton
+from vllm_entropix.attention.statistics import measure_layer
 from vllm_entropix.kernels.ranks import Ranks
 from vllm_entropix.sampling.metrics import AttentionStatistics
 
@@ -157,6 +152,15 @@ class AttentionObserver:
         """
         return self.statistics_per_layer(requests, positions, wanted).mean_over_layers()
 
+    def warm_up(self) -> None:
+        """Measure rows of nobody that attend to one position, which compiles the CPU's kernels."""
+        if self.ranks is not None:  # they measure in PyTorch there
+            return
+        block_table, lengths = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, dtype=torch.int64)
+        for index, module in self.layers.items():
+            queries = torch.zeros(2, module.num_heads, module.head_size)
+            measure_layer(self._layer(index), queries, block_table, lengths, self.config)
+
     def last_positions(self, requests: Tensor) -> Tensor:
         """Positions of the last rows of some requests of the step, int64 ``[requests, rows_per_request]``, the last row first.
 
@@ -169,14 +173,14 @@ class AttentionObserver:
         """The same for each observed layer, in ascending order: every metric is ``[layers, rows]``."""
         if measured_by_triton([self._layer(index) for index in self.layers], requests.device):
             everything = torch.ones_like(requests, dtype=torch.bool) if wanted is None else wanted
-            if self.ranks is None:
-                return self._measure_together(requests, positions, everything)
             lengths = positions + 1
+            layers = self._layer_rows(requests, lengths)
+            if self.ranks is None:
+                return measure_layers(layers, requests, lengths, everything, self.config)
             # All groups of layers have the same requests. Of each, all rows may be asked for.
             bounds = next(iter(self._steps.values())).bounds
             assert bounds is not None
             bounds = bounds.repeat(self.rows_per_request)
-            layers = self._layer_rows(requests, lengths)
             return measure_over_ranks_by_triton(layers, requests, lengths, everything, bounds, self.config, self.ranks)
         if wanted is None:
             return self._measure_each(requests, positions)
@@ -198,26 +202,6 @@ class AttentionObserver:
             LayerRows(self._layer(index), self._queries_of(index, requests, lengths), self._steps[index].block_table)
             for index in sorted(self.layers)
         ]
-
-    def _measure_together(self, requests: Tensor, positions: Tensor, wanted: Tensor) -> AttentionStatistics:
-        """One launch for all layers with caches of one kind, and the device is never waited for."""
-        lengths = positions + 1
-        kinds: dict[Hashable, list[int]] = defaultdict(list)
-        for index in sorted(self.layers):
-            kinds[launch_kind(self._layer(index), self._steps[index].block_table)].append(index)
-        found: dict[int, Tensor] = {}
-        for indices in kinds.values():
-            metrics = measure_layers(
-                [self._layer(index) for index in indices],
-                torch.stack([self._queries_of(index, requests, lengths) for index in indices]),
-                [self._steps[index].block_table for index in indices],
-                requests,
-                lengths,
-                wanted,
-                self.config,
-            )
-            found.update(zip(indices, torch.stack(metrics, dim=1), strict=True))
-        return AttentionStatistics(*torch.stack([found[index] for index in sorted(found)], dim=1))
 
     def _queries_of(self, index: int, requests: Tensor, lengths: Tensor) -> Tensor:
         """A layer's queries ``[rows, heads, head_dim]``, found by how far a row lies before its request's last."""

@@ -7,15 +7,15 @@ together. Every rank adds the same numbers in the order of the ranks.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vllm_entropix.attention.statistics import LayerAttention, head_statistics, launch_kind, paged_rows
+from vllm_entropix.attention.launches import launches
+from vllm_entropix.attention.layers import LayerRows
+from vllm_entropix.attention.statistics import head_statistics
 from vllm_entropix.kernels.ranks import Ranks
 from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
 
@@ -26,21 +26,6 @@ if TYPE_CHECKING:
 _MAX_WEIGHTS = 1 << 25
 # From so many numbers on it is worth asking the device how many there are without the rows that aren't wanted: 16 MiB.
 WORTH_WAITING = 1 << 22
-
-
-@dataclass(frozen=True)
-class LayerRows:
-    """One layer's part in a step.
-
-    Attributes:
-        layer: how it attends.
-        queries: of this rank's heads, ``[rows, heads, head_dim]``.
-        block_table: of all requests, ``[requests, blocks]``.
-    """
-
-    layer: LayerAttention
-    queries: Tensor
-    block_table: Tensor
 
 
 def combine_shares(
@@ -74,7 +59,7 @@ def measure_over_ranks(
     """Statistics of several layers in PyTorch, ``[layers, rows]`` each.
 
     Args:
-        layers: of any kind.
+        layers: of any kind, with this rank's heads.
         requests: int64 ``[rows]``, the rows' requests in the block tables.
         lengths: int64 ``[rows]``, positions up to and including the row's own.
         config: how statistics are taken.
@@ -133,7 +118,7 @@ def measure_over_ranks_by_triton(
     """The same by the kernels, for layers with plain keys; the device is not waited for unless that saves more than it costs.
 
     Args:
-        layers: with plain keys.
+        layers: with plain keys, and this rank's heads.
         requests: int64 ``[rows]``.
         lengths: int64 ``[rows]``.
         wanted: bool ``[rows]``; the others get NaN.
@@ -143,27 +128,15 @@ def measure_over_ranks_by_triton(
     """
     from vllm_entropix.kernels.attention_statistics import head_shares
 
-    kinds: dict[Hashable, list[int]] = defaultdict(list)
-    for index, one in enumerate(layers):
-        kinds[launch_kind(one.layer, one.block_table), one.layer.window, one.queries.shape].append(index)
     padded = config.padded_positions or 0
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for indices in kinds.values():
-        same = [layers[index] for index in indices]
-        window = same[0].layer.window
+    for places, paged, rows in launches(layers, requests, lengths, wanted, by_window=True):
+        window = layers[places[0]].layer.window
         attended = torch.where(wanted, lengths if window is None else lengths.clamp_max(window), 0)
         total = int((bounds if window is None else bounds.clamp_max(window)).sum())
-        if len(same) * total > WORTH_WAITING:
+        if len(places) * total > WORTH_WAITING:
             total = int(attended.sum())
-        paged, rows = paged_rows(
-            [one.layer for one in same],
-            torch.stack([one.queries for one in same]),
-            [one.block_table for one in same],
-            requests,
-            lengths,
-            wanted,
-        )
-        for index, share in zip(indices, head_shares(paged, rows, padded, attended, total, ranks), strict=True):
-            found[index] = torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded)
-    shares, counted = zip(*(found[index] for index in range(len(layers))), strict=True)
+        for place, share in zip(places, head_shares(paged, rows, padded, attended, total, ranks), strict=True):
+            found[place] = torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded)
+    shares, counted = zip(*(found[place] for place in range(len(layers))), strict=True)
     return combine_shares(shares, counted, ranks, config)

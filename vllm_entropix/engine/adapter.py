@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from vllm.logger import init_logger
 from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError, find_attention_layers, select_layers
 from vllm_entropix.engine.outputs import RECORDS, Records, by_request
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
+from vllm_entropix.kernels import kernels_for
 from vllm_entropix.kernels.ranks import Ranks
 from vllm_entropix.requests import RequestSettings
 from vllm_entropix.sampling.batch import BatchSampler, Rows
@@ -128,6 +130,23 @@ class RunnerAdapter(ABC):
             for group in groups:
                 for builder in group.metadata_builders:
                     yield builder, list(group.layer_names)
+
+    def warm_up(self) -> None:
+        """Compile the CPU's kernels, or load them from disk, so that no request waits for it.
+
+        A GPU's are compiled when vLLM's own warm-up runs requests (``vllm/v1/worker/gpu/warmup.py:218``); a CPU has none.
+        """
+        if kernels_for(self.device) != "numba":
+            return
+        from vllm_entropix.kernels.cpu.compiled import kept_on_disk
+
+        start = time.monotonic()
+        if self.samples:
+            self.batch.warm_up(self.vocabulary)
+        if self.observer is not None:
+            self.observer.warm_up()
+        kept = "" if kept_on_disk() else " No folder can keep them for the next start: set NUMBA_CACHE_DIR."
+        logger.info("entropix: kernels are ready after %.1f s.%s", time.monotonic() - start, kept)
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Take note of requests that begin or ended with this step, and neutralise vLLM's own parameters of ours.

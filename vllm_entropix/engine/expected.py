@@ -14,6 +14,7 @@ FUNCTIONS: Functions = {
     "vllm.v1.worker.gpu_worker": {
         "Worker.load_model": ("self",),
         "Worker.initialize_from_config": ("self", "kv_cache_config"),
+        "Worker.compile_or_warm_up_model": ("self",),
         "Worker.execute_model": ("self", "scheduler_output"),
         "Worker.sample_tokens": ("self", "grammar_output"),
     },
@@ -81,7 +82,16 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "AttentionMetadataBuilder": ("build", "update_block_table"),
     },
     "vllm.model_executor.layers.attention.attention": {
-        "Attention": ("impl", "kv_cache", "attn_backend", "attn_type", "layer_name", "sliding_window"),
+        "Attention": (
+            "impl",
+            "kv_cache",
+            "attn_backend",
+            "attn_type",
+            "layer_name",
+            "sliding_window",
+            "num_heads",
+            "head_size",
+        ),
     },
     "vllm.v1.worker.gpu_model_runner": {  # V1
         "GPUModelRunner": (

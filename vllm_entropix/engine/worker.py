@@ -43,6 +43,14 @@ class EntropixWorkerMixin:
             self._entropix.observe()
         return result
 
+    def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Warm the engine up, and the kernels of entropix with it."""
+        result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+        if self._entropix is not None:
+            with torch.inference_mode():
+                self._entropix.warm_up()
+        return result
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run the model on a step whose new and ended requests were noted."""
         adapter = self._entropix

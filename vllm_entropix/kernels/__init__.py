@@ -14,6 +14,9 @@ import torch
 
 from vllm_entropix.kernels import cpu
 
+# How kernels are told of ``EntropixConfig.attention_varentropy``.
+VARIANCE_RULES = {"heads": 0, "heads-unbiased": 1, "zero": 2}
+
 
 @cache
 def _triton_available() -> bool:

@@ -169,7 +169,7 @@ def _scores_of_tile(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _attend(
     queries,
     addresses,
@@ -271,7 +271,7 @@ def _attend(
     tl.store(place + 3, absolute, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge_splits(
     partial,
     lengths,
@@ -324,7 +324,7 @@ def _merge_splits(
     tl.store(place + 2 * HEADS, tl.sum(absolute, axis=1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sums_width"])
 def _deviate(
     queries,
     addresses,
@@ -440,7 +440,7 @@ def _deviate(
         tl.store(deviations + pair * SPLITS + split, deviation)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _finish(
     lengths,
     wanted,

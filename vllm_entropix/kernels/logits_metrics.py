@@ -42,7 +42,7 @@ def _measure_tile(logits, row_stride, vocabulary, partial, tiles, TILE: tl.const
     tl.store(place + 3, spread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge_tiles(partial, tiles, results, rows, TILES: tl.constexpr):  # noqa: N803
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)

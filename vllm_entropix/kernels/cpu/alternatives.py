@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
+from vllm_entropix.kernels.cpu.compiled import compiled
 from vllm_entropix.kernels.cpu.distribute import largest_tokens
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def largest_of_rows(logits: Any, values: Any, token_ids: Any, first_row: int, last_row: int) -> None:
     """Fill ``values`` float32 and ``token_ids`` int64, both ``[rows, count]``, of rows ``first_row`` to ``last_row - 1``.
 

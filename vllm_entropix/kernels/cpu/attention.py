@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from vllm_entropix.kernels.cpu import AMX_BFLOAT16
+from vllm_entropix.kernels.cpu.compiled import compiled
 from vllm_entropix.kernels.cpu.dot_products import TILE, add_products
 from vllm_entropix.kernels.cpu.elementary import exponential, largest
 
@@ -23,7 +23,7 @@ _LN2 = float(np.log(2.0))
 _ENTROPY, _ABSOLUTE, _FACTOR, _EMPTY_WEIGHT = range(4)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract", "reassoc", "nsz"})
 def _weigh(scores: Any, maximum: Any) -> Any:
     """Turn scores into ``exp(score - maximum)``; the sums of these, of these times ``score - maximum``, and of ``|score|``."""
     total = np.float32(0.0)
@@ -39,7 +39,7 @@ def _weigh(scores: Any, maximum: Any) -> Any:
     return total, product, absolute
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _measure_head(scores: Any, empty: int, kept: Any, head: int) -> None:
     """Turn a head's scores into weights, up to a factor, and write what is kept of it."""
     maximum = largest(scores)
@@ -60,7 +60,7 @@ def _measure_head(scores: Any, empty: int, kept: Any, head: int) -> None:
     kept[_EMPTY_WEIGHT, head] = empty_weight / total
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _measure_heads(
     queries: Any,
     scale: float,
@@ -121,13 +121,13 @@ def _measure_heads(
         _measure_head(weights[one, begin - start : length - start], empty, kept, one)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract", "reassoc", "nsz"})
 def _add_scaled(means: Any, weights: Any, factor: Any) -> None:
     for i in range(means.shape[0]):
         means[i] += weights[i] * factor
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract", "reassoc", "nsz"})
 def _deviation(means: Any, weights: Any, factor: Any) -> Any:
     deviation = np.float32(0.0)
     for i in range(means.shape[0]):
@@ -135,7 +135,7 @@ def _deviation(means: Any, weights: Any, factor: Any) -> Any:
     return deviation
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _deviations(weights: Any, begin: int, count: int, kept: Any) -> float:
     """Absolute deviations of all heads' weights ``[heads, positions]`` from their mean, summed over ``count`` positions."""
     heads = weights.shape[0]
@@ -152,7 +152,7 @@ def _deviations(weights: Any, begin: int, count: int, kept: Any) -> float:
     return total
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _combine(kept: Any, deviation: float, count: int, empty: int, variance_rule: int, results: Any, row: int) -> None:
     """Write a row's statistics from what was kept of its heads; of ``count`` positions, and ``empty`` slots more."""
     heads = kept.shape[1]
@@ -171,7 +171,7 @@ def _combine(kept: Any, deviation: float, count: int, empty: int, variance_rule:
     results[3, row] = kept[_ABSOLUTE].sum() / counted
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _measure_rows(
     queries: Any,
     cache: Any,

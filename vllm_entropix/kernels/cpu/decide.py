@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from vllm_entropix.config import EntropixConfig
+from vllm_entropix.kernels.cpu.compiled import compiled
 
 _COLUMN = {name: column for column, (name, _) in enumerate(EntropixConfig.preset().numbers())}
 
@@ -54,7 +54,7 @@ CONFIDENCE = np.array(
 )
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def classify(entropy: Any, varentropy: Any, constants: Any, regime: Any) -> None:
     """Write each row's regime (int64 ``[rows]``) as ``regimes.classify`` gives it; ``constants [rows or 1, n]``."""
     for row in range(entropy.shape[0]):
@@ -73,7 +73,7 @@ def classify(entropy: Any, varentropy: Any, constants: Any, regime: Any) -> None
             regime[row] = 3
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def decide(
     regime: Any,
     entropy: Any,

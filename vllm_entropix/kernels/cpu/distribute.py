@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
+from vllm_entropix.kernels.cpu.compiled import compiled
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+
+@compiled()
 def _sink(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
     """Replace the heap's first element, which is kept last: the smallest value, of equal ones that of the highest id."""
     parent = 0
@@ -26,7 +27,7 @@ def _sink(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
     values[parent], ids[parent] = value, token
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: Any) -> int:
     """The ``count`` largest logits of at least ``threshold``, descending, equal ones by ascending id; how many there are.
 
@@ -62,7 +63,7 @@ def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: An
     return size
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _power(base: float, exponent: int) -> float:
     result = 1.0
     while exponent:
@@ -73,7 +74,7 @@ def _power(base: float, exponent: int) -> float:
     return result
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def distribute_rows(
     logits: Any,
     temperature: Any,

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-# Positions multiplied at a time: as many as the CPU backend's caches keep together at least. Sums of four heads take half of 16
-# registers of eight numbers, which leaves room for keys and queries.
+from vllm_entropix.kernels.cpu.compiled import compiled
+
+# Positions multiplied at a time: as many as the CPU backend's caches keep together at least.
 TILE = 16
+# Heads multiplied at a time, the last ones of a group fewer. Sums of four take half of 16 registers of eight numbers, which
+# leaves room for keys and queries.
+_TOGETHER = (4, 2, 1)
 # Dimensions multiplied at a time. With the tiles of a usual block these are 4 KiB of keys, read one after the other.
 DEPTH = 16
 # Keys are fetched this many multiplications ahead.
@@ -63,58 +66,64 @@ def _repeated(builder: Any, number: Any) -> Any:
     return builder.shuffle_vector(first, nothing, _filled(0))
 
 
-def _adder(heads: int) -> Any:
-    """An intrinsic ``add(scores, score, next_head, queries, query, head_dim, keys, key, next_keys, steps)``.
+@intrinsic  # type: ignore[untyped-decorator]
+def _add(
+    _: Any,
+    scores: Any,
+    score: Any,
+    next_head: Any,
+    queries: Any,
+    query: Any,
+    head_dim: Any,
+    heads: Any,
+    keys: Any,
+    key: Any,
+    next_keys: Any,
+    steps: Any,
+) -> Any:
+    """Multiply a tile's keys.
 
     To ``scores[score + h · next_head + i]`` it adds the products of ``queries[query + h · head_dim + d]`` and
     ``keys[key + d · next_keys + i]``, summed over ``d < steps``, for ``h < heads`` and ``i < TILE``. All arrays are flat. Keys
     that are uint32 hold two dimensions each.
     """
+    whole = types.intp
+    signature = types.void(scores, whole, whole, queries, whole, whole, whole, keys, whole, whole, whole)
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def add(
-        _: Any,
-        scores: Any,
-        score: Any,
-        next_head: Any,
-        queries: Any,
-        query: Any,
-        head_dim: Any,
-        keys: Any,
-        key: Any,
-        next_keys: Any,
-        steps: Any,
-    ) -> Any:
-        whole = types.intp
-        signature = types.void(scores, whole, whole, queries, whole, whole, keys, whole, whole, whole)
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        next_head, head_dim, heads, next_keys, steps = (arguments[place] for place in (2, 5, 6, 9, 10))
+        score, query, key = (
+            _element(context, builder, signature.args[place], arguments[place], arguments[place + 1]) for place in (0, 3, 7)
+        )
+        kind = signature.args[7].dtype
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            next_head, head_dim, next_keys, steps = (arguments[place] for place in (2, 5, 8, 9))
-            score, query, key = (
-                _element(context, builder, signature.args[place], arguments[place], arguments[place + 1]) for place in (0, 3, 6)
-            )
-            numbers = [ir.Constant(next_head.type, number) for number in range(heads)]
-            targets = [_vector_at(builder, builder.gep(score, [builder.mul(next_head, head)]), _FLOATS) for head in numbers]
+        def add_heads(first: Any, number: int) -> None:
+            """Of heads ``first`` to ``first + number - 1`` together."""
+            members = [builder.add(first, ir.Constant(heads.type, member)) for member in range(number)]
+            targets = [_vector_at(builder, builder.gep(score, [builder.mul(next_head, head)]), _FLOATS) for head in members]
             sums = [cgutils.alloca_once_value(builder, builder.load(target, align=4)) for target in targets]
             with cgutils.for_range(builder, steps) as loop:
-                keys = _keys(builder, builder.gep(key, [builder.mul(loop.index, next_keys)]), signature.args[6].dtype)
-                first = builder.mul(loop.index, ir.Constant(next_head.type, len(keys)))
+                keys = _keys(builder, builder.gep(key, [builder.mul(loop.index, next_keys)]), kind)
+                start = builder.mul(loop.index, ir.Constant(heads.type, len(keys)))
                 for dimension, of_tile in enumerate(keys):
-                    d = builder.add(first, ir.Constant(next_head.type, dimension))
-                    for head, total in zip(numbers, sums, strict=True):
+                    d = builder.add(start, ir.Constant(heads.type, dimension))
+                    for head, total in zip(members, sums, strict=True):
                         place = builder.gep(query, [builder.add(builder.mul(head_dim, head), d)])
                         product = builder.fmul(_repeated(builder, builder.load(place)), of_tile, flags=_FUSED)
                         builder.store(builder.fadd(builder.load(total), product, flags=_FUSED), total)
             for target, total in zip(targets, sums, strict=True):
                 builder.store(builder.load(total), target, align=4)
-            return context.get_dummy_value()
 
-        return signature, generate
+        done = ir.Constant(heads.type, 0)
+        for number in _TOGETHER:
+            size = ir.Constant(heads.type, number)
+            times = builder.udiv(builder.sub(heads, done), size)
+            with cgutils.for_range(builder, times) as loop:
+                add_heads(builder.add(done, builder.mul(loop.index, size)), number)
+            done = builder.add(done, builder.mul(times, size))
+        return context.get_dummy_value()
 
-    return add
-
-
-_add_1, _add_2, _add_4 = _adder(1), _adder(2), _adder(4)
+    return signature, generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -133,7 +142,7 @@ def _fetch(_: Any, keys: Any, place: Any) -> Any:
     return types.void(keys, types.intp), generate
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def add_products(
     scores: Any,
     score: int,
@@ -183,45 +192,4 @@ def add_products(
             key = tile * TILE * steps + step * TILE if paired else step * block_size + tile * TILE
             count = min(depth, steps - step)
             to, of = score + (tile - first) * TILE, step * per_step
-            head = 0
-            while head + 4 <= heads:
-                _add_4(
-                    scores,
-                    to + head * next_head,
-                    next_head,
-                    queries,
-                    of + head * head_dim,
-                    head_dim,
-                    keys,
-                    key,
-                    next_keys,
-                    count,
-                )
-                head += 4
-            if head + 2 <= heads:
-                _add_2(
-                    scores,
-                    to + head * next_head,
-                    next_head,
-                    queries,
-                    of + head * head_dim,
-                    head_dim,
-                    keys,
-                    key,
-                    next_keys,
-                    count,
-                )
-                head += 2
-            if head < heads:
-                _add_1(
-                    scores,
-                    to + head * next_head,
-                    next_head,
-                    queries,
-                    of + head * head_dim,
-                    head_dim,
-                    keys,
-                    key,
-                    next_keys,
-                    count,
-                )
+            _add(scores, to, next_head, queries, of, head_dim, heads, keys, key, next_keys, count)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
+
+from vllm_entropix.kernels.cpu.compiled import compiled
 
 # Of less than this, exp() would not be a normal number: 1e-38 is given instead, which is nothing beside exp(0).
 LOWEST = np.float32(-87.0)
@@ -30,7 +31,7 @@ _SMALLEST = np.int32(-(2**31))
 
 
 # No reassociation here: adding and subtracting the rounder would cancel.
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract"})
 def exponential(x: Any) -> Any:
     """``exp(x)`` of a float32 up to 0, within two units in the last place; below -87 that of -87; NaN of NaN."""
     x = LOWEST if x < LOWEST else x
@@ -42,13 +43,13 @@ def exponential(x: Any) -> Any:
     return (np.float32(1.0) + (r + r * r * p)) * power
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _ordered(bits: Any) -> Any:
     """A float32's bits as an int32 that is the larger, the larger the number is; the same again gives the bits."""
     return np.int32(bits ^ ((bits >> np.int32(31)) & _ABOVE_SIGN))
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def largest(numbers: Any) -> Any:
     """The largest of float32 ``[n]``, at least one; if some are NaN, NaN or the largest of the others."""
     found = _SMALLEST

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from vllm_entropix.kernels.cpu.compiled import compiled
 
 # Logits are taken this many at a time, so that the exponentials of a block stay in the first-level cache.
 _BLOCK = 2048
@@ -21,7 +22,7 @@ _C = [
 _C0, _C1, _C2, _C3, _C4, _C5 = _C
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract", "reassoc", "nsz"})
 def _exponentials(logits: Any, maximum: Any, shifted: Any, weights: Any, bits: Any) -> Any:
     """Fill a block's ``logits - maximum`` and its exponentials; their sum, and that of both multiplied."""
     length = logits.shape[0]
@@ -43,7 +44,7 @@ def _exponentials(logits: Any, maximum: Any, shifted: Any, weights: Any, bits: A
     return total, product
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract", "reassoc", "nsz"})
 def _spread(shifted: Any, weights: Any, mean: Any, length: int) -> Any:
     spread = np.float32(0.0)
     for i in range(length):
@@ -52,7 +53,7 @@ def _spread(shifted: Any, weights: Any, mean: Any, length: int) -> Any:
     return spread
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"nsz"})  # type: ignore[untyped-decorator]
+@compiled(fastmath={"nsz"})
 def _maximum(logits: Any) -> Any:
     """The largest logit; NaN if there is one."""
     largest = logits[0]
@@ -63,7 +64,7 @@ def _maximum(logits: Any) -> Any:
     return np.float32(np.nan) if bad else largest
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@compiled()
 def metrics_of_rows(logits: Any, entropy: Any, varentropy: Any, log_normaliser: Any, first_row: int, last_row: int) -> None:
     """Write the metrics of rows ``first_row`` to ``last_row - 1`` of ``logits [rows, vocab]``; the results are ``[rows]``.
 

@@ -1,0 +1,132 @@
+"""Layers with plain keys → launches of the Triton kernels: which layers share one, and what it is given."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from vllm_entropix.attention.layers import LayerAttention, LayerRows
+from vllm_entropix.attention.paged_keys import PlainKeys
+from vllm_entropix.kernels import VARIANCE_RULES, kernels_for
+from vllm_entropix.sampling.metrics import AttentionStatistics
+
+if TYPE_CHECKING:
+    from vllm_entropix.config import EntropixConfig
+    from vllm_entropix.kernels.attention_statistics import PagedLayers, PagedRows
+
+
+def measured_by_triton(layers: Sequence[LayerAttention], device: torch.device) -> bool:
+    """Can :func:`measure_layers` measure all of these layers on ``device``?"""
+    if kernels_for(device) != "triton":
+        return False
+    from vllm_entropix.kernels.attention_statistics import supports
+
+    return all(isinstance(layer.keys, PlainKeys) and supports(layer.keys.cache.dtype) for layer in layers)
+
+
+def measure_layers(
+    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, wanted: Tensor, config: EntropixConfig
+) -> AttentionStatistics:
+    """Statistics of several layers by the Triton kernels, ``[layers, rows]`` each; the device is never waited for.
+
+    Args:
+        layers: with plain keys; those whose caches have one type, shape and strides are measured by one launch.
+        requests: int64 ``[rows]``, the rows' requests in the block tables.
+        lengths: int64 ``[rows]``, positions up to and including the row's own.
+        wanted: bool ``[rows]``; the others get NaN and cost nothing.
+        config: how statistics are taken.
+    """
+    from vllm_entropix.kernels.attention_statistics import attention_statistics
+
+    found: dict[int, Tensor] = {}
+    for places, paged, rows in launches(layers, requests, lengths, wanted):
+        results = attention_statistics(paged, rows, config.padded_positions or 0, VARIANCE_RULES[config.attention_varentropy])
+        found.update(zip(places, results.unbind(dim=1), strict=True))
+    return AttentionStatistics(*torch.stack([found[place] for place in range(len(layers))], dim=1))
+
+
+def launches(
+    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, wanted: Tensor, by_window: bool = False
+) -> Iterator[tuple[list[int], PagedLayers, PagedRows]]:
+    """Layers that one launch can measure: their places among ``layers``, and what the kernels take.
+
+    Args:
+        layers: with plain keys.
+        requests: int64 ``[rows]``.
+        lengths: int64 ``[rows]``.
+        wanted: bool ``[rows]``.
+        by_window: must the layers of a launch have one window, too?
+    """
+    from vllm_entropix.kernels.attention_statistics import PagedRows
+
+    kinds: dict[Hashable, list[int]] = defaultdict(list)
+    for place, one in enumerate(layers):
+        kinds[_kind(one), one.layer.window if by_window else None].append(place)
+    for places in kinds.values():
+        same = [layers[place] for place in places]
+        queries = torch.stack([one.queries for one in same])
+        tables = tuple(one.block_table.to(torch.int32) for one in same)
+        addresses = _addresses(queries.device, tuple(table.data_ptr() for table in tables))
+        rows = PagedRows(queries, addresses, tables[0].stride(0), requests, lengths, wanted, tables)
+        yield places, _paged_layers(tuple(one.layer for one in same)), rows
+
+
+def _kind(one: LayerRows) -> Hashable:
+    cache = one.layer.keys.cache if isinstance(one.layer.keys, PlainKeys) else None
+    return cache is not None and (cache.dtype, cache.shape[1:], cache.stride(), one.block_table.stride(), one.queries.shape)
+
+
+@lru_cache(maxsize=256)
+def _addresses(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
+    values = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+    # Pinned, so that the copy needn't wait for the device.
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+# What the kernels need of layers, by the first of them (and with the others): built once, and forgotten with the first.
+_PAGED: WeakKeyDictionary[LayerAttention, tuple[tuple[LayerAttention, ...], PagedLayers]] = WeakKeyDictionary()
+
+
+def _paged_layers(layers: tuple[LayerAttention, ...]) -> PagedLayers:
+    from vllm_entropix.kernels.attention_statistics import PagedLayers
+
+    first, others = layers[0], layers[1:]
+    known = _PAGED.get(first)
+    if known is not None and len(known[0]) == len(others) and all(map(operator.is_, known[0], others)):
+        return known[1]
+    keys = [layer.keys for layer in layers if isinstance(layer.keys, PlainKeys)]
+    caches = tuple(one.cache for one in keys)
+    device = caches[0].device
+    factors = torch.tensor(
+        [(layer.scale, 1.0, layer.softcap, float(layer.window or 0)) for layer in layers], dtype=torch.float32
+    )
+    factors = factors.T.contiguous().to(device)
+    for index, one in enumerate(keys):
+        if one.scale is not None:
+            factors[1, index] = one.scale
+    built = PagedLayers(
+        caches,
+        _addresses(device, tuple(cache.data_ptr() for cache in caches)),
+        factors,
+        _stacked([layer.alibi_slopes for layer in layers], 0.0, device),
+        _stacked([layer.sinks for layer in layers], -torch.inf, device),
+        any(layer.softcap for layer in layers),
+    )
+    _PAGED[first] = (others, built)
+    return built
+
+
+def _stacked(values: Sequence[Tensor | None], missing: float, device: torch.device) -> Tensor | None:
+    """Numbers of each layer's heads, float32 ``[layers, heads]``; None if no layer has any."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    filled = (torch.full_like(there[0], missing) if value is None else value for value in values)
+    return torch.stack([value.to(device, torch.float32) for value in filled])

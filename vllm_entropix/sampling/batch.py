@@ -260,7 +260,7 @@ def _write_by_cpu_kernel(logits: Tensor, decision: Decision, forced: Tensor, sam
         forced.numpy(),
         sampled.numpy(),
     )
-    share_rows(np.full(rows, vocabulary), lambda first, last: distribute_rows(*arguments, first, last))
+    share_rows(np.full(rows, 2 * vocabulary), lambda first, last: distribute_rows(*arguments, first, last))
 
 
 def _write_by_triton_kernels(logits: Tensor, decision: Decision, forced: Tensor, sampled: Tensor, largest_top_k: int) -> None:

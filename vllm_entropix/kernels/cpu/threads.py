@@ -10,8 +10,9 @@ from functools import cache
 import numpy as np
 import torch
 
-# Waking a thread takes about as long as this many multiplications.
-WORTH_SHARING = 1 << 19
+# Nanoseconds that sharing has to save at best. Waking a thread takes tenths of a millisecond, and for some more it may have to
+# wait for a core: two threads on two cores took longer than one for everything that one did in 4 ms, and saved nothing up to 8.
+WORTH_SHARING = 4_000_000
 # Shares for each thread. PyTorch's own threads spin for a while after their work, so that one of ours may get half a core:
 # whoever is done takes the next share.
 _SHARES = 4
@@ -26,12 +27,12 @@ def share_rows(costs: np.ndarray, work: Callable[[int, int], None]) -> None:
     """Call ``work(first_row, last_row)`` for all rows, in as many threads as PyTorch uses if that is worth it.
 
     Args:
-        costs: ``[rows]``, roughly the multiplications that each row takes.
+        costs: integers ``[rows]``, roughly the nanoseconds that each row takes.
         work: does rows ``first_row`` to ``last_row - 1``; a row's result mustn't depend on how they are shared.
     """
     rows, workers = len(costs), torch.get_num_threads()
     total = int(costs.sum())
-    if rows < 2 or workers < 2 or total < WORTH_SHARING:
+    if rows < 2 or workers < 2 or total - total // workers < WORTH_SHARING:
         work(0, rows)
         return
     shares = np.linspace(0, total, min(rows, _SHARES * workers) + 1)[1:-1]

@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 
 from vllm_entropix.kernels.cpu.compiled import compiled
+from vllm_entropix.kernels.cpu.elementary import largest
+
+# Logits whose largest is asked for together.
+_STRETCH = 64
 
 
 @compiled()
@@ -34,28 +38,33 @@ def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: An
     Tokens are seen by ascending id, so of equal ones at the border the first seen stay.
     """
     size = 0
-    for token in range(logits.shape[0]):
-        value = logits[token]
-        if not value >= threshold:
+    for start in range(0, logits.shape[0], _STRETCH):
+        stop = min(start + _STRETCH, logits.shape[0])
+        # Most have nothing to offer, and their largest is found by vector instructions. NaN isn't below anything.
+        if largest(logits[start:stop]) < threshold:
             continue
-        if size < count:
-            # Sift up.
-            place = size
-            size += 1
-            while place > 0:
-                parent = (place - 1) // 2
-                if not (values[parent] > value or (values[parent] == value and ids[parent] < token)):
-                    break
-                values[place], ids[place] = values[parent], ids[parent]
-                place = parent
-            values[place], ids[place] = value, token
-        elif value > values[0]:
-            _sink(values, ids, size, value, token)
-        else:
-            continue
-        if size == count:
-            # From now on only what beats the smallest kept is of interest.
-            threshold = max(threshold, values[0])
+        for token in range(start, stop):
+            value = logits[token]
+            if not value >= threshold:
+                continue
+            if size < count:
+                # Sift up.
+                place = size
+                size += 1
+                while place > 0:
+                    parent = (place - 1) // 2
+                    if not (values[parent] > value or (values[parent] == value and ids[parent] < token)):
+                        break
+                    values[place], ids[place] = values[parent], ids[parent]
+                    place = parent
+                values[place], ids[place] = value, token
+            elif value > values[0]:
+                _sink(values, ids, size, value, token)
+            else:
+                continue
+            if size == count:
+                # From now on only what beats the smallest kept is of interest.
+                threshold = max(threshold, values[0])
     for end in range(size - 1, 0, -1):
         value, token = values[end], ids[end]
         values[end], ids[end] = values[0], ids[0]
@@ -121,12 +130,14 @@ def distribute_rows(
         # What min_p drops needn't be looked at. A little lower, so that rounding here decides nothing.
         threshold = np.float32(-np.inf)
         if min_p[row] > 0.0:
-            largest = np.float32(-np.inf)
-            for i in range(vocabulary):
-                if line[i] > largest:  # never true of NaN
-                    largest = line[i]
-            slack = 1e-3 * (1.0 + np.abs(np.float64(largest)))
-            threshold = np.float32(np.float64(largest) + t * np.log(np.float64(min_p[row])) - slack)
+            highest = largest(line)
+            if highest != highest:
+                highest = np.float32(-np.inf)
+                for i in range(vocabulary):
+                    if line[i] > highest:  # never true of NaN
+                        highest = line[i]
+            slack = 1e-3 * (1.0 + np.abs(np.float64(highest)))
+            threshold = np.float32(np.float64(highest) + t * np.log(np.float64(min_p[row])) - slack)
         count = largest_tokens(line, min(top_k[row], vocabulary), threshold, value, token)
         if count == 0:  # nothing but NaN: vLLM's draw decides
             continue

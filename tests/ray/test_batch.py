@@ -78,11 +78,30 @@ def test_killed_and_resumed_no_row_is_lost_or_repeated(prompts, tmp_path):
     assert all(len(line.records) == len(line.token_ids) for line in lines)
 
 
+READ = """
+import sys, typer
+from deploy.ray import batch
+for path in sys.argv[1:]:
+    try:
+        batch._read(path)
+    except typer.BadParameter as refused:
+        print("REFUSED", path, refused)
+"""
+
+
 def test_rows_without_ids_are_refused(tmp_path):
     (tmp_path / "no-ids.jsonl").write_text('{"prompt": "a"}\n')
     pa.parquet.write_table(pa.table({"id": [1], "question": ["a"]}), tmp_path / "no-prompts.parquet")
-    for name, problem in (("no-ids.jsonl", "have no column id"), ("no-prompts.parquet", "neither a column prompt")):
-        script = f"from deploy.ray import batch; batch._read({str(tmp_path / name)!r})"
-        with ray_cluster.driver(tmp_path / "log", "-c", script) as process:
-            assert process.wait(100) != 0
-        assert problem in (tmp_path / "log").read_text(errors="replace")
+    (tmp_path / "good.jsonl").write_text('{"id": 1, "prompt": "a"}\n')
+    problems = {
+        "no-ids.jsonl": "have no column id",
+        "no-prompts.parquet": "neither a column prompt",
+        "not-there.jsonl": "isn't there",
+        "good.jsonl": None,
+    }
+    with ray_cluster.driver(tmp_path / "log", "-c", READ, *(str(tmp_path / name) for name in problems)) as process:
+        assert process.wait(100) == 0
+    refused = [line for line in (tmp_path / "log").read_text(errors="replace").splitlines() if line.startswith("REFUSED")]
+    for name, problem in problems.items():
+        found = [line for line in refused if line.startswith(f"REFUSED {tmp_path / name} ")]
+        assert [problem in line for line in found] == ([True] if problem else []), name

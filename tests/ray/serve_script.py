@@ -107,6 +107,21 @@ async def until_two(avoid: set[int]) -> dict[int, psutil.Process]:
     raise TimeoutError(f"no two replicas: {serve.status()}")
 
 
+async def until_both_serve(client: openai.AsyncOpenAI, found: dict[int, psutil.Process]) -> None:
+    """A replica that is ready gets no requests before the ingress has heard of it; an idle engine uses no time of its core."""
+
+    def used() -> list[float]:
+        return [engine.cpu_times().user for engine in found.values()]
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        before = used()
+        await asyncio.gather(*(short(client) for _ in range(STREAMS)))
+        if all(now > then for now, then in zip(used(), before, strict=True)):
+            return
+    raise TimeoutError("one of the replicas gets no requests")
+
+
 async def scenario(url: str) -> dict[str, Any]:
     """Everything, in order."""
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
@@ -118,9 +133,11 @@ async def scenario(url: str) -> dict[str, Any]:
             extra_body={"vllm_xargs": {"entropix_trace": 1}},
         )
         found = await until_two(set())
+        await until_both_serve(client, found)
         first = next(iter(found))
         engine = await while_killing(client, lambda: found[first].send_signal(signal.SIGKILL))
         found = await until_two({first})
+        await until_both_serve(client, found)
         second = next(iter(found))
         replica = await while_killing(client, lambda: os.kill(second, signal.SIGKILL))
     trace = getattr(traced.choices[0], "entropix", None)

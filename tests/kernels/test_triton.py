@@ -39,6 +39,7 @@ CHECKS = (
     "attention_rows_do_not_depend_on_the_batch",
     "a_layer_is_measured_by_them",
     "an_observer_launches_once_for_each_kind_of_layer",
+    "attention_refuses_keys_that_are_not_plain",
     "heads_over_ranks",
     "heads_over_ranks_of_every_kind",
     "heads_over_ranks_in_parts",

@@ -12,6 +12,7 @@ import types
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 from tests.kernels.test_cpu import apply, mixed_logits
@@ -21,7 +22,7 @@ from vllm_entropix.attention import AttentionObserver, LayerAttention, launches,
 from vllm_entropix.attention import observer as observer_module
 from vllm_entropix.attention.launches import measure_layers
 from vllm_entropix.attention.layers import LayerRows
-from vllm_entropix.attention.paged_keys import PlainKeys
+from vllm_entropix.attention.paged_keys import CpuVectorKeys, PlainKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
 from vllm_entropix.kernels import attention_statistics, candidates, logits_metrics, wide_filters
 from vllm_entropix.sampling import LogitsMetrics, Parameters, batch, filters, sampler
@@ -517,6 +518,14 @@ def an_observer_launches_once_for_each_kind_of_layer():
         assert getattr(got, metric)[:, 2].isnan().all()
 
 
+def attention_refuses_keys_that_are_not_plain():
+    packed = LayerAttention(CpuVectorKeys(torch.zeros(2, 1, 16, 64)), 1.0)
+    one = LayerRows(packed, torch.zeros(1, 1, 32), torch.zeros(1, 1, dtype=torch.int32))
+    row = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="plain keys"):
+        measure_layers([one], row, row + 1, row == 0, EntropixConfig())
+
+
 def the_sampler_decides_and_writes_by_them():
     logits, sampled = mixed_logits(12, 3000, 11), np.array([row % 5 != 3 for row in range(12)])
     for base in ({}, {"top_k": 2000, "top_p": 0.99, "min_p": 0.0}):
@@ -558,6 +567,7 @@ CHECKS = (
     attention_rows_do_not_depend_on_the_batch,
     a_layer_is_measured_by_them,
     an_observer_launches_once_for_each_kind_of_layer,
+    attention_refuses_keys_that_are_not_plain,
     heads_over_ranks,
     heads_over_ranks_of_every_kind,
     heads_over_ranks_in_parts,

@@ -108,7 +108,7 @@ async def until_two(avoid: set[int]) -> dict[int, psutil.Process]:
 
 
 async def until_both_serve(client: openai.AsyncOpenAI, found: dict[int, psutil.Process]) -> None:
-    """A replica that is ready gets no requests before the ingress has heard of it; an idle engine uses no time of its core."""
+    """Until requests go to both replicas, as the streams to come have to; an idle engine uses no time of its core."""
 
     def used() -> list[float]:
         return [engine.cpu_times().user for engine in found.values()]

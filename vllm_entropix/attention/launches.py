@@ -63,6 +63,9 @@ def launches(
         lengths: int64 ``[rows]``.
         wanted: bool ``[rows]``.
         by_window: must the layers of a launch have one window, too?
+
+    Raises:
+        ValueError: a layer's keys aren't plain.
     """
     from vllm_entropix.kernels.attention_statistics import PagedRows
 
@@ -79,8 +82,14 @@ def launches(
 
 
 def _kind(one: LayerRows) -> Hashable:
-    cache = one.layer.keys.cache if isinstance(one.layer.keys, PlainKeys) else None
-    return cache is not None and (cache.dtype, cache.shape[1:], cache.stride(), one.block_table.stride(), one.queries.shape)
+    cache = _plain(one.layer).cache
+    return cache.dtype, cache.shape[1:], cache.stride(), one.block_table.stride(), one.queries.shape
+
+
+def _plain(layer: LayerAttention) -> PlainKeys:
+    if not isinstance(layer.keys, PlainKeys):
+        raise ValueError(f"the kernels read plain keys, not {type(layer.keys).__name__}")
+    return layer.keys
 
 
 @lru_cache(maxsize=256)
@@ -101,7 +110,7 @@ def _paged_layers(layers: tuple[LayerAttention, ...]) -> PagedLayers:
     known = _PAGED.get(first)
     if known is not None and len(known[0]) == len(others) and all(map(operator.is_, known[0], others)):
         return known[1]
-    keys = [layer.keys for layer in layers if isinstance(layer.keys, PlainKeys)]
+    keys = [_plain(layer) for layer in layers]
     caches = tuple(one.cache for one in keys)
     device = caches[0].device
     factors = torch.tensor(

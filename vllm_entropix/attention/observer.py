@@ -153,12 +153,12 @@ class AttentionObserver:
         return self.statistics_per_layer(requests, positions, wanted).mean_over_layers()
 
     def warm_up(self) -> None:
-        """Measure rows of nobody that attend to one position, which compiles the CPU's kernels."""
+        """Measure a row of nobody that attends to one position, which compiles the CPU's kernels."""
         if self.ranks is not None:  # they measure in PyTorch there
             return
-        block_table, lengths = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, dtype=torch.int64)
+        block_table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
         for index, module in self.layers.items():
-            queries = torch.zeros(2, module.num_heads, module.head_size)
+            queries = torch.zeros(1, module.num_heads, module.head_size)
             measure_layer(self._layer(index), queries, block_table, lengths, self.config)
 
     def last_positions(self, requests: Tensor) -> Tensor:

@@ -123,26 +123,16 @@ class BatchSampler:
         self.sequences.remove(request_id)
 
     def warm_up(self, vocabulary: int) -> None:
-        """Run a step of traced rows that belong to nobody, which compiles the kernels that steps run."""
-        names = ("a row", "another")  # numba compiles one row as it does many
+        """Run a step of a traced row that belongs to nobody, which compiles the kernels that steps run."""
+        name, device = "nobody", self.sequences.device
         constants = [value for _, value in self.sampler.config.numbers()]
-        device = self.sequences.device
-        for name in names:
-            self.add(name, Sequence(constants, sampled=True, traced=True, clarified=False, prompt_length=0))
+        self.add(name, Sequence(constants, sampled=True, traced=True, clarified=False, prompt_length=0))
         self.sequences.flush()
-        slots = self.sequences.slots_of(names, len(names))
-        nothing = torch.zeros(len(names), dtype=torch.int64, device=device)
-        rows = Rows(
-            slots=torch.from_numpy(slots).to(device),
-            host_slots=slots,
-            positions=nothing,
-            fed=nothing,
-            valid=torch.ones_like(nothing, dtype=torch.bool),
-            batch=nothing,
-        )
-        self.apply(torch.zeros(len(names), vocabulary, device=device), rows, None)
-        for name in names:
-            self.remove(name)
+        slots = self.sequences.slots_of([name], 1)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        rows = Rows(torch.from_numpy(slots).to(device), slots, positions=zero, fed=zero, valid=zero == 0, batch=zero)
+        self.apply(torch.zeros(1, vocabulary, device=device), rows, None)
+        self.remove(name)
 
     def apply(self, logits: Tensor, rows: Rows, measure: Measure | None) -> Tensor | None:
         """Write each sampled row's final distribution into ``logits`` as log-probabilities.

@@ -32,6 +32,32 @@ def _sink(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
 
 
 @compiled()
+def _rise(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
+    """Add to a heap of ``size`` elements, which is kept as ``_sink`` says."""
+    place = size
+    while place > 0:
+        parent = (place - 1) // 2
+        if not (values[parent] > value or (values[parent] == value and ids[parent] < token)):
+            break
+        values[place], ids[place] = values[parent], ids[parent]
+        place = parent
+    values[place], ids[place] = value, token
+
+
+@compiled()
+def _largest_number(logits: Any) -> Any:
+    """The largest logit that is a number; -inf if there is none."""
+    found = largest(logits)
+    if found == found:
+        return found
+    found = np.float32(-np.inf)
+    for i in range(logits.shape[0]):
+        if logits[i] > found:  # never true of NaN
+            found = logits[i]
+    return found
+
+
+@compiled()
 def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: Any) -> int:
     """The ``count`` largest logits of at least ``threshold``, descending, equal ones by ascending id; how many there are.
 
@@ -48,16 +74,8 @@ def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: An
             if not value >= threshold:
                 continue
             if size < count:
-                # Sift up.
-                place = size
+                _rise(values, ids, size, value, token)
                 size += 1
-                while place > 0:
-                    parent = (place - 1) // 2
-                    if not (values[parent] > value or (values[parent] == value and ids[parent] < token)):
-                        break
-                    values[place], ids[place] = values[parent], ids[parent]
-                    place = parent
-                values[place], ids[place] = value, token
             elif value > values[0]:
                 _sink(values, ids, size, value, token)
             else:
@@ -130,12 +148,7 @@ def distribute_rows(
         # What min_p drops needn't be looked at. A little lower, so that rounding here decides nothing.
         threshold = np.float32(-np.inf)
         if min_p[row] > 0.0:
-            highest = largest(line)
-            if highest != highest:
-                highest = np.float32(-np.inf)
-                for i in range(vocabulary):
-                    if line[i] > highest:  # never true of NaN
-                        highest = line[i]
+            highest = _largest_number(line)
             slack = 1e-3 * (1.0 + np.abs(np.float64(highest)))
             threshold = np.float32(np.float64(highest) + t * np.log(np.float64(min_p[row])) - slack)
         count = largest_tokens(line, min(top_k[row], vocabulary), threshold, value, token)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 # Nanoseconds that sharing has to save at best. Waking a thread takes tenths of a millisecond, and for some more it may have to
-# wait for a core: two threads on two cores took longer than one for everything that one did in 4 ms, and saved nothing up to 8.
+# wait for a core: two threads on two cores took longer than one for everything that one did in less than 4 ms, and what they
+# saved of 4 to 9 ms was little and not reliable.
 WORTH_SHARING = 4_000_000
 # Shares for each thread. PyTorch's own threads spin for a while after their work, so that one of ours may get half a core:
 # whoever is done takes the next share.

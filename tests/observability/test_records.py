@@ -1,8 +1,23 @@
-"""A step's records, cut into those of each sequence."""
+"""A step's records, cut into those of each sequence; what a record becomes in Python and in JSON."""
 
+import copy
+import json
+import pickle
+from types import NoneType
+from typing import get_args
+
+import cloudpickle
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from vllm_entropix.engine.outputs import by_request
+from vllm_entropix.observability.encoding import choice_json, record_values
+from vllm_entropix.observability.fields import FIELDS, REGIMES, TABLE
+from vllm_entropix.observability.schema import ChoiceTrace, TokenEntry
+from vllm_entropix.observability.trace import RECORD_BYTES, TokenRecord, TokenTrace
 from vllm_entropix.sampling.batch import RECORD_FIELDS
 
 ALTERNATIVES = 5
@@ -36,3 +51,109 @@ def test_a_step_without_alternatives():
 def test_large_slots_are_found():
     slot = 2**24 - 1
     assert list(by_request(step([slot, slot - 1]), {slot: ("last", True)})) == ["last"]
+
+
+def trace_of_values(values: np.ndarray, not_kept: int = 0) -> TokenTrace:
+    trace = TokenTrace(4 * values.shape[1])
+    trace.extend(values.astype("<f4").tobytes(), len(values) + not_kept)
+    return trace
+
+
+def plain_values(tokens: int) -> np.ndarray:
+    """Finite numbers, all different."""
+    values = np.arange(tokens * (len(FIELDS) + 2 * ALTERNATIVES), dtype=np.float32).reshape(tokens, -1) / 8
+    values[:, FIELDS.index("regime")] = np.arange(tokens) % len(REGIMES)
+    values[:, len(FIELDS) : len(FIELDS) + ALTERNATIVES] = np.arange(ALTERNATIVES) + 100
+    return values
+
+
+def test_the_table_is_the_engines_the_pythons_and_the_schemas():
+    assert FIELDS == RECORD_FIELDS
+    assert TokenRecord.__slots__ == (*FIELDS, "alternatives")
+    assert tuple(TokenEntry.model_fields) == ("token_id", *FIELDS, "alternatives")
+    kinds = {"regime": str, "number": float, "count": int, "flag": bool}
+    for field in TABLE:
+        described = TokenEntry.model_fields[field.name]
+        assert described.description == field.description
+        if field.kind in ("number", "count"):
+            assert get_args(described.annotation) == (kinds[field.kind], NoneType)
+
+
+def test_a_record_of_finite_numbers_is_these_numbers():
+    values = plain_values(3)
+    for token, record in enumerate(trace_of_values(values)):
+        for place, name in enumerate(FIELDS):
+            if name not in ("regime", "forced", "top_k"):
+                assert getattr(record, name) == values[token, place]
+        assert record.regime == REGIMES[token]
+        assert (record.top_k, record.forced) == (int(values[token, FIELDS.index("top_k")]), True)
+        ids, probabilities = values[token, len(FIELDS) :].reshape(2, -1)
+        assert record.alternatives == tuple(zip(map(int, ids), probabilities, strict=True))
+
+
+SPECIAL = st.sampled_from([np.nan, np.inf, -np.inf, -0.0, -1.0, 2.0**63, 3.4e38, 1e-45])
+
+
+@given(arrays(np.float32, (3, len(FIELDS) + 2 * ALTERNATIVES), elements=st.floats(width=32) | SPECIAL), st.integers(0, 2))
+def test_any_numbers_become_json_that_the_schema_takes(values, not_kept):
+    values[:, len(FIELDS) : len(FIELDS) + ALTERNATIVES] = np.arange(ALTERNATIVES)  # ids are whole numbers, come what may
+    trace = trace_of_values(values, not_kept)
+    ids = [7, 8, 9, 10, 11]
+    read = json.loads(b"".join(choice_json(ids, trace)), parse_constant=pytest.fail)
+    assert ChoiceTrace.model_validate(read) == ChoiceTrace.of(ids, trace)
+    assert read == ChoiceTrace.of(ids, trace).model_dump(mode="json")
+    assert read["not_kept"] == not_kept
+    for entry, record, row in zip(read["tokens"], trace, values.tolist(), strict=True):
+        assert json.loads(json.dumps({"token_id": entry["token_id"], **record.to_dict()}, allow_nan=False)) == entry
+        for field, value in zip(TABLE, row, strict=False):
+            if field.kind == "number":
+                assert entry[field.name] == (value if np.isfinite(value) else None)
+
+
+def test_a_long_trace_is_encoded_in_parts():
+    trace = trace_of_values(plain_values(1000))
+    parts = list(choice_json(range(1000), trace))
+    assert max(map(len, parts)) < 128 * 1000
+    assert len(json.loads(b"".join(parts))["tokens"]) == 1000
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda trace: trace[:],
+        lambda trace: cloudpickle.loads(cloudpickle.dumps(trace)),
+        *(lambda trace, protocol=protocol: pickle.loads(pickle.dumps(trace, protocol)) for protocol in range(2, 6)),
+    ],
+)
+def test_a_trace_is_a_value(copied):
+    trace = trace_of_values(plain_values(4), not_kept=2)
+    other = copied(trace)
+    assert other == trace
+    assert list(other) == list(trace)
+    trace.extend(trace.values()[:1].tobytes(), 1)
+    assert (len(trace), len(other), other.not_kept) == (5, 4, 2)
+    assert other != trace
+
+
+def test_slices_of_a_trace_are_traces():
+    trace = trace_of_values(plain_values(600), not_kept=3)
+    records = list(trace)
+    for part in (slice(0, 2), slice(2, None), slice(-1, None), slice(5, 5), slice(700, 900)):
+        assert list(trace[part]) == records[part]
+    assert (trace[:599].not_kept, trace[2:].not_kept) == (0, 3)
+    assert (trace[-1], trace[0]) == (records[-1], records[0])
+    for index in (600, -601):
+        with pytest.raises(IndexError):
+            trace[index]
+    with pytest.raises(ValueError, match="follow one another"):
+        trace[::2]
+
+
+def test_a_trace_without_alternatives():
+    trace = TokenTrace()
+    trace.extend(plain_values(2)[:, : len(FIELDS)].tobytes(), 2)
+    assert 4 * len(FIELDS) == RECORD_BYTES
+    assert [record.alternatives for record in trace] == [(), ()]
+    assert record_values(trace.values()[:0]) == []

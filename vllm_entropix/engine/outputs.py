@@ -15,7 +15,7 @@ import numpy as np
 from vllm_entropix.config import Trace
 from vllm_entropix.engine.engine_config import Resolved
 from vllm_entropix.observability import disk, prometheus
-from vllm_entropix.observability.trace import RECORD, TokenTrace
+from vllm_entropix.observability.trace import RECORD_BYTES, TokenTrace
 from vllm_entropix.requests import RequestSettings
 
 # Request id → (is it traced?, rows, their records one after the other).
@@ -47,7 +47,7 @@ def by_request(values: np.ndarray, requests: dict[int, tuple[str, bool]]) -> Rec
             continue
         request_id, traced = known
         begin = row * width
-        record = data[begin : begin + (width if traced else RECORD.size)]
+        record = data[begin : begin + (width if traced else RECORD_BYTES)]
         before = found.get(request_id)
         found[request_id] = (traced, 1, record) if before is None else (traced, before[1] + 1, before[2] + record)
     return found

@@ -11,9 +11,8 @@ import logging
 import os
 import stat
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.util import Finalize
@@ -25,8 +24,9 @@ from pydantic_core import to_json
 
 from vllm_entropix.config import ConfigError, Trace
 from vllm_entropix.observability import prometheus
+from vllm_entropix.observability.encoding import entries_json
 from vllm_entropix.observability.tokens import token_texts
-from vllm_entropix.observability.trace import FIELDS, REGIMES, TokenTrace
+from vllm_entropix.observability.trace import FIELDS, TokenTrace
 from vllm_entropix.observability.tracefile import VERSION, prompt_hash
 
 FLUSH_SECONDS = 0.5
@@ -35,8 +35,6 @@ MAX_WAITING_TOKENS = 500_000
 MEGABYTE = 1_000_000
 # Processes that share a folder: API servers, replicas.
 _MAX_PROCESSES = 1000
-# Tokens that are turned into JSON without letting other threads run.
-_PART = 128
 
 logger = logging.getLogger("vllm.plugins.entropix")
 
@@ -324,25 +322,8 @@ def line_of(sequence: Finished) -> bytes:
             "alternative_texts": alternatives,
         }
     )
-    records = b",".join(_records(token_ids, values))
+    records = b"".join(entries_json(token_ids[:kept], values))
     return b'%b,"records":[%b]}\n' % (head[:-1], records)
-
-
-def _records(token_ids: list[int], values: np.ndarray) -> Iterator[bytes]:
-    """``TokenEntry`` after ``TokenEntry``, some at a time and without brackets."""
-    half = (values.shape[1] - len(FIELDS)) // 2
-    for start in range(0, len(values), _PART):
-        entries = []
-        for token, row in zip(token_ids[start:], values[start : start + _PART].tolist(), strict=False):
-            entry: dict[str, Any] = {"token_id": token, **dict(zip(FIELDS, row, strict=False))}
-            entry["regime"] = REGIMES[int(row[0])]
-            entry["top_k"] = int(entry["top_k"])
-            entry["forced"] = entry["forced"] > 0
-            ids, probabilities = row[len(FIELDS) :][:half], row[len(FIELDS) + half :]
-            entry["alternatives"] = [[int(alternative), p] for alternative, p in zip(ids, probabilities, strict=True)]
-            entries.append(entry)
-        yield to_json(entries, inf_nan_mode="null")[1:-1]
-        time.sleep(0)  # lets the thread that serves go on
 
 
 def _texts(tokenizer: Any, token_ids: list[int], extra: np.ndarray) -> tuple[list[str], dict[int, str]]:

@@ -85,7 +85,7 @@ def _write(source: Any, path: str | Path, method: str) -> int:
 def _frame(pd: Any, columns: dict[str, list[Any]]) -> pandas.DataFrame:
     frame = pd.DataFrame(columns)
     for name in _ENTRY_COLUMNS:
-        kind = "bool" if name == "forced" else "int32" if name == "top_k" else "object" if name == "regime" else "float32"
+        kind = "bool" if name == "forced" else "Int32" if name == "top_k" else "object" if name == "regime" else "float32"
         frame[name] = frame[name].astype(kind)
     return frame
 

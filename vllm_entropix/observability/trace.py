@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
+
+from vllm_entropix.observability.fields import FIELDS, REGIMES
 
 if TYPE_CHECKING:
     import numpy as np
 
-# The wire format's fields in order, little-endian float32 each (the names of sampling.batch.RECORD_FIELDS; spelled out here
-# because a client that reads traces needs no torch).
-FIELDS = (
-    "regime",
-    "entropy",
-    "varentropy",
-    "attention_entropy",
-    "attention_varentropy",
-    "agreement",
-    "interaction_strength",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "confidence",
-    "forced",
-)
-RECORD = struct.Struct(f"<{len(FIELDS)}f")
-REGIMES = ("LELV", "HELV", "LEHV", "HEHV", "ADAPTIVE")
+__all__ = ["FIELDS", "RECORD_BYTES", "REGIMES", "TokenRecord", "TokenTrace", "traces"]
+
+_NUMBER_BYTES = 4
+# Of a record without alternatives.
+RECORD_BYTES = _NUMBER_BYTES * len(FIELDS)
+# Records that are made at a time of a trace that is gone through.
+_CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """Why one token was drawn as it was.
+    """Why one token was drawn as it was; a number that wasn't measured or isn't finite is None.
 
     Attributes:
         regime: LELV, HELV, LEHV, HEHV or ADAPTIVE.
@@ -50,7 +38,8 @@ class TokenRecord:
         min_p: used for the draw.
         confidence: the score's constant C.
         forced: the token was forced as part of a clarification.
-        alternatives: most probable tokens as (id, probability), before temperature and filters, most probable first.
+        alternatives: most probable tokens as (id, probability), before temperature and filters, most probable first; the
+            probability is None where the logits have no finite one.
     """
 
     regime: str
@@ -60,47 +49,24 @@ class TokenRecord:
     attention_varentropy: float | None
     agreement: float | None
     interaction_strength: float | None
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
     confidence: float | None
     forced: bool
-    alternatives: tuple[tuple[int, float], ...] = ()
-
-    @classmethod
-    def from_values(cls, values: Sequence[float]) -> TokenRecord:
-        """A record from the wire format's numbers: the fields, then ids and probabilities of alternatives.
-
-        Numbers that aren't finite become None.
-        """
-        extra = values[len(FIELDS) :]
-        half = len(extra) // 2
-        known = [value if math.isfinite(value) else None for value in values]
-        return cls(
-            regime=REGIMES[int(values[0])],
-            entropy=known[1],
-            varentropy=known[2],
-            attention_entropy=known[3],
-            attention_varentropy=known[4],
-            agreement=known[5],
-            interaction_strength=known[6],
-            temperature=values[7],
-            top_p=values[8],
-            top_k=int(values[9]),
-            min_p=values[10],
-            confidence=known[11],
-            forced=values[12] > 0,
-            alternatives=tuple((int(token), p) for token, p in zip(extra[:half], extra[half:], strict=True)),
-        )
+    alternatives: tuple[tuple[int, float | None], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON values."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {**values, "alternatives": [list(alternative) for alternative in self.alternatives]}
 
 
 class TokenTrace:
-    """The records of one generated sequence, one per token and in order; grows while the sequence does.
+    """The records of a generated sequence's tokens, one per token and in order; a value that pickles, copies and compares.
+
+    A slice is a trace, too. ``not_kept`` stays with the slice that reaches the end.
 
     Args:
         width: bytes of a record: those of FIELDS, and 8 per alternative.
@@ -109,37 +75,62 @@ class TokenTrace:
         not_kept: tokens that came after the server's cap (``trace.max_tokens``).
     """
 
-    __slots__ = ("_data", "_record", "not_kept")
+    __slots__ = ("_data", "_width", "not_kept")
+    __hash__ = None  # type: ignore[assignment]  # it can grow
 
-    def __init__(self, width: int = RECORD.size) -> None:
+    def __init__(self, width: int = RECORD_BYTES) -> None:
         self._data = bytearray()
-        self._record = struct.Struct(f"<{width // 4}f")
+        self._width = width
         self.not_kept = 0
 
     def extend(self, records: bytes, tokens: int) -> None:
         """Append the records of ``tokens`` new tokens; there may be fewer records than tokens at the cap."""
-        size = self._record.size
-        kept = min(len(records), tokens * size)
+        kept = min(len(records), tokens * self._width)
         self._data += records[:kept]
-        self.not_kept += tokens - kept // size
+        self.not_kept += tokens - kept // self._width
 
     def values(self) -> np.ndarray:
         """The wire format's numbers, float32 ``[tokens, fields]``: FIELDS, then ids and probabilities of alternatives."""
         import numpy as np  # here, because reading the traces of a response takes none
 
-        return np.frombuffer(bytes(self._data), dtype="<f4").reshape(len(self), -1)
+        return np.frombuffer(bytes(self._data), dtype="<f4").reshape(len(self), self._width // _NUMBER_BYTES)
 
     def __len__(self) -> int:
-        return len(self._data) // self._record.size
+        return len(self._data) // self._width
 
-    def __getitem__(self, index: int) -> TokenRecord:
+    @overload
+    def __getitem__(self, index: int) -> TokenRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> TokenTrace: ...
+    def __getitem__(self, index: int | slice) -> TokenRecord | TokenTrace:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise ValueError("a trace's slices are of tokens that follow one another")
+            part = TokenTrace(self._width)
+            part._data += self._data[start * self._width : stop * self._width]
+            part.not_kept = self.not_kept if stop == len(self) else 0
+            return part
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return TokenRecord.from_values(self._record.unpack_from(self._data, index % len(self) * self._record.size))
+        place = index % len(self)
+        [record] = self[place : place + 1]
+        return record
 
     def __iter__(self) -> Iterator[TokenRecord]:
-        for values in self._record.iter_unpack(self._data):
-            yield TokenRecord.from_values(values)
+        from vllm_entropix.observability.encoding import record_values  # numpy, as above
+
+        for start in range(0, len(self), _CHUNK):
+            for record in record_values(self[start : start + _CHUNK].values()):
+                yield TokenRecord(**{**record, "alternatives": tuple(record["alternatives"])})
+
+    def __copy__(self) -> TokenTrace:
+        return self[:]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenTrace):
+            return NotImplemented
+        return (self._data, self._width, self.not_kept) == (other._data, other._width, other.not_kept)
 
     def __repr__(self) -> str:
         return f"TokenTrace({len(self)} tokens)"

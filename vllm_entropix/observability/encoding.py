@@ -1,0 +1,109 @@
+"""The one way from a record's numbers to JSON: values and bytes, straight from the array.
+
+JSON has no NaN and no infinity. They become null here (see :class:`.fields.Field`), so a response, a stream's chunk and a line
+on disk say the same of a token, and any reader of JSON takes it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic_core import to_json
+
+from vllm_entropix.observability.fields import FIELDS, REGIMES, TABLE, VERSION
+
+if TYPE_CHECKING:
+    from vllm_entropix.observability.trace import TokenTrace
+
+# Tokens that are encoded without letting other threads run: about a millisecond.
+PART = 128
+_NAMES = (*FIELDS, "alternatives")
+# Whatever isn't one of the other regimes, as in sampling.regimes.
+_OTHER = REGIMES.index("ADAPTIVE")
+# Integers up to here are exact in a float32.
+_EXACT = 2**24
+
+
+def record_values(values: np.ndarray) -> list[dict[str, Any]]:
+    """Records as JSON values: the fields of TABLE in order, then ``alternatives``, a list of (id, probability).
+
+    Args:
+        values: float32 ``[tokens, fields]``: the wire format's numbers, then ids and probabilities of alternatives.
+    """
+    return [dict(zip(_NAMES, row, strict=True)) for row in zip(*_columns(values), strict=True)]
+
+
+def entry_values(token_ids: Sequence[int], values: np.ndarray) -> list[dict[str, Any]]:
+    """The same with ``token_id`` in front: what :class:`~.schema.TokenEntry` describes.
+
+    Args:
+        token_ids: of the records.
+        values: see :func:`record_values`.
+    """
+    names = ("token_id", *_NAMES)
+    return [dict(zip(names, row, strict=True)) for row in zip(token_ids, *_columns(values), strict=True)]
+
+
+def entries_json(token_ids: Sequence[int], values: np.ndarray) -> Iterator[bytes]:
+    """The entries as JSON with commas between them and without brackets, PART tokens at a time; other threads run in between.
+
+    Args:
+        token_ids: of the records.
+        values: see :func:`record_values`.
+    """
+    for start in range(0, len(values), PART):
+        part = to_json(entry_values(token_ids[start : start + PART], values[start : start + PART]))[1:-1]
+        yield b"," + part if start else part
+        time.sleep(0)
+
+
+def choice_json(token_ids: Sequence[int], trace: TokenTrace) -> Iterator[bytes]:
+    """What :class:`~.schema.ChoiceTrace` describes, as parts of JSON; other threads run in between.
+
+    Args:
+        token_ids: at least as many as the trace has records.
+        trace: of these tokens, in a stream those since the last chunk.
+    """
+    yield b'{"version":%d,"tokens":[' % VERSION
+    yield from entries_json(token_ids[: len(trace)], trace.values())
+    yield b'],"not_kept":%d}' % trace.not_kept
+
+
+def _columns(values: np.ndarray) -> list[list[Any]]:
+    columns = [_column(values[:, place], field.kind) for place, field in enumerate(TABLE)]
+    return [*columns, _alternatives(values[:, len(FIELDS) :])]
+
+
+def _column(values: np.ndarray, kind: str) -> list[Any]:
+    if kind == "flag":
+        return list((values > 0).tolist())
+    if kind == "regime":
+        known = (values >= 0) & (values < len(REGIMES))
+        return [REGIMES[place] for place in np.where(known, values, _OTHER).astype(np.int64).tolist()]
+    if kind == "count":
+        known = (values >= 0) & (values <= _EXACT)
+        counts = np.where(known, values, 0).astype(np.int64)
+        return _or_none(counts, known)
+    return _or_none(values, np.isfinite(values))
+
+
+def _or_none(values: np.ndarray, known: np.ndarray) -> list[Any]:
+    """The values, None where they aren't known."""
+    found: list[Any]
+    if known.all():
+        found = values.tolist()
+    else:
+        objects = values.astype(object)
+        objects[~known] = None
+        found = objects.tolist()
+    return found
+
+
+def _alternatives(extra: np.ndarray) -> list[Any]:
+    half = extra.shape[1] // 2
+    token_ids, probabilities = extra[:, :half], extra[:, half : 2 * half]
+    pairs = zip(token_ids.astype(np.int64).tolist(), _column(probabilities, "number"), strict=True)
+    return [list(zip(*pair, strict=True)) for pair in pairs]

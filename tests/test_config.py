@@ -7,11 +7,13 @@ import types
 import typing
 from pathlib import Path
 
+import hypothesis
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
+from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig
+from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig, as_mapping
 
 PRESETS = ("jax-2024-10", "torch-2024-10")
 
@@ -189,7 +191,17 @@ def test_a_configuration_is_taken_as_it_is(changed):
     assert EntropixConfig.load(changed) is changed
 
 
-@pytest.mark.parametrize(("name", "text"), [("my model.json", CHANGED_JSON), ("my.toml", CHANGED_TOML), ("my", CHANGED_TOML)])
+CHANGED_YAML = "preset: torch-2024-10\nfidelity: original\nbase:\n  top_k: 40\n"
+FILES = [
+    ("my model.json", CHANGED_JSON),
+    ("my.toml", CHANGED_TOML),
+    ("my.yaml", CHANGED_YAML),
+    ("MY.YML", CHANGED_YAML),
+    ("my", CHANGED_TOML),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), FILES)
 def test_files(tmp_path, changed, name, text):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
@@ -197,16 +209,33 @@ def test_files(tmp_path, changed, name, text):
     assert EntropixConfig.load(path) == EntropixConfig.load(str(path)) == changed
 
 
-def test_a_file_in_the_working_directory(tmp_path, changed, monkeypatch):
-    (tmp_path / "my.toml").write_text(CHANGED_TOML)
+@pytest.mark.parametrize(("name", "text"), FILES)
+def test_a_file_in_the_working_directory(tmp_path, changed, monkeypatch, name, text):
+    (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert EntropixConfig.load("my.toml") == changed
+    assert EntropixConfig.load(name) == changed
+
+
+@pytest.mark.parametrize("name", ["my.conf", "my.toml.bak", "jax.ini"])
+def test_a_file_of_another_kind_is_no_unknown_preset(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_text(CHANGED_TOML)
+    monkeypatch.chdir(tmp_path)
+    for given in (name, f"./{name}", str(tmp_path / name)):
+        message = refusal(given)
+        assert "preset" not in message
+        for word in (name, ".json", ".toml", ".yaml", ".yml"):
+            assert word in message
+
+
+def test_a_configuration_is_a_mapping_too(changed):
+    assert EntropixConfig.from_dict(as_mapping(changed)) == changed
 
 
 def test_a_file_may_be_empty_and_may_speak_any_language(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text("", encoding="utf-8")
-    assert EntropixConfig.from_file(path) == EntropixConfig()
+    (tmp_path / "my.yaml").write_text("# nothing\n")
+    assert EntropixConfig.from_file(path) == EntropixConfig.from_file(tmp_path / "my.yaml") == EntropixConfig()
     path.write_text('[clarification]\ntext = "Überlegen… 🤔"\n', encoding="utf-8")
     assert EntropixConfig.from_file(path).clarification.text == "Überlegen… 🤔"
 
@@ -220,6 +249,12 @@ def test_a_presets_name(preset):
 def test_attention_layers(layers):
     expected = layers if isinstance(layers, str) else tuple(layers)
     assert EntropixConfig.from_dict({"attention": {"layers": layers}}).attention.layers == expected
+
+
+def test_numbers_in_lists_may_be_text():
+    """As vLLM's command line gives them: --sampler-config.attention.layers+ 1."""
+    config = EntropixConfig.from_dict({"attention": {"layers": ["1", "0"]}, "clarification": {"token_ids": ["7"]}})
+    assert (config.attention.layers, config.clarification.token_ids) == ((1, 0), (7,))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -306,6 +341,10 @@ def refusal(source) -> str:
         ({"attention": {"layers": [1, 1]}}, ["attention.layers", "[1, 1]", "twice"]),
         ({"attention": {"layers": [-1]}}, ["attention.layers", "[-1]", "'last', 'all' or a list of layer indices"]),
         ({"attention": {"layers": [True]}}, ["attention.layers", "[True]", "list of layer indices"]),
+        ({"attention": {"layers": ["last"]}}, ["attention.layers", "['last']", "list of layer indices"]),
+        ({"attention": {"layers": ["9" * 5000]}}, ["attention.layers", "list of layer indices"]),
+        ({"attention": {"layers": ["1", "01"]}}, ["attention.layers", "twice"]),
+        ({"base": {"source": "client"}}, ["base.source", "'client'", "preset", "request"]),
         ({"attention": {"layers": [0.5]}}, ["attention.layers", "[0.5]", "list of layer indices"]),
         ({"attention": {"layers": 3}}, ["attention.layers", "3", "list of layer indices"]),
         ({"attention": {"layers": "first"}}, ["attention.layers", "'first'", "'last', 'all'"]),
@@ -354,6 +393,12 @@ def test_a_source_that_is_no_configuration(source, words):
         ("a.json", b'"jax-2024-10"', ["holds a str", "not a table"]),
         ("a.json", b'{"base": {"top_k": %s}}' % (b"9" * 5000), ["JSON"]),
         ("a.toml", b"base =", ["not valid TOML"]),
+        ("a.yaml", b"base: [", ["not valid YAML", "line 1"]),
+        ("a.yml", b"a: !!python/object:os.system {}", ["not valid YAML"]),
+        ("a.yaml", b"base: {top_k: %s}" % (b"9" * 5000), ["not valid YAML"]),
+        ("a.yaml", b"- 1", ["holds a list", "not a table"]),
+        ("a.yaml", b"[" * 1000, ["not valid YAML"]),
+        ("a.yaml", b"\xff\xfe", ["not UTF-8"]),
         ("a.toml", b"[base]\n[base]", ["not valid TOML", "line 2"]),
         ("a.toml", b"\xff\xfe", ["not UTF-8"]),
         ("a.json", b"\xff\xfe", ["not UTF-8"]),
@@ -377,6 +422,63 @@ def test_a_refused_setting_of_a_file_is_reported_with_the_file(tmp_path):
     path.write_text("[base]\ntemperature = nan\n")
     with pytest.raises(ConfigError, match=rf"^{re.escape(str(path))}: base\.temperature is nan"):
         EntropixConfig.from_file(path)
+
+
+HUGE = 10**5000  # Python writes no number as long as this
+
+
+LARGE = ["x" * 20_000_000, ["y" * 1_000_000] * 100, {"z" * 1_000_000: 1}, b"w" * 1_000_000, HUGE]
+
+
+@pytest.mark.parametrize("value", LARGE, ids=["text", "list", "table", "bytes", "number"])
+def test_an_error_repeats_no_more_than_a_hundred_characters_of_a_value(value):
+    for settings in (
+        {"base": {"temperature": value}},
+        {"base": value},
+        {"preset": value},
+        {"fidelity": value},
+        {"attention": {"layers": value}},
+        {"attention": {"layers": [value]}},
+        {"clarification": {"rule": value}},
+        {"clarification": {"token_ids": [-1, value]}},
+        {"trace": {"default": value}},
+        {"trace": {"max_tokens": value}},
+    ):
+        assert len(refusal(settings)) < 350
+    if isinstance(value, str):
+        assert len(refusal({value: 1})) < 350
+        assert len(refusal({"trace": {value: 1}})) < 350
+        assert len(refusal(value)) < 350
+        assert len(refusal(f"{value}/x.toml")) < 350
+        assert len(refusal(f"{value}.yaml")) < 350
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.none().map(lambda _: HUGE)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.data())
+def test_whatever_is_set_is_taken_or_refused_in_one_sentence(data):
+    settings = data.draw(anything)
+    for part in reversed(data.draw(st.sampled_from([*SETTINGS, "base", "thresholds.lelv", "", "nonsense"])).split(".")):
+        settings = {part: settings}
+    message = ""
+    try:
+        EntropixConfig.load(settings)
+    except ConfigError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 600
 
 
 def test_a_configuration_is_frozen():

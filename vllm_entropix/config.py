@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import reprlib
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -22,11 +25,49 @@ MAX_CLARIFICATION_TOKENS = 64
 
 Fidelity = Literal["corrected", "original"]
 ClarificationRule = Literal["cooldown", "last-token", "ever"]
+BaseSource = Literal["preset", "request"]
 AttentionVarentropy = Literal["heads", "heads-unbiased", "zero"]
 
 
 class ConfigError(ValueError):
     """A configuration that can't be used; the message is one sentence that names the setting and what is allowed."""
+
+
+class _ShortRepr(reprlib.Repr):
+    """Representations of a value's first parts alone, so that a large value costs no more than a small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 8, 8, 8
+        self.maxstring = self.maxlong = self.maxother = QUOTED
+
+    def repr_int(self, value: int, level: int) -> str:
+        try:
+            return super().repr_int(value, level)
+        except ValueError:  # Python writes no number of more than 4300 digits
+            return "<a number of thousands of digits>"
+
+
+# Characters of a value that an error repeats.
+QUOTED = 100
+_SHORT = _ShortRepr()
+
+
+def quoted(value: Any) -> str:
+    """``repr(value)`` for an error message, cut to 100 characters: what is refused may be megabytes long."""
+    return cut(_SHORT.repr(value))
+
+
+def cut(text: str, length: int = QUOTED) -> str:
+    """``text`` if it has at most ``length`` characters, otherwise its beginning and an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def refuse_truth_value(value: Any) -> Any:
+    """``value``, unless it is true or false, which Python takes for the numbers 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("it should be a number")
+    return value
 
 
 def _setting(description: str, unit: str = "", **bounds: Any) -> Any:
@@ -42,10 +83,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python counts True as 1.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
-            raise ValueError("it should be a number")
-        return value
+        return refuse_truth_value(value) if cls.model_fields[str(info.field_name)].annotation in (int, float) else value
 
 
 class BaseParameters(Section):
@@ -55,6 +93,17 @@ class BaseParameters(Section):
     top_p: float = _setting("Base nucleus mass P0.", "probability", gt=0, le=1)
     top_k: int = _setting("Base number of candidates K0; regimes scale it.", "tokens", ge=1, le=100_000)
     min_p: float = _setting("Base smallest probability, relative to the largest.", "ratio", ge=0, le=1)
+
+
+class Base(BaseParameters):
+    """The server's base parameters, and whether a request's own come before them."""
+
+    source: BaseSource = Field(
+        "preset",
+        description="Where base parameters come from if a request doesn't say `entropix_base`: from these settings (`preset`), "
+        "or from the temperature, top_p, top_k and min_p of the `request`.",
+        json_schema_extra={"unit": ""},
+    )
 
 
 class LelvThresholds(Section):
@@ -156,8 +205,9 @@ class AdaptiveParameters(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         for name in ("top_p", "top_k", "min_p"):
-            if getattr(self, f"{name}_min") > getattr(self, f"{name}_max"):
-                raise ValueError(f"{name}_min is above {name}_max")
+            low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+            if low > high:
+                raise ValueError(f"{name}_min, which is {low}, is above {name}_max, which is {high}")
         return self
 
 
@@ -172,7 +222,7 @@ class ConfidenceWeights(Section):
     interaction: float = _setting("Weight of interaction strength.", ge=-100, le=100)
 
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class OriginalBehaviour(Section):
@@ -244,7 +294,10 @@ class Attention(Section):
     def _known_layers(cls, value: Any) -> Any:
         if value in ("last", "all"):
             return value
-        if not isinstance(value, (list, tuple)) or not all(type(layer) is int and layer >= 0 for layer in value):
+        if isinstance(value, (list, tuple)):
+            # `--sampler-config.attention.layers+ 1` gives text; no layer has a number of ten digits.
+            value = [int(layer) if isinstance(layer, str) and re.fullmatch("[0-9]{1,9}", layer) else layer for layer in value]
+        if not isinstance(value, (list, tuple)) or not all(type(layer) is int and 0 <= layer < 10**9 for layer in value):
             raise ValueError("it should be 'last', 'all' or a list of layer indices")
         if not value:
             raise ValueError("no layer is named; set attention.enabled = false to run on logits alone")
@@ -323,7 +376,7 @@ class EntropixConfig(Section):
     prometheus: bool = Field(
         True, description="Count tokens, regimes and entropies for vLLM's /metrics.", json_schema_extra={"unit": ""}
     )
-    base: BaseParameters
+    base: Base
     thresholds: Thresholds
     helv: HelvParameters
     lehv: LehvParameters
@@ -340,7 +393,7 @@ class EntropixConfig(Section):
     def _start_from_preset(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        return _merge(read_preset(data.get("preset", DEFAULT_PRESET)), data)
+        return merge(read_preset(data.get("preset", DEFAULT_PRESET)), data)
 
     @classmethod
     def preset_names(cls) -> tuple[str, ...]:
@@ -364,12 +417,12 @@ class EntropixConfig(Section):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Settings from a ``.json`` or ``.toml`` file; ConfigError if it can't be read or parsed."""
+        """Settings from a ``.json``, ``.toml`` or ``.yaml`` file; ConfigError if it can't be read or parsed."""
         return cls.from_dict(read_mapping(Path(path)), source=str(path))
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any] | EntropixConfig | None) -> EntropixConfig:
-        """Settings from whatever a user gives: nothing, a mapping, JSON text, a preset's name, or a JSON or TOML file."""
+        """Settings from whatever a user gives: nothing, a mapping, JSON text, a preset's name, or a JSON, TOML or YAML file."""
         if isinstance(source, EntropixConfig):
             return source
         return cls.from_dict(as_mapping(source))
@@ -403,11 +456,12 @@ class EntropixConfig(Section):
         return self.original.clarification_rule if self.fidelity == "original" else "cooldown"
 
 
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables as one; where both have a value ``over`` wins, and tables in them are merged the same way."""
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
@@ -416,7 +470,7 @@ def _flatten(prefix: str, section: BaseModel) -> Iterator[tuple[str, float]]:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from _flatten(f"{prefix}.{name}", value)
-        else:
+        elif isinstance(value, (int, float)):
             yield f"{prefix}.{name}", float(value)
 
 
@@ -434,34 +488,62 @@ def _preset_text(name: str) -> str:
 def read_preset(name: Any) -> dict[str, Any]:
     """The settings of a shipped preset; ConfigError that lists the presets if there is none of this name."""
     if not isinstance(name, str) or name not in _preset_names():
-        raise ConfigError(f"unknown preset {name!r}; there are {', '.join(_preset_names())}")
+        raise ConfigError(f"unknown preset {quoted(name)}; there are {', '.join(_preset_names())}")
     return tomllib.loads(_preset_text(name))
 
 
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None  # PyYAML's messages have several lines
+    return {} if data is None else data  # an empty file
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".json": json.loads,
+    ".toml": tomllib.loads,
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
+    "": tomllib.loads,
+}
+SUFFIXES = ".json, .toml, .yaml or .yml"
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The table of a JSON or TOML file; ConfigError that names the file if it is missing, broken or of another type."""
+    """The table of a JSON, TOML or YAML file; ConfigError that names the file if it is missing, broken or of another type."""
+    name, suffix = cut(str(path), 200), path.suffix.lower()
+    if suffix not in _READERS:
+        raise ConfigError(f"the sampler config {name} is a file of another kind; its name should end in {SUFFIXES}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"can't read the sampler config {path}: not UTF-8 text") from None
+        raise ConfigError(f"can't read the sampler config {name}: not UTF-8 text") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"can't read the sampler config {path}: {reason}") from None
-    try:
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # both decoders' errors are ValueErrors, and so is a number of 5000 digits
-        raise ConfigError(
-            f"the sampler config {path} is not valid {path.suffix.lstrip('.').upper() or 'TOML'}: {error}"
-        ) from None
+        raise ConfigError(f"can't read the sampler config {name}: {reason}") from None
+    kind = suffix.lstrip(".").replace("yml", "yaml").upper() or "TOML"
+    data = _parse(text, _READERS[suffix], f"the sampler config {name} is not valid {kind}")
     if not isinstance(data, dict):
-        raise ConfigError(f"the sampler config {path} holds a {type(data).__name__}, not a table of settings")
+        raise ConfigError(f"the sampler config {name} holds a {type(data).__name__}, not a table of settings")
     return data
 
 
-def as_mapping(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """A settings table from nothing, a mapping, JSON text, a preset's name, or the path of a JSON or TOML file."""
+def _parse(text: str, read: Callable[[str], Any], problem: str) -> Any:
+    try:
+        return read(text)
+    except (ValueError, RecursionError) as error:  # the decoders' errors are ValueErrors, and so is a number of 5000 digits
+        raise ConfigError(f"{problem}: {cut(str(error), 300)}") from None
+
+
+def as_mapping(source: str | Path | Mapping[str, Any] | EntropixConfig | None) -> dict[str, Any]:
+    """A settings table from nothing, a mapping, JSON text, a preset's name, or the path of a JSON, TOML or YAML file."""
     if source is None:
         return {}
+    if isinstance(source, EntropixConfig):
+        return source.model_dump(mode="json", by_alias=True)
     if isinstance(source, Mapping):
         return dict(source)
     if isinstance(source, Path):
@@ -470,17 +552,17 @@ def as_mapping(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
         raise ConfigError(f"a sampler config is a table, JSON text, a preset's name or a file, not {type(source).__name__}")
     text = source.strip()
     if text.startswith("{"):
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"the sampler config is not valid JSON: {error}") from None
+        data = _parse(text, json.loads, "the sampler config is not valid JSON")
         assert isinstance(data, dict)  # it starts with a brace
         return data
     if text in _preset_names():
         return {"preset": text}
-    if text.endswith((".json", ".toml")) or "/" in text:
+    if "/" in text or Path(text).suffix.lower() in _READERS.keys() - {""} or os.path.isfile(text):
         return read_mapping(Path(text))
-    raise ConfigError(f"unknown preset {text!r}; there are {', '.join(_preset_names())}, or give JSON or a .json or .toml file")
+    raise ConfigError(
+        f"unknown preset {quoted(text)}; there are {', '.join(_preset_names())}, "
+        f"or give JSON or a file whose name ends in {SUFFIXES}"
+    )
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
@@ -490,16 +572,16 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         name = ".".join(map(str, first["loc"]))
         fields = _section_at(model, first["loc"][:-1]).model_fields
         allowed = ", ".join(field.alias or field_name for field_name, field in fields.items())
-        return f"unknown setting {name!r}; here are {allowed}"
+        return f"unknown setting {quoted(name)}; here are {allowed}"
     # Parts with a bracket are pydantic's names of a union's members.
     name = ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or "[" not in part)
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if first["type"] == "missing":
-        return f"{name} is missing"
+        return f"{cut(name)} is missing"
     if not name:
         return message
-    return f"{name} is {first['input']!r}, but {message}"
+    return f"{cut(name)} is {quoted(first['input'])}, but {message}"
 
 
 def _section_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

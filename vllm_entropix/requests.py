@@ -6,13 +6,25 @@ Hence flat names and tolerant booleans.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from functools import cache
-from typing import Annotated, Any, Literal
+from difflib import get_close_matches
+from functools import cache, lru_cache
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from vllm_entropix.config import BaseParameters, ConfigError, EntropixConfig, Fidelity, describe
+from vllm_entropix.config import (
+    QUOTED,
+    BaseParameters,
+    BaseSource,
+    ConfigError,
+    EntropixConfig,
+    Fidelity,
+    describe,
+    quoted,
+    refuse_truth_value,
+)
 
 PREFIX = "entropix"
 
@@ -21,11 +33,12 @@ _OFF = frozenset({"off", "false", "no", "0", "0.0"})
 
 
 def _switch(value: Any) -> bool:
-    word = str(value).strip().lower()
-    if word in _ON:
-        return True
-    if word in _OFF:
-        return False
+    if isinstance(value, str):
+        value = value.strip().lower()
+        if value in _ON or value in _OFF:
+            return value in _ON
+    elif isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
     raise ValueError("it should be on or off")
 
 
@@ -55,10 +68,11 @@ class RequestSettings(BaseModel):
     preset: Annotated[str, BeforeValidator(_known_preset)] | None = Field(
         None, alias=f"{PREFIX}_preset", description="Preset whose constants this request uses instead of the server's."
     )
-    base: Literal["preset", "request"] = Field(
-        "preset",
+    base: BaseSource | None = Field(
+        None,
         alias=f"{PREFIX}_base",
-        description="Take base temperature, top_p, top_k and min_p from the preset, or from the request's own parameters.",
+        description="Take base temperature, top_p, top_k and min_p from the preset, or from the request's own parameters; "
+        "unset: as the server's base.source says.",
     )
     temperature: float | None = _base("temperature")
     top_p: float | None = _base("top_p")
@@ -69,14 +83,26 @@ class RequestSettings(BaseModel):
     )
     trace: Switch | None = Field(None, alias=f"{PREFIX}_trace", description="on or off: return a record per generated token.")
 
+    @field_validator("temperature", "top_p", "top_k", "min_p", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any) -> Any:
+        return refuse_truth_value(value)
+
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestSettings:
         """Settings among a request's ``extra_args``; other plugins' names are left alone.
 
         Raises:
-            ConfigError: an unknown ``entropix…`` name or a bad value; names the key, the value and what is allowed.
+            ConfigError: a name that is one of ours misspelt, or a bad value; names the key, the value and what is allowed.
         """
-        ours = {key: value for key, value in (extra_args or {}).items() if key == PREFIX or key.startswith(f"{PREFIX}_")}
+        if not extra_args:
+            return _DEFAULTS
+        if not isinstance(extra_args, Mapping):
+            raise ConfigError(f"a request's settings are {quoted(extra_args)}, but they should be a table")
+        for key in extra_args:
+            if key not in _NAMES:
+                _refuse_misspelt(key)
+        ours = {key: extra_args[key] for key in _NAMES if key in extra_args}
         if not ours:
             return _DEFAULTS
         try:
@@ -93,12 +119,14 @@ class RequestSettings(BaseModel):
 
         Args:
             server: the server's configuration.
-            own: the request's own temperature, top_p, top_k and min_p, used if ``base`` is ``request``.
+            own: the request's own temperature, top_p, top_k and min_p, used if ``base``, or else the server's
+                ``base.source``, is ``request``.
         """
+        source = self.base or server.base.source
         numbers = dict(self.config(server).numbers())
         for name in BaseParameters.model_fields:
             value = getattr(self, name)
-            if value is None and self.base == "request":
+            if value is None and source == "request":
                 value = own[name]
             if value is not None:
                 numbers[f"base.{name}"] = float(value)
@@ -108,6 +136,27 @@ class RequestSettings(BaseModel):
 
 
 _DEFAULTS = RequestSettings()
+# What the settings are called → the letters that matter in it.
+_NAMES = {str(field.alias): str(field.alias).replace("_", "") for field in RequestSettings.model_fields.values()}
+
+
+def _refuse_misspelt(key: Any) -> None:
+    """ConfigError if ``key``, which is no setting, is meant as one: ``entropix.trace``, ``Entropix-Trace``, ``entropx``."""
+    if not isinstance(key, str):
+        raise ConfigError(f"a request's settings have the key {quoted(key)}, but keys should be text")
+    problem = _misspelt(key[:QUOTED])
+    if problem is not None:
+        raise ConfigError(f"unknown setting {quoted(key)}; {problem}")
+
+
+@lru_cache(maxsize=1024)
+def _misspelt(key: str) -> str | None:
+    """What there is instead of a name that looks like ours; None for another plugin's."""
+    letters = re.sub("[^a-z0-9]", "", key.lower())
+    close = get_close_matches(letters, _NAMES.values(), n=1, cutoff=0.9)
+    if close:
+        return f"did you mean {next(name for name, known in _NAMES.items() if known == close[0])!r}?"
+    return f"there are {', '.join(_NAMES)}" if letters.startswith(PREFIX) else None
 
 
 @cache

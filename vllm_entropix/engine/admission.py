@@ -47,7 +47,8 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
 
 def _refuse_our_names(params: Any) -> None:
     """A request may not hand in what only the engine says: where traces are written is the server's business."""
-    handed_in = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
+    extra_args = getattr(params, "extra_args", None)
+    handed_in = extra_args.get("kv_transfer_params") if isinstance(extra_args, dict) else None
     if isinstance(handed_in, dict):
         for name in handed_in.keys() & {TRACED, COUNTED, WRITTEN}:
             raise RequestSettingsError(f"kv_transfer_params has {name!r}, which is the engine's own; leave it out")

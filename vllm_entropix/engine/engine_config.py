@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_entropix._version import __version__
-from vllm_entropix.config import MAX_CLARIFICATION_TOKENS, ConfigError, EntropixConfig, as_mapping
+from vllm_entropix.config import MAX_CLARIFICATION_TOKENS, ConfigError, EntropixConfig, as_mapping, quoted
 from vllm_entropix.engine import compat
 from vllm_entropix.engine.arguments import KEY, FromCommandLine
 from vllm_entropix.engine.subclasses import SCHEDULER, WORKER, qualified_name
@@ -193,7 +193,7 @@ def _clarification_ids(vllm_config: VllmConfig, config: EntropixConfig) -> tuple
     settings = config.clarification
     if settings.text is not None:
         ids = _encode(vllm_config, settings.text)
-        source = f"the clarification text {settings.text!r}"
+        source = f"the clarification text {quoted(settings.text)}"
     elif settings.token_ids is not None:
         ids, source = settings.token_ids, "clarification.token_ids"
     elif config.fidelity == "original" and config.original.clarification_token_ids:
@@ -223,7 +223,7 @@ def _encode(vllm_config: VllmConfig, text: str) -> tuple[int, ...]:
     unknown = getattr(tokenizer, "unk_token_id", None)
     if not ids or (unknown is not None and unknown in ids):
         raise ConfigError(
-            f"the served tokenizer can't encode the clarification text {text!r}; "
+            f"the served tokenizer can't encode the clarification text {quoted(text)}; "
             "choose another, or give clarification.token_ids"
         )
     return ids

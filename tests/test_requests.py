@@ -1,0 +1,150 @@
+"""Per-request settings: spellings, values, what is refused and how."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_entropix.config import ConfigError, EntropixConfig
+from vllm_entropix.requests import RequestSettings
+
+KEYS = [str(field.alias) for field in RequestSettings.model_fields.values()]
+HUGE = 10**5000  # Python writes no number as long as this
+LARGE = ["x" * 20_000_000, ["y" * 1_000_000] * 100, {"z" * 1_000_000: 1}, b"w" * 1_000_000, HUGE]
+
+OWN = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125}
+
+
+def refusal(extra_args) -> str:
+    with pytest.raises(ConfigError) as caught:
+        RequestSettings.parse(extra_args)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    "misspell",
+    [
+        lambda key: key.replace("_", "."),
+        lambda key: key.replace("_", "-"),
+        lambda key: key.replace("_", ""),
+        lambda key: key.replace("_", " "),
+        str.upper,
+        str.capitalize,
+        lambda key: f" {key} ",
+        lambda key: key.replace("trop", "trp"),
+        lambda key: f"--{key}",
+    ],
+)
+def test_an_odd_spelling_is_refused_and_the_right_one_named(key, misspell):
+    odd = misspell(key)
+    if odd not in KEYS:
+        assert refusal({odd: 1}) == f"unknown setting {odd!r}; did you mean {key!r}?"
+
+
+def test_other_unknown_names_of_ours_are_refused_with_all_there_are():
+    for key in ("entropix_colour", "Entropix_Colour", "entropix_"):
+        message = refusal({"entropix_trace": "on", key: 1})
+        assert key in message
+        assert "did you mean" in message or all(known in message for known in KEYS)
+
+
+@pytest.mark.parametrize("key", ["trace", "entropy_trace", "top_k", "my_plugin", "", "min_p", "anthropic", "x" * 1000])
+def test_other_plugins_names_are_left_alone(key):
+    assert RequestSettings.parse({key: HUGE}) == RequestSettings()
+
+
+def test_nothing_given_is_nothing_said():
+    assert RequestSettings.parse(None) == RequestSettings.parse({}) == RequestSettings()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({1: 2}, ["the key 1", "text"]),
+        ({HUGE: 2}, ["the key <a number of thousands of digits>"]),
+        ({("entropix_trace",): 1}, ["entropix_trace", "text"]),
+        ({b"entropix_trace": 1}, ["b'entropix_trace'", "text"]),
+        ([1], ["[1]", "table"]),
+        ("entropix_trace", ["table"]),
+        ({"entropix_top_k": True}, ["entropix_top_k is True", "number"]),
+        ({"entropix_min_p": False}, ["entropix_min_p is False", "number"]),
+        ({"entropix_top_k": HUGE}, ["entropix_top_k is <a number of thousands of digits>", "100000"]),
+        ({"entropix_temperature": HUGE}, ["entropix_temperature is <a number"]),
+        ({"entropix_trace": HUGE}, ["entropix_trace is <a number", "on or off"]),
+        ({"entropix_preset": HUGE}, ["entropix_preset is <a number", "jax-2024-10"]),
+        ({"entropix_top_k": [[HUGE]]}, ["entropix_top_k is [[<a number"]),
+        ({"entropix_temperature": 1e400}, ["entropix_temperature is inf"]),
+        ({"entropix_temperature": "1e400"}, ["entropix_temperature is '1e400'"]),
+        ({"entropix_temperature": "nan"}, ["entropix_temperature is 'nan'"]),
+        ({"entropix_temperature": math.nan}, ["entropix_temperature is nan"]),
+        ({"entropix_top_k": 2.5}, ["entropix_top_k is 2.5", "integer"]),
+        ({"entropix_trace": math.nan}, ["entropix_trace is nan"]),
+        ({"entropix_trace": [1]}, ["entropix_trace is [1]"]),
+        ({"entropix": None}, ["entropix is None"]),
+        ({"entropix_base": "server"}, ["entropix_base is 'server'", "preset", "request"]),
+    ],
+    ids=lambda value: str(type(value)) if isinstance(value, dict) else "",
+)
+def test_a_value_that_cannot_be_is_refused_in_one_sentence(given, words):
+    message = refusal(given)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("value", LARGE, ids=["text", "list", "table", "bytes", "number"])
+def test_an_error_repeats_no_more_than_a_hundred_characters_of_a_value(key, value):
+    message = refusal({key: value})
+    assert message.startswith(f"{key} is ")
+    assert len(message) < 100 + 150
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.none().map(lambda _: HUGE)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=12) | st.integers(), anything, max_size=4))
+def test_whatever_is_sent_is_taken_or_refused_in_one_sentence(extra_args):
+    taken, message = RequestSettings(), ""
+    try:
+        taken = RequestSettings.parse(extra_args)
+    except ConfigError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 500
+    assert all(math.isfinite(number) for number in taken.constants(EntropixConfig(), OWN))
+
+
+def base_of(extra_args, **server) -> list[float]:
+    config = EntropixConfig.from_dict(server)
+    names = [name for name, _ in config.numbers()]
+    numbers = dict(zip(names, RequestSettings.parse(extra_args).constants(config, OWN), strict=True))
+    assert numbers["adaptive.min_p"] == numbers["base.min_p"]
+    return [numbers[f"base.{name}"] for name in OWN]
+
+
+def test_where_base_parameters_come_from():
+    preset, own = [0.666, 0.9, 27, 0.03], list(OWN.values())
+    by_request = {"base": {"source": "request"}}
+    assert base_of({}) == base_of({"entropix_base": None}) == base_of({"entropix_base": "preset"}) == preset
+    assert base_of({"entropix_base": "request"}) == own
+    assert base_of({}, **by_request) == base_of({"entropix_base": "request"}, **by_request) == own
+    assert base_of({"entropix_base": "preset"}, **by_request) == preset
+    # The server says where they come from, whichever preset a request names; one that it gives itself comes first.
+    assert base_of({"entropix_preset": "torch-2024-10"}, **by_request) == own
+    assert base_of({"entropix_temperature": 2}, **by_request) == [2, *own[1:]]

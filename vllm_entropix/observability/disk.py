@@ -314,6 +314,7 @@ def line_of(sequence: Finished) -> bytes:
             "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **sequence.label,
             "prompt_hash": prompt_hash(sequence.prompt_token_ids),
+            "prompt": None,
             "prompt_tokens": len(sequence.prompt_token_ids),
             "token_ids": token_ids,
             "texts": texts,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 # Of what a choice of a response carries.
 VERSION = 1
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vllm_entropix._version import __version__
-from vllm_entropix.config import ConfigError
+from vllm_entropix.config import ConfigError, EntropixConfig
 from vllm_entropix.observability.schema import TokenEntry
 from vllm_entropix.observability.terminal import MEANINGS
 from vllm_entropix.observability.trace import REGIMES
@@ -93,7 +93,8 @@ class _Payload:
     _packed_characters: int = 0
 
     def add(self, file: int, line: TraceLine) -> None:
-        borders = line.thresholds.model_dump()
+        # A saved response doesn't tell them.
+        borders = (line.thresholds or EntropixConfig.preset().thresholds).model_dump()
         if borders not in self.borders:
             self.borders.append(borders)
         counts: Counter[str] = Counter(entry.regime for entry in line.records)

@@ -7,9 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_entropix.observability.fields import ALTERNATIVES, DESCRIPTIONS, VERSION
+from vllm_entropix.observability.fields import ALTERNATIVES, DESCRIPTIONS, MAX_FLOAT32, VERSION
 from vllm_entropix.observability.trace import TokenRecord, TokenTrace
 
+# What every reader of JSON takes as a whole number, and what a float32 holds.
+TokenId = Annotated[int, Field(ge=0, le=2**53 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+Number = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 RegimeName = Literal["LELV", "HELV", "LEHV", "HEHV", "ADAPTIVE"]
 
 
@@ -18,21 +22,21 @@ class TokenEntry(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    token_id: int = Field(description="The token.")
+    token_id: TokenId = Field(description="The token.")
     regime: RegimeName = Field(description=DESCRIPTIONS["regime"])
-    entropy: float | None = Field(description=DESCRIPTIONS["entropy"])
-    varentropy: float | None = Field(description=DESCRIPTIONS["varentropy"])
-    attention_entropy: float | None = Field(description=DESCRIPTIONS["attention_entropy"])
-    attention_varentropy: float | None = Field(description=DESCRIPTIONS["attention_varentropy"])
-    agreement: float | None = Field(description=DESCRIPTIONS["agreement"])
-    interaction_strength: float | None = Field(description=DESCRIPTIONS["interaction_strength"])
-    temperature: float | None = Field(description=DESCRIPTIONS["temperature"])
-    top_p: float | None = Field(description=DESCRIPTIONS["top_p"])
-    top_k: int | None = Field(description=DESCRIPTIONS["top_k"])
-    min_p: float | None = Field(description=DESCRIPTIONS["min_p"])
-    confidence: float | None = Field(description=DESCRIPTIONS["confidence"])
+    entropy: Number | None = Field(description=DESCRIPTIONS["entropy"])
+    varentropy: Number | None = Field(description=DESCRIPTIONS["varentropy"])
+    attention_entropy: Number | None = Field(description=DESCRIPTIONS["attention_entropy"])
+    attention_varentropy: Number | None = Field(description=DESCRIPTIONS["attention_varentropy"])
+    agreement: Number | None = Field(description=DESCRIPTIONS["agreement"])
+    interaction_strength: Number | None = Field(description=DESCRIPTIONS["interaction_strength"])
+    temperature: Number | None = Field(description=DESCRIPTIONS["temperature"])
+    top_p: Number | None = Field(description=DESCRIPTIONS["top_p"])
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(description=DESCRIPTIONS["top_k"])
+    min_p: Number | None = Field(description=DESCRIPTIONS["min_p"])
+    confidence: Number | None = Field(description=DESCRIPTIONS["confidence"])
     forced: bool = Field(description=DESCRIPTIONS["forced"])
-    alternatives: list[tuple[int, float | None]] = Field(default_factory=list, description=ALTERNATIVES)
+    alternatives: list[tuple[TokenId, Number | None]] = Field(default_factory=list, max_length=255, description=ALTERNATIVES)
 
     @classmethod
     def of(cls, token_id: int, record: TokenRecord) -> TokenEntry:
@@ -47,7 +51,7 @@ class ChoiceTrace(BaseModel):
 
     version: Annotated[int, Field(description="Version of this format.")] = VERSION
     tokens: list[TokenEntry] = Field(default_factory=list, description="One entry per token, in order.")
-    not_kept: int = Field(0, description="Tokens so far that came after the server's cap and have no entry.")
+    not_kept: Count = Field(0, description="Tokens so far that came after the server's cap and have no entry.")
 
     @classmethod
     def of(cls, token_ids: Sequence[int], trace: TokenTrace, start: int = 0) -> ChoiceTrace:

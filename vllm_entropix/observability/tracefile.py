@@ -5,22 +5,35 @@ A line holds what was generated and why. Of the prompt it holds a hash and a len
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
+import io
 import logging
 import struct
+import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import IO, Any, Self, TextIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import from_json
 
 from vllm_entropix.config import EntropixConfig, Thresholds
-from vllm_entropix.observability.schema import TokenEntry
+from vllm_entropix.observability.responses import Chunks, body_of, event, sequences
+from vllm_entropix.observability.schema import Count, TokenEntry, TokenId
 from vllm_entropix.observability.tokens import token_texts
 from vllm_entropix.observability.trace import TokenTrace
 
 VERSION = 1
+_GZIP = b"\x1f\x8b"
+_BUFFER = 1 << 16
+# Lines that are named of those that are left out, and characters of what is wrong with them.
+_NAMED = 5
+_SHOWN = 100
 logger = logging.getLogger(__name__)
 
 
@@ -35,22 +48,41 @@ class TraceLine(BaseModel):
 
     version: int = Field(VERSION, description="Version of this format.")
     request_id: str = Field(description="The request's id in the engine.")
-    index: int = Field(0, ge=0, description="Number of the sequence among the request's n.")
+    index: Count = Field(0, description="Number of the sequence among the request's n.")
     model: str | None = Field(None, description="Name of the model.")
     created: str = Field(description="When the sequence was finished, ISO 8601, UTC.")
-    preset: str = Field(description="Preset of the sequence's constants.")
-    fidelity: str = Field(description="corrected or original.")
-    prompt_hash: str = Field(description="SHA-256 of the prompt's token ids as little-endian int64, in hexadecimal.")
-    prompt_tokens: int = Field(ge=0, description="Tokens of the prompt.")
-    token_ids: list[int] = Field(description="The generated tokens.")
+    preset: str | None = Field(None, description="Preset of the sequence's constants; null: not known.")
+    fidelity: str | None = Field(None, description="corrected or original; null: not known.")
+    prompt_hash: str | None = Field(
+        None, description="SHA-256 of the prompt's token ids as little-endian int64, in hexadecimal; null: not known."
+    )
+    prompt: str | None = Field(None, description="Text of the prompt, where trace.prompts is on.")
+    prompt_tokens: Count = Field(description="Tokens of the prompt.")
+    token_ids: list[TokenId] = Field(description="The generated tokens.")
     texts: list[str] = Field(
         description="Text of each token; of a character that is split over tokens, all of it stands with the last."
     )
     finish_reason: str | None = Field(None, description="Why generation ended.")
-    not_kept: int = Field(0, ge=0, description="Tokens after the server's cap, which have no record.")
-    thresholds: Thresholds = Field(description="Borders of the regimes that were used.")
+    not_kept: Count = Field(0, description="Tokens after the server's cap, which have no record.")
+    thresholds: Thresholds | None = Field(None, description="Borders of the regimes that were used; null: not known.")
     records: list[TokenEntry] = Field(description="One entry per token, in order; the last not_kept tokens have none.")
-    alternative_texts: dict[int, str] = Field(default_factory=dict, description="Text of each token among the alternatives.")
+    alternative_texts: dict[TokenId, str] = Field(
+        default_factory=dict, description="Text of each token among the alternatives."
+    )
+
+    @field_validator("version")
+    @classmethod
+    def _known(cls, version: int) -> int:
+        if version != VERSION:
+            raise ValueError(f"version {version} of the trace format; this release reads version {VERSION}")
+        return version
+
+    @model_validator(mode="after")
+    def _a_text_per_token(self) -> Self:
+        if not len(self.records) <= len(self.token_ids) == len(self.texts):
+            numbers = f"{len(self.token_ids)} token_ids, {len(self.texts)} texts, {len(self.records)} records"
+            raise ValueError(f"{numbers}: each token has a text, and one record at most")
+        return self
 
     @classmethod
     def of(
@@ -109,37 +141,160 @@ def write_traces(file: TextIO, lines: Iterable[TraceLine]) -> None:
 
 
 def read_traces(path: str | Path, progress: Callable[[int], object] | None = None) -> Iterator[TraceLine]:
-    """The lines of a file of traces, one after the other.
+    """The sequences of a file of traces, or of saved HTTP responses (see :mod:`.responses`), one after the other.
 
-    A last line that is cut short, as when a server is writing it at this moment, is left out with a warning.
+    Lines that aren't traces, such as those that a killed server left half written, are left out. One warning at the end tells
+    how many, and which.
 
     Args:
-        path: of the file.
-        progress: told how many bytes have been read, after each line.
+        path: of the file, which may be compressed by gzip; ``-`` is standard input.
+        progress: told how many bytes have been read, after each sequence.
 
     Raises:
-        TraceFileError: the file can't be read, or a line isn't a trace of a version that this release knows.
+        TraceFileError: the file can't be read, or nothing in it is a trace of a version that this release knows.
     """
+    reading = _Reading("standard input" if str(path) == "-" else str(path))
     try:
-        with Path(path).open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if not raw.strip():
-                    continue
-                try:
-                    line = TraceLine.model_validate_json(raw)
-                except ValidationError as error:
-                    first = error.errors()[0]
-                    if first["type"] == "json_invalid" and not raw.endswith(b"\n") and number > 1:
-                        logger.warning("%s: line %d is cut short and left out", path, number)
-                        return
-                    place = ".".join(map(str, first["loc"]))
-                    problem = f"{place}: {first['msg']}" if place else first["msg"]
-                    raise TraceFileError(f"{path}, line {number}: not a trace: {problem}") from None
-                if line.version != VERSION:
-                    known = f"this release reads version {VERSION}"
-                    raise TraceFileError(f"{path}, line {number}: version {line.version} of the trace format; {known}")
+        with _opened(path) as (file, counted):
+            for line in reading.sequences(file):
                 yield line
                 if progress is not None:
-                    progress(file.tell())
+                    progress(counted.count)
     except OSError as error:
-        raise TraceFileError(f"can't read {path}: {error.strerror or error}") from None
+        raise TraceFileError(f"can't read {reading.name}: {error.strerror or error}") from None
+    reading.tell()
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[io.BufferedIOBase, _Counted]]:
+    """A file's bytes, unpacked, and the count of those that have been read of it."""
+    with contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else Path(path).open("rb") as file:
+        counted = _Counted(file)
+        raw = io.BufferedReader(counted, _BUFFER)
+        yield gzip.GzipFile(fileobj=raw) if raw.peek(len(_GZIP)).startswith(_GZIP) else raw, counted
+
+
+class _Counted(io.RawIOBase):
+    """Counts the bytes that are read of a file; standard input has no position to ask for."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self.count += len(data)
+        return len(data)
+
+
+class _Reading:
+    """Reads a file's sequences, and remembers what couldn't be read."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._line = 0
+        self._good = 0
+        self._bad = 0
+        # (line, what is wrong with it), of the first.
+        self._named: list[tuple[int, str]] = []
+
+    def sequences(self, file: io.BufferedIOBase) -> Iterator[TraceLine]:
+        """All that are in the file."""
+        chunks = Chunks()
+        for raw in self._lines(file):
+            text = raw.strip()
+            data = event(text)
+            if not text:
+                continue
+            if self._line == 1 and text in (b"{", b"["):
+                # A document over several lines, as tools write that make JSON readable.
+                yield from self._of_json(raw + file.read())
+            elif data is None:
+                yield from self._of_json(text)
+            elif data:
+                self._add_chunk(data, chunks)
+            elif text.startswith(b"data"):  # the end of a stream
+                yield from self._valid(chunks.sequences())
+        yield from self._valid(chunks.sequences())
+
+    def _lines(self, file: io.BufferedIOBase) -> Iterator[bytes]:
+        try:
+            for raw in file:
+                self._line += 1
+                yield raw
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            self._line += 1
+            self._leave_out(f"broken gzip: {error}")
+
+    def _of_json(self, text: bytes) -> Iterator[TraceLine]:
+        """A trace, the choices of a response, or those of a list of either."""
+        try:
+            line = TraceLine.model_validate_json(text)
+        except ValidationError as error:
+            problem = _problem(error)
+        except MemoryError:
+            self._leave_out("too long for this machine's memory")
+            return
+        else:
+            yield from self._valid((line,))
+            return
+        try:
+            values = from_json(text)
+        except ValueError:
+            self._leave_out(problem)
+            return
+        for value in values if isinstance(values, list) else (values,):
+            body = body_of(value)
+            try:
+                yield from self._valid((value,) if body is None else sequences(body))
+            except ValueError as error:
+                self._leave_out(_problem(error))
+
+    def _add_chunk(self, data: bytes, chunks: Chunks) -> None:
+        try:
+            body = body_of(from_json(data))
+            if body is not None:
+                chunks.add(body)
+        except ValueError as error:
+            self._leave_out(_problem(error))
+
+    def _valid(self, values: Iterable[Any]) -> Iterator[TraceLine]:
+        for value in values:
+            try:
+                line = TraceLine.model_validate(value)
+            except ValidationError as error:
+                self._leave_out(_problem(error))
+            else:
+                self._good += 1
+                yield line
+
+    def _leave_out(self, problem: str) -> None:
+        self._bad += 1
+        if len(self._named) < _NAMED:
+            self._named.append((self._line, problem))
+
+    def tell(self) -> None:
+        """Tell of what was left out; TraceFileError if nothing else was there."""
+        if not self._bad:
+            return
+        first, problem = self._named[0]
+        if not self._good:
+            raise TraceFileError(f"{self.name}, line {first}: not a trace: {problem}")
+        named = ", ".join(str(line) for line, _ in self._named)
+        more = f" and {self._bad - len(self._named):,} more" if self._bad > len(self._named) else ""
+        lines = f"line {named} isn't a trace and is" if self._bad == 1 else f"lines {named}{more} aren't traces and are"
+        logger.warning("%s: %s left out (line %d: %s)", self.name, lines, first, problem)
+
+
+def _problem(error: ValueError) -> str:
+    """The first thing wrong, in a line that holds little of what a file can hold."""
+    if not isinstance(error, ValidationError):
+        return str(error)[:_SHOWN]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))[:_SHOWN]
+    message = first["msg"].removeprefix("Value error, ")[:_SHOWN]
+    return f"{place}: {message}" if place else message

@@ -1,7 +1,12 @@
 """The two options on vLLM's own command line, and the ways of saying the same."""
 
+import argparse
+import copy
 import json
+import pickle
 import re
+from dataclasses import replace
+from itertools import chain, permutations
 
 import pytest
 
@@ -11,6 +16,7 @@ from vllm_entropix import ConfigError
 from vllm_entropix.engine.arguments import FromCommandLine, merge_keywords
 
 ON_V2 = is_v2()
+SETTINGS = {"preset": "torch-2024-10", "base": {"top_k": 5}}
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +27,17 @@ def parser():
     return make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
 
 
+@pytest.fixture(scope="module")
+def engine_parser():
+    """The parser of scripts that make an engine of what they parse: it has vLLM's engine arguments and no others."""
+    from vllm import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return EngineArgs.add_cli_args(FlexibleArgumentParser(prog="script"))
+
+
 def additional(parser, *arguments):
     return parser.parse_args(["--model", "m", *arguments]).additional_config
-
-
-SETTINGS = {"preset": "torch-2024-10", "base": {"top_k": 5}}
 
 
 def test_without_the_option_nothing_is_added(parser):
@@ -47,12 +59,163 @@ def test_preset_json_and_files_in_any_order(parser, tmp_path):
     }
 
 
-def test_dotted_options_and_yaml(parser, tmp_path):
-    dotted = additional(parser, "--sampler", "entropix", "--sampler-config.base.top_k", "5")
-    assert dotted == {"entropix": {"base": {"top_k": 5}}}
-    config = tmp_path / "c.yaml"
-    config.write_text("sampler: entropix\nsampler-config:\n  base:\n    top_k: 5\n")
-    assert parser.parse_args(["--model", "m", "--config", str(config)]).additional_config == dotted
+DOTTED = [
+    (["--sampler-config.base.top_k", "5"], {"base": {"top_k": 5}}),
+    (["--sampler-config.base.top_k=5"], {"base": {"top_k": 5}}),
+    (["--sampler_config.base.top_k", "5"], {"base": {"top_k": 5}}),
+    (["--sampler-conf.base.top_k", "5"], {"base": {"top_k": 5}}),
+    (["--sampler-config.trace.path", "t.jsonl"], {"trace": {"path": "t.jsonl"}}),
+    (["--sampler-config.clarification.text", " ... wait."], {"clarification": {"text": " ... wait."}}),
+    (["--sampler-config.attention.layers", "[0, 1]"], {"attention": {"layers": [0, 1]}}),
+    (["--sampler-config.attention.layers+", "1"], {"attention": {"layers": ["1"]}}),
+    (["--sampler-config.attention.layers+=0,1"], {"attention": {"layers": ["0", "1"]}}),
+    (["--sampler-config.x=y"], {"x": "y"}),
+    # A preset or a file, with settings of its own over it: wherever they stand, dotted ones come last.
+    (["--sampler-config", "torch-2024-10", "--sampler-config.base.top_k", "5"], SETTINGS),
+    (["--sampler-config.base.top_k", "5", "--sampler-config", "torch-2024-10"], SETTINGS),
+    (["--sampler-config.preset", "torch-2024-10", "--sampler-config.base.top_k", "5"], SETTINGS),
+    (
+        ["--sampler-config", '{"base": {"top_k": 9, "top_p": 1}}', "--sampler-config.base.top_k", "5"],
+        {"base": {"top_k": 5, "top_p": 1}},
+    ),
+    # The later over the earlier.
+    (["--sampler-config", "jax-2024-10", "--sampler-config", json.dumps(SETTINGS)], SETTINGS),
+    (["--sampler-config", '{"base": {"top_k": 5}}', "--sampler-config", "torch-2024-10"], SETTINGS),
+    (["--sampler-config.base.top_k", "4", "--sampler-config.base.top_k", "5"], {"base": {"top_k": 5}}),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"), DOTTED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_every_form_of_the_settings_in_any_place(parser, arguments, settings):
+    for sampler in (["--sampler", "entropix"], ["--sampler=entropix"]):
+        for given in ([*sampler, *arguments], [*arguments, *sampler], ["--sampler", "vllm", *arguments, *sampler]):
+            assert additional(parser, *given) == {"entropix": settings}
+    from_file = additional(parser, "--additional-config", json.dumps({"entropix": {"base": {"top_k": 1}}}), *arguments)
+    assert from_file["entropix"].keys() == {"base", *settings}
+
+
+# (the file of --config, the command line, the additional config; None: refused)
+PRECEDENCE = [
+    # one source
+    ("sampler: entropix", [], {"entropix": {}}),
+    ("sampler: entropix\nsampler-config:\n  base:\n    top_k: 5", [], {"entropix": {"base": {"top_k": 5}}}),
+    ("sampler: entropix\nsampler_config.base.top_k: 5\nsampler_config: torch-2024-10", [], {"entropix": SETTINGS}),
+    ("sampler: entropix\nsampler-config: torch-2024-10", [], {"entropix": {"preset": "torch-2024-10"}}),
+    ("", ["--sampler", "vllm", "--sampler", "entropix"], {"entropix": {}}),
+    ("", ["--sampler", "entropix", "--sampler", "vllm"], {}),
+    ("", ["--sampler-config", "torch-2024-10"], None),
+    ("", ["--sampler", "vllm", "--sampler-config", "torch-2024-10"], None),
+    ("", ["--sampler", "entropix", "--sampler-config.base.top_k", "5", "--sampler", "vllm"], None),
+    ("sampler-config: torch-2024-10", [], None),
+    ("sampler: vllm\nsampler-config: torch-2024-10", [], None),
+    # the command line over the file
+    ("sampler: entropix", ["--sampler", "vllm"], {}),
+    ("sampler: entropix\nsampler-config: torch-2024-10", ["--sampler", "vllm"], {}),
+    ("sampler-config: torch-2024-10", ["--sampler", "vllm"], {}),
+    ("sampler: vllm", ["--sampler", "entropix"], {"entropix": {}}),
+    ("sampler: vllm", ["--sampler-config", "torch-2024-10"], None),
+    ("sampler-config: torch-2024-10", ["--sampler", "entropix"], {"entropix": {"preset": "torch-2024-10"}}),
+    ("sampler: entropix", ["--sampler-config", "torch-2024-10"], {"entropix": {"preset": "torch-2024-10"}}),
+    ("sampler: entropix", ["--sampler", "vllm", "--sampler-config", "torch-2024-10"], None),
+    (
+        "sampler: entropix\nsampler-config.base.top_k: 4\nsampler-config.base.top_p: 1",
+        ["--sampler-config", '{"base": {"top_k": 5}}'],
+        {"entropix": {"base": {"top_k": 5, "top_p": 1}}},
+    ),
+    # both over additional_config
+    ("", ["--additional-config", '{"entropix": {}, "other": 1}', "--sampler", "vllm"], {"other": 1}),
+    ("", ["--additional-config", '{"entropix": false}', "--sampler", "entropix"], {"entropix": {}}),
+    ("", ["--additional-config", '{"entropix": null}', "--sampler", "entropix"], {"entropix": {}}),
+    (
+        "",
+        ["--additional-config", '{"entropix": true}', "--sampler-config", "torch-2024-10"],
+        {"entropix": {"preset": "torch-2024-10"}},
+    ),
+    ("", ["--additional-config", '{"entropix": false}', "--sampler-config", "torch-2024-10"], None),
+    (
+        "",
+        ["--additional-config.entropix.base.top_k", "4", "--sampler-config.base.top_k", "5"],
+        {"entropix": {"base": {"top_k": 5}}},
+    ),
+    (
+        "",
+        ["--additional-config", '{"entropix": "jax-2024-10"}', "--sampler-config", json.dumps(SETTINGS)],
+        {"entropix": SETTINGS},
+    ),
+    ("sampler: vllm", ["--additional-config", '{"entropix": {}}'], {}),
+    ("additional-config:\n  entropix: {}", ["--sampler", "vllm"], {}),
+    (
+        "additional-config:\n  entropix:\n    base: {top_k: 4}",
+        ["--sampler-config.base.top_k", "5"],
+        {"entropix": {"base": {"top_k": 5}}},
+    ),
+    (
+        "sampler: entropix",
+        ["--additional-config", '{"entropix": {"base": {"top_k": 5}}}'],
+        {"entropix": {"base": {"top_k": 5}}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "line", "expected"), PRECEDENCE)
+def test_the_command_line_goes_before_the_file_and_both_before_additional_config(
+    parser, tmp_path, capsys, file, line, expected
+):
+    config = tmp_path / "serve.yaml"
+    config.write_text(f"model: m\nseed: 3\n{file}\n")
+    pairs = [line[place : place + 2] for place in range(0, len(line), 2)]
+    orders = (
+        [line]
+        if len({option for option, _ in pairs}) < len(pairs)
+        else [list(chain.from_iterable(order)) for order in permutations(pairs)]
+    )
+    for ours in orders:
+        for arguments in (["--config", str(config), *ours], [*ours, "--config", str(config)]):
+            if expected is not None:
+                parsed = parser.parse_args(arguments)
+                assert parsed.additional_config == expected
+                assert (parsed.model, parsed.seed) == ("m", 3)
+                continue
+            with pytest.raises(SystemExit) as end:
+                parser.parse_args(arguments)
+            assert end.value.code == 1
+            assert re.fullmatch(
+                r"vllm serve: error: --sampler-config is given with.*; leave it out.*\n", capsys.readouterr().err
+            )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--sampler", "entropix", "--sampler-config", "torch-2024-10"], {"entropix": {"preset": "torch-2024-10"}}),
+        (["--sampler-config.base.top_k", "5", "--sampler", "entropix"], {"entropix": {"base": {"top_k": 5}}}),
+        (["--sampler", "vllm"], {}),
+        (["--additional-config", '{"entropix": {}}', "--sampler", "vllm"], {}),
+        ([], {}),
+    ],
+)
+def test_parsed_arguments_can_be_passed_on(engine_parser, tiny, arguments, expected):
+    from vllm import AsyncEngineArgs, EngineArgs
+
+    args = engine_parser.parse_args(["--model", str(tiny), *arguments])
+    assert not {name for name in vars(args) if "sampler" in name}
+    for passed in (
+        args,
+        copy.copy(args),
+        copy.deepcopy(args),
+        pickle.loads(pickle.dumps(args)),
+        argparse.Namespace(**vars(args)),
+    ):
+        for made in (EngineArgs(**vars(passed)), EngineArgs.from_cli_args(passed), AsyncEngineArgs(**vars(passed))):
+            assert made.additional_config == expected
+            assert replace(made, seed=4).additional_config == expected
+            assert replace(made, sampler="vllm").additional_config == {}
+            assert replace(made, sampler="entropix").additional_config == {"entropix": {**expected.get("entropix", {})}}
+            assert type(made)(**vars(made)).additional_config == expected
+    # What is parsed once more into what was parsed before.
+    assert engine_parser.parse_args(["--seed", "4"], namespace=args).additional_config == expected
 
 
 def test_additional_config_is_merged_and_not_replaced(parser):
@@ -81,8 +244,49 @@ def test_mistakes_end_in_one_line_and_status_1(parser, capsys, arguments, named)
     assert named in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "command", ["serve", "run-batch", "launch render", "bench throughput", "bench latency", "bench startup"]
+)
+def test_every_command_with_an_engine_has_the_options(monkeypatch, command):
+    """By vLLM's own modules: the parsers are made as `vllm` makes them."""
+    from importlib import import_module
+
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    name = {"serve": "serve", "run-batch": "run_batch", "launch render": "launch"}.get(command, "benchmark.main")
+    monkeypatch.setattr("sys.argv", ["vllm", *command.split()])  # without the word bench its parsers aren't made
+    top = FlexibleArgumentParser(prog="vllm")
+    below = top.add_subparsers(dest="subparser")
+    for one in import_module(f"vllm.entrypoints.cli.{name}").cmd_init():
+        one.subparser_init(below)
+    needed = {"run-batch": ["-i", "a", "-o", "b"]}.get(command, [])
+    for given in (
+        ["--sampler", "entropix", "--sampler-config.base.top_k", "5"],
+        ["--sampler-config.base.top_k=5", "--sampler=entropix"],
+    ):
+        args = top.parse_args([*command.split(), *needed, "--model", "m", *given])
+        assert args.additional_config == {"entropix": {"base": {"top_k": 5}}}
+        assert not {name for name in vars(args) if "sampler" in name}
+    with pytest.raises(SystemExit) as end:
+        top.parse_args([*command.split(), *needed, "--model", "m", "--sampler-config", "torch-2024-10"])
+    assert end.value.code == 1
+
+
 def test_keywords_of_llm():
     assert merge_keywords({"model": "m"}) == {"model": "m"}
+    assert merge_keywords({"sampler": None, "sampler_config": None}) == {}
+    asked = {"entropix": {"base": {"top_k": 1, "top_p": 1}}, "other": 1}
+    assert merge_keywords({"sampler": "vllm", "additional_config": asked})["additional_config"] == {"other": 1}
+    assert merge_keywords({"sampler_config": SETTINGS, "additional_config": asked})["additional_config"] == {
+        "entropix": {"preset": "torch-2024-10", "base": {"top_k": 5, "top_p": 1}},
+        "other": 1,
+    }
+    with pytest.raises(ConfigError, match="sampler_config is given with sampler='vllm', which has no settings"):
+        merge_keywords({"sampler": "vllm", "sampler_config": {}})
+    with pytest.raises(ConfigError, match=r"additional_config is \[1\], but it should be a table"):
+        merge_keywords({"sampler": "entropix", "additional_config": [1]})
+    with pytest.raises(ConfigError, match="unknown sampler \\['entropix'\\]"):
+        merge_keywords({"sampler": ["entropix"]})
     assert merge_keywords({"sampler": "entropix", "sampler_config": SETTINGS})["additional_config"] == {"entropix": SETTINGS}
     assert merge_keywords({"sampler": "vllm"})["additional_config"] == {}
     with pytest.raises(ConfigError, match="unknown sampler 'x'"):

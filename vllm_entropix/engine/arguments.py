@@ -1,56 +1,92 @@
 """``--sampler`` and ``--sampler-config``, and the same two keywords of ``LLM(...)``.
 
-Both end in ``additional_config["entropix"]``, which vLLM carries to every process.
+Both end in ``additional_config["entropix"]``, which vLLM carries to every process, and nothing else of them stays: parsed
+arguments can be copied, pickled and passed on. What wins over what is in docs/settings.md.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from vllm_entropix.config import ConfigError, as_mapping
+from vllm_entropix import config
+from vllm_entropix.config import ConfigError, as_mapping, quoted
 
 SAMPLERS = ("vllm", "entropix")
 KEY = "entropix"
+# What the two are called on a command line, and in Python.
+_OPTIONS = ("--sampler {}", "--sampler-config")
+_KEYWORDS = ("sampler={!r}", "sampler_config")
 
 
 class FromCommandLine(dict[str, Any]):
     """An additional config that came from a command line, whose user is told in one line and not by a traceback."""
 
 
+class FromFile(str):
+    """A value of an option that stands in the file of ``--config``, which the command line goes before."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What one source says of the sampler.
+
+    Attributes:
+        samplers: names, the last of which holds.
+        settings: mappings, JSON texts, presets or files, each laid over those before it.
+    """
+
+    samplers: Sequence[Any] = ()
+    settings: Sequence[Any] = ()
+
+
 def check_sampler(name: Any) -> str:
     """The sampler's name; ConfigError if there is none of this name."""
-    if name not in SAMPLERS:
-        raise ConfigError(f"unknown sampler {name!r}; there are {' and '.join(SAMPLERS)}")
-    return str(name)
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise ConfigError(f"unknown sampler {quoted(name)}; there are {' and '.join(SAMPLERS)}")
+    return name
 
 
-def merge(additional: Mapping[str, Any], sampler: str | None, settings: Any) -> dict[str, Any]:
-    """``additional`` with the sampler's settings in it.
+def merge(additional: Mapping[str, Any], *sources: Words, names: tuple[str, str] = _KEYWORDS) -> dict[str, Any]:
+    """``additional`` with the sampler that is asked for, and its settings, in it.
 
     Args:
-        additional: an additional config, perhaps with settings of ours that the new ones are laid over.
-        sampler: ``entropix`` switches on, ``vllm`` off, None leaves it.
-        settings: a mapping, JSON text, preset or file; None for none.
+        additional: an additional config, which may ask for the sampler itself, with settings that others are laid over.
+        sources: what is said beside it, from the weakest to the strongest.
+        names: what an error calls the sampler and its settings.
+
+    Raises:
+        ConfigError: settings for a sampler that isn't asked for, or one of the values can't be.
     """
+    sampler_name, settings_name = names
+    # The last word on the sampler is that of the strongest source that has one.
+    sampler, last = None, 0
+    for place, source in enumerate(sources):
+        for name in source.samplers:
+            sampler, last = check_sampler(name), place
     merged = dict(additional)
-    if sampler is not None and check_sampler(sampler) == "vllm":
-        merged.pop(KEY, None)
-        if settings is not None:
-            raise ConfigError("sampler_config belongs to the sampler entropix; leave it out, or ask for sampler entropix")
-        return merged
     before = merged.get(KEY)
-    known = {} if before is None or before is True else as_mapping(before)
-    merged[KEY] = _over(known, as_mapping(settings))
-    return merged
-
-
-def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = _over(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    asked = sampler == "entropix" or (sampler is None and before is not None and before is not False)
+    # What a stronger source switches off may have settings.
+    settings = list(chain.from_iterable(source.settings for source in sources[0 if asked else last :]))
+    if settings and not asked:
+        wanted = sampler_name.format("entropix")
+        raise ConfigError(
+            f"{settings_name} is given without {wanted}; leave it out, or ask for {wanted}"
+            if sampler is None
+            else f"{settings_name} is given with {sampler_name.format(sampler)}, which has no settings; "
+            f"leave it out, or ask for {wanted}"
+        )
+    if sampler == "vllm":
+        merged.pop(KEY, None)
+    elif sampler == "entropix" or settings:
+        table = {} if before is None or isinstance(before, bool) else as_mapping(before)
+        for over in settings:
+            table = config.merge(table, as_mapping(over))
+        merged[KEY] = table
     return merged
 
 
@@ -60,90 +96,86 @@ def merge_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
     sampler, settings = rest.pop("sampler", None), rest.pop("sampler_config", None)
     if sampler is None and settings is None:
         return rest
-    if sampler is None:
-        raise ConfigError("sampler_config is given without sampler='entropix'")
-    rest["additional_config"] = merge(rest.get("additional_config") or {}, sampler, settings)
+    said = Words(*([] if given is None else [given] for given in (sampler, settings)))
+    rest["additional_config"] = merge(_table(rest.get("additional_config")), said)
     return rest
 
 
+def _table(additional: Any) -> Mapping[str, Any]:
+    if additional is not None and not isinstance(additional, Mapping):
+        raise ConfigError(f"additional_config is {quoted(additional)}, but it should be a table")
+    return additional or {}
+
+
 def add_arguments(parser: Any) -> Any:
-    """Add the two options to vLLM's parser, and let them share ``--additional-config``'s place."""
+    """Add the two options to vLLM's parser, whose parsed arguments then hold what they ask for as ``additional_config``."""
     if "--sampler" in parser._option_string_actions:
         return parser
     group = parser.add_argument_group(title="entropix", description="Which sampler draws the tokens (plugin vllm-entropix).")
     group.add_argument(
         "--sampler",
-        action=_SamplerAction,
-        default=None,
+        action="append",
         metavar="{vllm,entropix}",
         help="entropix samples each token according to the model's uncertainty about it. Default: vllm.",
     )
     group.add_argument(
         "--sampler-config",
-        action=_SettingsAction,
-        default=None,
+        action="append",
         metavar="PRESET|JSON|FILE",
-        help="Settings of the sampler entropix: a preset's name, JSON text, or a .json or .toml file. "
-        "`vllm-entropix presets` lists presets and settings.",
+        help="Settings of the sampler entropix: a preset's name, JSON text, or a .json, .toml or .yaml file. If there are "
+        "several, each is laid over those before it. `vllm-entropix presets` lists presets and settings.",
     )
-    additional = parser._option_string_actions.get("--additional-config")
-    if additional is not None and type(additional) is argparse._StoreAction:
-        # Otherwise whichever option comes last would win.
-        additional.__class__ = _AdditionalConfigAction
+    parse = parser.parse_known_args
+
+    # Only when all is parsed is it known what wins, whatever the order of the options.
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = parse(*args, **kwargs)
+        try:
+            _settle(namespace)
+        except ConfigError as error:
+            parser.exit(1, f"{parser.prog}: error: {error}\n")
+        return namespace, unknown
+
+    parser.parse_known_args = parse_known_args
     return parser
 
 
-def _current(namespace: argparse.Namespace) -> FromCommandLine:
-    return FromCommandLine(getattr(namespace, "additional_config", None) or {})
+def _settle(namespace: argparse.Namespace) -> None:
+    """Move the two options of parsed arguments into their ``additional_config``."""
+    said = vars(namespace)
+    samplers, settings = said.pop("sampler", None) or [], said.pop("sampler_config", None) or []
+    additional = said.get("additional_config")
+    if samplers or settings or (isinstance(additional, Mapping) and KEY in additional):
+        of_file, of_line = (Words(_from(file, samplers), _from(file, settings)) for file in (True, False))
+        said["additional_config"] = FromCommandLine(merge(_table(additional), of_file, of_line, names=_OPTIONS))
 
 
-class _SamplerAction(argparse.Action):
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: str | Sequence[Any] | None, option: str | None = None
-    ) -> None:
-        with _one_line(parser):
-            name = check_sampler(values)
-            setattr(namespace, self.dest, name)
-            waiting = getattr(namespace, "_sampler_settings", None)
-            if name == "entropix":
-                namespace.additional_config = FromCommandLine(merge(_current(namespace), name, waiting))
+def _from(file: bool, values: Sequence[str]) -> list[str]:
+    return [value for value in values if isinstance(value, FromFile) is file]
 
 
-class _SettingsAction(argparse.Action):
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: str | Sequence[Any] | None, option: str | None = None
-    ) -> None:
-        with _one_line(parser):
-            settings = as_mapping(values)  # type: ignore[arg-type]
-            setattr(namespace, self.dest, values)
-            if getattr(namespace, "sampler", None) == "entropix":
-                namespace.additional_config = FromCommandLine(merge(_current(namespace), "entropix", settings))
-            else:
-                namespace._sampler_settings = settings
+def mark_as_of_file(arguments: list[str]) -> list[str]:
+    """The arguments that vLLM reads out of the file of ``--config``, with the values of ours marked as such.
 
+    Afterwards they stand in one list with the command line's own. Dotted ones are made one here, as vLLM would do with those of
+    both sources together.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-class _AdditionalConfigAction(argparse._StoreAction):
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: str | Sequence[Any] | None, option: str | None = None
-    ) -> None:
-        with _one_line(parser):
-            before = _current(namespace)
-            after = FromCommandLine(values if isinstance(values, Mapping) else {})
-            if KEY in before:
-                own = after.get(KEY)
-                after[KEY] = _over({} if own is None or own is True else as_mapping(own), before[KEY])
-            setattr(namespace, self.dest, after)
-
-
-class _one_line:  # noqa: N801
-    """Ends the process with one line and status 1 if a configuration is wrong."""
-
-    def __init__(self, parser: Any) -> None:
-        self.parser = parser
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ConfigError):
-            self.parser.exit(1, f"{self.parser.prog}: error: {error}\n")
+    ours: list[str] = []
+    others: list[str] = []
+    target = others
+    for argument in arguments:
+        if argument.startswith("--"):
+            target = ours if argument.replace("_", "-").startswith("--sampler") else others
+        target.append(argument)
+    if not ours:
+        return arguments
+    parser = FlexibleArgumentParser(prog="vllm --config", add_help=False)
+    parser.add_argument("--sampler", action="append", default=[])
+    parser.add_argument("--sampler-config", action="append", default=[])
+    found = parser.parse_args(ours)
+    for option, values in (("--sampler", found.sampler), ("--sampler-config", found.sampler_config)):
+        for value in values:
+            others += [option, FromFile(value)]
+    return others

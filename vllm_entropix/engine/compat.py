@@ -105,6 +105,15 @@ def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_cli_args
 
 
+def _wrap_load_config_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_config_file(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_entropix.engine.arguments import mark_as_of_file
+
+        return mark_as_of_file(original(self, *args, **kwargs))
+
+    return load_config_file
+
+
 def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         if kwargs.keys() & {"sampler", "sampler_config"}:
@@ -198,10 +207,21 @@ PATCHES = (
         attribute="add_cli_args",
         wrap=_wrap_add_cli_args,
         why="A plugin can't add options to vLLM's command line.",
-        how="Adds --sampler and --sampler-config, which write into --additional-config while arguments are parsed, so that API "
+        how="Adds --sampler and --sampler-config, which end in --additional-config when arguments are parsed, so that API "
         "server processes, which are started with the parsed arguments, get them too.",
         upstream="none known",
         remove_when="general plugins can register command-line options",
+    ),
+    Patch(
+        module="vllm.utils.argparse_utils",
+        owners=("FlexibleArgumentParser",),
+        attribute="load_config_file",
+        wrap=_wrap_load_config_file,
+        why="What stands in the file of --config becomes part of the command line, so an option can't tell which of the two it "
+        "came from, and `--sampler vllm` couldn't overrule a file with settings of entropix.",
+        how="Marks the values of --sampler and --sampler-config in the file as the file's.",
+        upstream="none known",
+        remove_when="parsed options say where they came from",
     ),
     Patch(
         module="vllm.engine.arg_utils",

@@ -11,6 +11,10 @@ from collections.abc import Mapping
 Functions = Mapping[str, Mapping[str, tuple[str, ...]]]
 
 FUNCTIONS: Functions = {
+    "vllm.utils.argparse_utils": {
+        "FlexibleArgumentParser.load_config_file": ("self", "file_path"),
+        "FlexibleArgumentParser.parse_known_args": ("self", "args", "namespace"),
+    },
     "vllm.v1.worker.gpu_worker": {
         "Worker.load_model": ("self",),
         "Worker.initialize_from_config": ("self", "kv_cache_config"),

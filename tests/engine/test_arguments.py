@@ -329,7 +329,6 @@ def test_what_cannot_be_had_is_refused_before_an_engine_starts(tiny, settings, e
         ("parallel_config", "enable_dbo", True, "dual-batch overlap"),
         ("parallel_config", "ubatch_size", 2, "dual-batch overlap"),
         ("parallel_config", "enable_batch_sharded_sampling", True, "batch-sharded sampling"),
-        ("model_config", "return_sampling_mask", True, "--return-sampling-mask"),
         ("model_config", "enable_trace_replay", True, "trace replay"),
         (None, "watermark_config", object(), "watermarking"),
     ],

@@ -2,12 +2,14 @@
 
 import collections
 import json
+import math
 
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from tests.support.engine import adapter_of, engine, generate
+from tests.support.engine import adapter_of, engine, generate, worker_of
+from tests.support.runners import is_v2
 from vllm_entropix import EntropixConfig, traces
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
@@ -162,6 +164,67 @@ def test_drawn_tokens_follow_the_distribution(llm, tiny):
     scale = sum(observed) / sum(wanted)
     assert len(observed) > 3
     assert chisquare(observed, [w * scale for w in wanted]).pvalue > 1e-3
+
+
+MASKED = {"return_sampling_mask": True, "logprobs_mode": "processed_logprobs", "max_logprobs": 512}
+ON_V2 = pytest.mark.skipif(not is_v2(), reason="vLLM has sampling masks on Model Runner V2 alone")
+
+
+def masks(output):
+    return [set(ids) for ids in output.outputs[0].sampling_mask.token_ids]
+
+
+@ON_V2
+def test_a_sampling_mask_is_the_support_of_what_was_drawn_from(tiny):
+    # HELV everywhere: two forced tokens, then four rows of its own parameters; or the best of n of ADAPTIVE.
+    forcing = {
+        "thresholds": {"lelv": {"entropy_below": 0.0}, "helv": {"entropy_above": 0.0, "varentropy_below": 4096.0}},
+        "clarification": {"text": "hm", "cooldown": 4},
+    }
+    best_of_n = {"thresholds": {"lelv": {"entropy_below": 0.0}}, "adaptive": {"samples": 3}}
+    # vLLM wants a top_k with each request, to bound the mask; entropix has its own.
+    settings = {"top_k": 2, "logprobs": 512, "extra_args": TRACED}
+    plain = [
+        {"seed": 1, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "extra_args": OFF},
+        {"seed": 2, "top_k": 512, "min_p": 0.01, "extra_args": OFF},
+    ]
+    without_plugin = generate(engine(tiny, **MASKED), PROMPTS[:2], [params(**one) for one in plain])
+    for config in (forcing, best_of_n):
+        llm = engine(tiny, sampler="entropix", sampler_config=config, **MASKED)
+        outputs = generate(llm, [*PROMPTS[:2], *PROMPTS[:3]], [params(**one) for one in (*plain, *[settings] * 3)])
+        assert tokens(outputs[:2]) == tokens(without_plugin)
+        assert [masks(output) for output in outputs[:2]] == [masks(output) for output in without_plugin]
+        widest = 0
+        for output in outputs[2:]:
+            completion = output.outputs[0]
+            rows = zip(masks(output), completion.token_ids, completion.logprobs, traces(output)[0], strict=True)
+            for mask, token, logprobs, record in rows:
+                assert token in mask
+                assert mask == {token for token, value in logprobs.items() if value.logprob > -math.inf}
+                assert sum(math.exp(logprobs[token].logprob) for token in mask) == pytest.approx(1.0, abs=1e-4)
+                assert len(mask) <= (1 if record.forced else record.top_k)
+                widest = max(widest, len(mask))
+            assert [record.forced for record in traces(output)[0]][:6] == [config is forcing] * 2 + [False] * 4
+        assert widest > 5
+
+
+@ON_V2
+def test_sampling_masks_survive_that_an_engine_process_verifies_its_config_again(tiny):
+    from vllm import EngineArgs
+
+    config = EngineArgs(str(tiny), additional_config={"entropix": {}}, **MASKED).create_engine_config()
+    config.__post_init__()  # as vLLM does after the handshake
+
+
+@ON_V2
+def test_a_slot_without_a_request_is_left_alone(llm):
+    """vLLM 0.33 fills the sampler's slots with parameters of nobody when it profiles memory on a GPU."""
+    from vllm import SamplingParams
+
+    sampler = worker_of(llm).model_runner.sampler
+    sampler.add_request(3, SamplingParams.for_sampler_warmup())
+    sampler.apply_staged_writes()
+    assert len(tokens(generate(llm, PROMPTS[:1], [params()]))[0]) == 16
 
 
 def test_n_stop_strings_and_min_tokens(llm):

@@ -1,6 +1,7 @@
 """Layouts and features that vLLM takes on this machine and entropix can't be had with: refused before an engine starts."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,8 @@ from tests.support.server import run_vllm
 from vllm_entropix import ConfigError
 
 CONTEXT = ("context parallelism", "set --decode-context-parallel-size and --prefill-context-parallel-size to 1")
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+EXACT = "set it to standard or block in the speculative config"
 ON_BOTH = [
     ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, *CONTEXT),
     (
@@ -26,7 +29,11 @@ ON_V2 = [
         "batch-sharded sampling",
         "leave out --enable-batch-sharded-sampling",
     ),
-    ({"return_sampling_mask": True, "logprobs_mode": "processed_logprobs"}, "--return-sampling-mask", "leave it out"),
+    (
+        {"speculative_config": {**NGRAM, "rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}},
+        "rejection_sample_method 'synthetic'",
+        EXACT,
+    ),
     ({"enable_trace_replay": True}, "trace replay", "leave out --enable-trace-replay"),
     ({"watermark_config": {"key": 1}}, "watermarking", "leave out --watermark-config"),
 ]
@@ -46,6 +53,18 @@ def test_refused_where_vllm_alone_would_start(one_key_head, arguments, feature, 
     EngineArgs(str(one_key_head), **arguments).create_engine_config()
     with pytest.raises(ConfigError, match=f"^the sampler entropix doesn't work with {feature}.*; {re.escape(way_out)}$"):
         EngineArgs(str(one_key_head), **arguments, additional_config={"entropix": {}}).create_engine_config()
+
+
+@pytest.mark.parametrize("method", ["fly", "yet to come"])
+def test_a_lossy_verification_of_a_later_vllm_is_refused(one_key_head, method):
+    from vllm import EngineArgs
+
+    from vllm_entropix.engine.engine_config import finalise
+
+    config = EngineArgs(str(one_key_head)).create_engine_config()
+    config.speculative_config = SimpleNamespace(rejection_sample_method=method)  # which this version doesn't take
+    with pytest.raises(ConfigError, match=f"doesn't work with rejection_sample_method '{method}'.*; {EXACT}$"):
+        finalise(config, {"entropix": {}})
 
 
 def test_a_server_with_context_parallelism_ends_in_one_line(one_key_head):

@@ -19,27 +19,27 @@ class RequestSettingsError(VLLMValidationError, ValueError):  # type: ignore[mis
 
 
 def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
-    """Validate a request's parameters as vLLM does, with our error for what is wrong about our settings.
+    """Validate a request's parameters: ours here, all others as vLLM does.
 
     Args:
         processor: vLLM's InputProcessor.
-        validate: its own validation, which includes our logits processor's.
+        validate: its own validation.
         params: of the request: SamplingParams, or those of another task.
 
     Raises:
         RequestSettingsError: names the setting, its value and what is allowed.
     """
     _refuse_our_names(params)
-    try:
-        result = validate()
-    except VLLMValidationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise RequestSettingsError(str(error.__cause__)) from None
-        raise
     additional = processor.vllm_config.additional_config
     resolved = additional.get(RESOLVED) if isinstance(additional, dict) else None
-    if resolved is not None and resolved["counted"] and hasattr(params, "extra_args"):
+    if resolved is None or not hasattr(params, "extra_args"):
+        return validate()
+    try:
         settings = RequestSettings.parse(params.extra_args)
+    except ConfigError as error:
+        raise RequestSettingsError(str(error)) from None
+    result = validate()
+    if resolved["counted"]:
         preset = settings.preset or resolved["config"]["preset"]
         prometheus.count_request(preset if settings.enabled else "off")
     return result

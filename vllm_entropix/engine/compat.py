@@ -240,7 +240,7 @@ PATCHES = (
         wrap=_wrap_create_engine_config,
         why="Every frontend makes its configuration here, and errors elsewhere look like hangs.",
         how="If additional_config asks for entropix: checks that all features in use are supported, then sets the official "
-        "fields worker_cls, scheduler_cls and logits_processors.",
+        "fields worker_cls and scheduler_cls.",
         upstream="none known",
         remove_when="plugins may finalise VllmConfig",
     ),
@@ -249,11 +249,11 @@ PATCHES = (
         owners=("InputProcessor",),
         attribute="_validate_params",
         wrap=_wrap_validate_params,
-        why="A bad per-request setting is a ValueError in Python; vLLM turns what a logits processor raises into its own "
-        "VLLMValidationError, which is none.",
+        why="A bad per-request setting is a ValueError in Python. A plugin can refuse it by a logits processor alone, of which "
+        "vLLM turns what it raises into a VLLMValidationError, which is none, and allows none with return_sampling_mask.",
         how="Raises an error that is both, so HTTP still answers 400. Counts admitted requests by preset.",
         upstream="none known",
-        remove_when="VLLMValidationError is a ValueError",
+        remove_when="plugins may validate requests",
     ),
     Patch(
         module="vllm.v1.engine.output_processor",

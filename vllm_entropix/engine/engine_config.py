@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # Where the resolved settings travel in additional_config, beside what the user wrote.
 RESOLVED = "entropix_resolved"
+# Values of vLLM's rejection_sample_method under which tokens follow the target's distribution. Others are lossy: synthetic
+# accepts at given rates, fly (0.33) accepts a mismatch where the target's entropy is high.
+_EXACT_VERIFICATION = ("standard", "block")
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,10 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
             raise SystemExit(f"vllm-entropix: {error}") from None
         raise
     vllm_config.additional_config = {**additional, RESOLVED: resolved.to_json()}
-    parallel, scheduler, model = vllm_config.parallel_config, vllm_config.scheduler_config, vllm_config.model_config
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = qualified_name(WORKER, parallel.worker_cls)
     scheduler_class = scheduler.get_scheduler_cls()
     scheduler.scheduler_cls = qualified_name(SCHEDULER, f"{scheduler_class.__module__}.{scheduler_class.__qualname__}")
-    runner = "runner_v2" if vllm_config.use_v2_model_runner else "runner_v1"
-    processor = f"vllm_entropix.engine.{runner}:EntropixLogitsProcessor"
-    model.logits_processors = [*(model.logits_processors or ()), processor]
     return vllm_config
 
 
@@ -133,6 +133,7 @@ def _gate(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     v2 = vllm_config.use_v2_model_runner
     speculation = vllm_config.speculative_config is not None
+    verification = getattr(vllm_config.speculative_config, "rejection_sample_method", _EXACT_VERIFICATION[0])
     return [
         (
             model.runner_type == "pooling",
@@ -160,11 +161,6 @@ def _gate(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             "leave out --watermark-config",
         ),
         (
-            bool(getattr(model, "return_sampling_mask", False)),
-            "--return-sampling-mask",
-            "leave it out",
-        ),
-        (
             bool(getattr(model, "enable_trace_replay", False)),
             "trace replay",
             "leave out --enable-trace-replay",
@@ -178,6 +174,11 @@ def _gate(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False)),
             "the Rust frontend, which loads no plugins",
             "unset VLLM_USE_RUST_FRONTEND",
+        ),
+        (
+            verification not in _EXACT_VERIFICATION,
+            f"rejection_sample_method {verification!r}, which keeps drafts that the sampler's distribution rejects",
+            f"set it to {' or '.join(_EXACT_VERIFICATION)} in the speculative config",
         ),
         (
             speculation and not v2,

@@ -6,17 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from vllm_entropix.engine.adapter import RunnerAdapter
-from vllm_entropix.requests import RequestSettings
 from vllm_entropix.sampling.batch import Rows
 
 if TYPE_CHECKING:
     import numpy as np
-    from vllm.config import VllmConfig
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.sample.logits_processor import BatchUpdate
 
 
 class RunnerV1(RunnerAdapter):
@@ -34,10 +29,6 @@ class RunnerV1(RunnerAdapter):
             return original(logits, *args, **kwargs)
 
         sampler.sample = sample
-        batch = self.runner.input_batch
-        if len(self.vllm_config.model_config.logits_processors or ()) == 1:
-            # Our processor below only validates; without this, vLLM would keep output token ids on the host for it.
-            batch.logitsprocs_need_output_token_ids = False
 
     def begin_step(self, scheduler_output: Any) -> None:
         """See the base class; and note that the next logits are those of requests."""
@@ -68,26 +59,3 @@ class RunnerV1(RunnerAdapter):
             batch=torch.arange(count, device=self.device),
         )
         self.apply(logits, rows)
-
-
-class EntropixLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
-    """Refuses bad per-request settings when a request is admitted. It changes no logits: the sampler is wrapped instead."""
-
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise ConfigError, a ValueError, that names the key, the value and what is allowed."""
-        RequestSettings.parse(sampling_params.extra_args)
-
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        pass
-
-    def is_argmax_invariant(self) -> bool:
-        """It changes nothing."""
-        return True
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """No state is kept."""
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """The logits as they are."""
-        return logits

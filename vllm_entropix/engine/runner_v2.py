@@ -1,4 +1,4 @@
-"""Adapter for vLLM's Model Runner V2 (what a GPU runs), through its official logits processors.
+"""Adapter for vLLM's Model Runner V2 (what a GPU runs), by a logits processor.
 
 The processor runs where rejection sampling sees it too: for each draft row, with that row's position, token and queries.
 """
@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from vllm_entropix.engine.adapter import RunnerAdapter
-from vllm_entropix.requests import RequestSettings
 from vllm_entropix.sampling.batch import Rows
 
 if TYPE_CHECKING:
     import numpy as np
-    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
 
 class RunnerV2(RunnerAdapter):
     """Rows belong to request slots of the runner; a slot is lent to a request until it ends or is preempted."""
 
     def hook(self) -> None:
-        """Find the processor that the runner made of our class, and serve it."""
-        processors = self.runner.sampler.logits_processors
-        [processor] = [one for one in processors if isinstance(one, EntropixLogitsProcessor)]
-        processor.adapter = self
+        """Put our processor behind all others.
+
+        The model config doesn't name it: vLLM allows no custom processor there together with return_sampling_mask.
+        """
+        self.runner.sampler.logits_processors.append(EntropixLogitsProcessor(self))
         # Runner's slot → the request's place in the batch that the model ran.
         self._batch_of_slot = torch.zeros(self.max_requests, dtype=torch.int64, device=self.device)
 
@@ -49,8 +49,9 @@ class RunnerV2(RunnerAdapter):
 
     def slot_of(self, runner_slot: int) -> int:
         """Our slot of the request in a runner's slot; 0 if entropix has nothing to do with it."""
-        request_id = self.runner.req_states.index_to_req_id[runner_slot]
-        return int(self.batch.sequences.slots_of([request_id], 1)[0])
+        # In vLLM's profiling (0.33) there are slots without a request.
+        request_id = self.runner.req_states.index_to_req_id.get(runner_slot)
+        return 0 if request_id is None else int(self.batch.sequences.slots_of([request_id], 1)[0])
 
     def transform(self, logits: Tensor, slots: Any, prefill_length: Tensor, context: LogitsContext) -> None:
         """Turn the logits of one step, or a part of it, into final distributions, in place.
@@ -77,25 +78,20 @@ class RunnerV2(RunnerAdapter):
 
 
 class EntropixLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
-    """vLLM's interface to the adapter. Without a worker around it, in the frontend, it only validates."""
+    """vLLM's interface to the adapter.
 
-    adapter: RunnerV2 | None = None
+    Args:
+        adapter: of the runner that the processor is called by.
+    """
 
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise ConfigError, a ValueError, that names the key, the value and what is allowed."""
-        RequestSettings.parse(sampling_params.extra_args)
-
-    def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
-        from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
-
-        self._states = req_states
-        self._slots = UvaBackedTensor(req_states.max_num_reqs, dtype=torch.int64)
+    def __init__(self, adapter: RunnerV2) -> None:
+        self._adapter = adapter
+        self._prefill_length = adapter.runner.req_states.prefill_len
+        self._slots = UvaBackedTensor(adapter.max_requests, dtype=torch.int64)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """A request takes a slot of the runner; True if its logits are changed or traced."""
-        slot = 0 if self.adapter is None else self.adapter.slot_of(req_idx)
-        self._slots.np[req_idx] = slot
+        slot = self._slots.np[req_idx] = self._adapter.slot_of(req_idx)
         return slot != 0
 
     def apply_staged_writes(self) -> None:
@@ -104,6 +100,5 @@ class EntropixLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
         """Final distributions for the rows of entropix, all others untouched."""
-        if self.adapter is not None:
-            self.adapter.transform(logits, self._slots, self._states.prefill_len.gpu, ctx)
+        self._adapter.transform(logits, self._slots, self._prefill_length.gpu, ctx)
         return logits

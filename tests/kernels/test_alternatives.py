@@ -33,7 +33,7 @@ def test_masked_tokens_come_last():
     assert values[0, 2:].tolist() == [-torch.inf] * 2
 
 
-def test_places_without_a_number_are_marked():
-    values, token_ids = largest(torch.tensor([[torch.nan, 3.0, torch.nan]]), 2)
-    assert values[0].isnan().tolist() == [False, True]
-    assert token_ids[0].tolist() == [1, 0]
+def test_nan_comes_first():
+    values, token_ids = largest(torch.tensor([[3.0, torch.nan, -torch.inf, -torch.nan, 5.0]]), 4)
+    assert values[0].isnan().tolist() == [True, True, False, False]
+    assert token_ids[0].tolist() == [1, 3, 4, 0]

@@ -103,8 +103,8 @@ def test_bad_metrics_give_base_parameters(bad):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
 
 
-def apply(logits, kernels, sampled, clarification=None, base=None):
-    config = EntropixConfig.from_dict({"base": base or {}})
+def apply(logits, kernels, sampled, clarification=None, base=None, fidelity="corrected"):
+    config = EntropixConfig.from_dict({"base": base or {}, "fidelity": fidelity})
     rows = len(logits)
     batch = BatchSampler(config, rows, clarification, "cpu")
     batch.sampler.kernels = kernels

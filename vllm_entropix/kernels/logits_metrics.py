@@ -17,6 +17,8 @@ from torch import Tensor
 
 TILE = 4096
 LN2 = tl.constexpr(0.6931471805599453)
+# Differences between logits are no larger: exp() of it is 0, and 0 times it is 0, which of -inf would be NaN.
+_FLOOR = tl.constexpr(-1e4)
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def _measure_tile(logits, row_stride, vocabulary, partial, tiles, TILE: tl.const
     # Reductions may pass over NaN, so that is told by +inf, which no usable row has.
     maximum = tl.max(tl.where(bad, float("inf"), x), axis=0)
     usable = (maximum > -float("inf")) & (maximum < float("inf"))
-    shifted = tl.where(usable & (x > -float("inf")), x - tl.where(usable, maximum, 0.0), 0.0)
+    shifted = tl.where(usable & (x > -float("inf")), tl.maximum(x - tl.where(usable, maximum, 0.0), _FLOOR), 0.0)
     # -inf counts 0 (D15).
     weight = tl.where(usable & (x > -float("inf")), tl.exp(shifted), 0.0)
     total = tl.sum(weight, axis=0)
@@ -53,7 +55,7 @@ def _merge_tiles(partial, tiles, results, rows, TILES: tl.constexpr):  # noqa: N
     spreads = tl.load(place + 3, mask=there, other=0.0)
     maximum = tl.max(maxima, axis=0)
     usable = (maximum > -float("inf")) & (maximum < float("inf"))
-    shift = tl.where(usable & (maxima > -float("inf")), maxima - tl.where(usable, maximum, 0.0), 0.0)
+    shift = tl.where(usable & (maxima > -float("inf")), tl.maximum(maxima - tl.where(usable, maximum, 0.0), _FLOOR), 0.0)
     scale = tl.exp(shift)
     weight = totals * scale
     total = tl.sum(weight, axis=0)

@@ -174,7 +174,8 @@ class BatchSampler:
         decision = self.sampler.decide(logits, statistics, table.of_rows(rows.slots))
         alternatives = _alternatives(logits, decision, config.trace.alternatives, self.sampler.kernels) if tracing else None
         forced = self._force(logits, rows, decision, sampled)
-        kernels = kernels_for(logits.device) if self.sampler.kernels and config.fidelity == "corrected" else None
+        fused = self.sampler.kernels and config.fidelity == "corrected" and logits.dtype == torch.float32
+        kernels = kernels_for(logits.device) if fused else None
         # The device isn't asked for the rows' top_k, unless asking costs nothing.
         on_cpu = logits.device.type == "cpu"
         if kernels == "numba":

@@ -2,6 +2,13 @@
 
 Only the ``top_k`` largest logits can be kept, so nothing here looks at the whole vocabulary twice: the candidates are taken
 out once, and temperature, min_p, top_k, top_p and best-of-n work on them.
+
+A row whose largest logit isn't finite has no softmax: NaN or +inf is in it (NaN counts as larger than all else), or nothing but
+-inf, where every token is masked. Its metrics are NaN, its regime is ADAPTIVE with the base parameters and a plain draw,
+nothing is forced in it, and its whole probability goes to the token that vLLM's greedy draw takes: the first NaN, else the
+first +inf, else the first token. So a token of -inf is drawn where no other is left, and nowhere else. (vLLM's own random draws
+don't agree on such rows: by softmax they give token 0, masked or not; the CPU's fused one passes over NaN.) The kernels in
+``vllm_entropix.kernels`` do the same.
 """
 
 from __future__ import annotations
@@ -35,7 +42,8 @@ class Distribution(NamedTuple):
 def candidates(logits: Tensor, count: int) -> Candidates:
     """The ``count`` largest of ``logits [rows, vocab]`` (fewer if the vocabulary is smaller).
 
-    Of equal logits at the border the lowest token ids are taken, so exactly ``count`` are, as vLLM's GPU sampler does.
+    Of equal logits at the border the lowest token ids are taken, so exactly ``count`` are, as vLLM's GPU sampler does. NaN is
+    the largest of all, as for ``sort`` and ``argmax``.
     """
     count = max(1, min(count, logits.shape[-1]))
     if logits.device.type != "cpu":
@@ -44,7 +52,7 @@ def candidates(logits: Tensor, count: int) -> Candidates:
         return Candidates(ids[:, :count].contiguous(), values[:, :count].contiguous())
     values, ids = logits.topk(min(count + 1, logits.shape[-1]), dim=-1)
     if values.shape[-1] > count:
-        tied = values[:, count] == values[:, count - 1]
+        tied = _equal(values[:, count], values[:, count - 1])
         values, ids = values[:, :count], ids[:, :count]
         for row in tied.nonzero().flatten().tolist():
             _take_lowest_ids(logits[row], values[row], ids[row])
@@ -56,8 +64,13 @@ def candidates(logits: Tensor, count: int) -> Candidates:
 
 def _take_lowest_ids(logits: Tensor, values: Tensor, ids: Tensor) -> None:
     """Replace, in one row, the ids of the smallest value by the lowest ids that share it."""
-    at_border = values == values[-1]
-    ids[at_border] = (logits == values[-1]).nonzero().flatten()[: int(at_border.sum())]
+    at_border = _equal(values, values[-1])
+    ids[at_border] = _equal(logits, values[-1]).nonzero().flatten()[: int(at_border.sum())]
+
+
+def _equal(values: Tensor, others: Tensor) -> Tensor:
+    """Elementwise equality, NaN being equal to NaN."""
+    return (values == others) | (values.isnan() & others.isnan())
 
 
 def filtered(

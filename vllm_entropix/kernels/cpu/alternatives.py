@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 
 from vllm_entropix.kernels.cpu.compiled import compiled
-from vllm_entropix.kernels.cpu.distribute import largest_tokens
+from vllm_entropix.kernels.cpu.distribute import largest_beside_nan, largest_tokens
 
 
 @compiled()
 def largest_of_rows(logits: Any, values: Any, token_ids: Any, first_row: int, last_row: int) -> None:
     """Fill ``values`` float32 and ``token_ids`` int64, both ``[rows, count]``, of rows ``first_row`` to ``last_row - 1``.
 
-    Descending, equal ones by ascending id. Places for which a row has no number hold NaN and token 0.
+    Descending, NaN first, equal ones by ascending id.
     """
     count = values.shape[1]
     for row in range(first_row, last_row):
-        found = largest_tokens(logits[row], count, np.float32(-np.inf), values[row], token_ids[row])
-        values[row, found:] = np.nan
-        token_ids[row, found:] = 0
+        if largest_tokens(logits[row], count, np.float32(-np.inf), values[row], token_ids[row]) == 0:
+            largest_beside_nan(logits[row], count, values[row], token_ids[row])

@@ -52,6 +52,8 @@ CONFIDENCE = np.array(
         )
     ]
 )
+# With a Python integer numba would go on in float64: what is decided here is what PyTorch decides, to the bit.
+ONE = np.float32(1.0)
 
 
 @compiled()
@@ -71,6 +73,11 @@ def classify(entropy: Any, varentropy: Any, constants: Any, regime: Any) -> None
             regime[row] = 2
         elif e > c[HEHV_ENTROPY] and v > c[HEHV_VARENTROPY]:
             regime[row] = 3
+
+
+@compiled()
+def _clip(value: Any, smallest: Any, largest: Any) -> Any:
+    return np.minimum(np.maximum(value, smallest), largest)
 
 
 @compiled()
@@ -108,41 +115,41 @@ def decide(
         c = constants[row if constants.shape[0] > 1 else 0]
         e, v = entropy[row], varentropy[row]
         logits_sum = e + v
-        score = (1 - e) * c[CONFIDENCE[0]] + (1 - v) * c[CONFIDENCE[1]]
+        score = (ONE - e) * c[CONFIDENCE[0]] + (ONE - v) * c[CONFIDENCE[1]]
         ae = av = agreement = interaction = np.float32(0.0)
         disagreement = np.float32(0.0)
         if measured[row]:
             ae, av, agreement, interaction = attention[0, row], attention[1, row], attention[2, row], attention[3, row]
-            disagreement = 1 - agreement
+            disagreement = ONE - agreement
             score += (
-                (1 - ae) * c[CONFIDENCE[2]]
-                + (1 - av) * c[CONFIDENCE[3]]
+                (ONE - ae) * c[CONFIDENCE[2]]
+                + (ONE - av) * c[CONFIDENCE[3]]
                 + agreement * c[CONFIDENCE[4]]
                 + interaction * c[CONFIDENCE[5]]
             )
         confidence[row] = score
         kind = regime[row]
         base = c[TEMPERATURE]
-        t, p, k, m, n = base, c[TOP_P], c[TOP_K], c[MIN_P], np.float32(1.0)
+        t, p, k, m, n = base, c[TOP_P], c[TOP_K], c[MIN_P], ONE
         if kind == 0:
             temperature[row], top_p[row], top_k[row], min_p[row], samples[row] = 0.0, 1.0, 1, 0.0, 1
             continue
         if kind == 1:
-            t = min(c[HELV_MAX], base * (c[HELV_OFFSET] + c[HELV_SLOPE] * ae))
+            t = np.minimum(c[HELV_MAX], base * (c[HELV_OFFSET] + c[HELV_SLOPE] * ae))
         elif kind == 2:
-            t = min(c[LEHV_MAX], base * (c[LEHV_OFFSET] + c[LEHV_SLOPE] * interaction))
-            k = max(c[LEHV_TOP_K_MIN], np.trunc(k * (1 + c[LEHV_WIDEN] * disagreement)))
+            t = np.minimum(c[LEHV_MAX], base * (c[LEHV_OFFSET] + c[LEHV_SLOPE] * interaction))
+            k = np.maximum(c[LEHV_TOP_K_MIN], np.trunc(k * (ONE + c[LEHV_WIDEN] * disagreement)))
         elif kind == 3:
-            t = max(c[HEHV_MIN], base * (c[HEHV_OFFSET] + c[HEHV_SLOPE] * av))
-            p = max(c[HEHV_TOP_P_MIN], p - c[HEHV_DROP] * ae)
+            t = np.maximum(c[HEHV_MIN], base * (c[HEHV_OFFSET] + c[HEHV_SLOPE] * av))
+            p = np.maximum(c[HEHV_TOP_P_MIN], p - c[HEHV_DROP] * ae)
         else:
-            t = base * (1 + c[ADA_LOGITS] * logits_sum + c[ADA_ATTENTION] * (ae + av) - c[ADA_AGREEMENT] * agreement)
-            t = min(t, c[ADA_MAX])
-            p = min(max(p * (1 + c[ADA_TOP_P] * av), c[ADA_TOP_P_MIN]), c[ADA_TOP_P_MAX])
-            k = np.rint(k * (1 + c[ADA_TOP_K] * interaction - c[ADA_TOP_K_AGREEMENT] * agreement))
-            k = min(max(k, c[ADA_TOP_K_MIN]), c[ADA_TOP_K_MAX])
-            m = min(max(c[ADA_MIN_P] * (1 - c[ADA_MIN_P_LOGITS] * logits_sum), c[ADA_MIN_P_MIN]), c[ADA_MIN_P_MAX])
+            t = base * (ONE + c[ADA_LOGITS] * logits_sum + c[ADA_ATTENTION] * (ae + av) - c[ADA_AGREEMENT] * agreement)
+            t = np.minimum(t, c[ADA_MAX])
+            p = _clip(p * (ONE + c[ADA_TOP_P] * av), c[ADA_TOP_P_MIN], c[ADA_TOP_P_MAX])
+            k = np.rint(k * (ONE + c[ADA_TOP_K] * interaction - c[ADA_TOP_K_AGREEMENT] * agreement))
+            k = _clip(k, c[ADA_TOP_K_MIN], c[ADA_TOP_K_MAX])
+            m = _clip(c[ADA_MIN_P] * (ONE - c[ADA_MIN_P_LOGITS] * logits_sum), c[ADA_MIN_P_MIN], c[ADA_MIN_P_MAX])
             n = c[ADA_SAMPLES]
         if not (np.isfinite(logits_sum) and np.isfinite(ae + av + agreement + interaction) and t > 0):
-            t, p, k, m, n = base, c[TOP_P], c[TOP_K], c[MIN_P], np.float32(1.0)
+            t, p, k, m, n = base, c[TOP_P], c[TOP_K], c[MIN_P], ONE
         temperature[row], top_p[row], top_k[row], min_p[row], samples[row] = t, p, np.int64(k), m, np.int64(n)

@@ -45,30 +45,20 @@ def _rise(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
 
 
 @compiled()
-def _largest_number(logits: Any) -> Any:
-    """The largest logit that is a number; -inf if there is none."""
-    found = largest(logits)
-    if found == found:
-        return found
-    found = np.float32(-np.inf)
-    for i in range(logits.shape[0]):
-        if logits[i] > found:  # never true of NaN
-            found = logits[i]
-    return found
-
-
-@compiled()
 def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: Any) -> int:
     """The ``count`` largest logits of at least ``threshold``, descending, equal ones by ascending id; how many there are.
 
-    Tokens are seen by ascending id, so of equal ones at the border the first seen stay.
+    Tokens are seen by ascending id, so of equal ones at the border the first seen stay. None if a logit is NaN.
     """
     size = 0
     for start in range(0, logits.shape[0], _STRETCH):
         stop = min(start + _STRETCH, logits.shape[0])
-        # Most have nothing to offer, and their largest is found by vector instructions. NaN isn't below anything.
-        if largest(logits[start:stop]) < threshold:
+        # Most have nothing to offer, and their largest is found by vector instructions.
+        highest = largest(logits[start:stop])
+        if highest < threshold:
             continue
+        if highest != highest:
+            return 0
         for token in range(start, stop):
             value = logits[token]
             if not value >= threshold:
@@ -88,6 +78,21 @@ def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: An
         values[end], ids[end] = values[0], ids[0]
         _sink(values, ids, end, value, token)
     return size
+
+
+@compiled()
+def largest_beside_nan(logits: Any, count: int, values: Any, ids: Any) -> None:
+    """The ``count`` largest logits of a row that may have NaN, which counts as larger than all else; as ``largest_tokens``."""
+    taken = np.zeros(logits.shape[0], dtype=np.bool_)
+    for place in range(count):
+        best = -1
+        for token in range(logits.shape[0]):
+            if taken[token]:
+                continue
+            if best < 0 or (logits[best] == logits[best] and not logits[token] <= logits[best]):
+                best = token
+        taken[best] = True
+        values[place], ids[place] = logits[best], best
 
 
 @compiled()
@@ -148,18 +153,23 @@ def distribute_rows(
         # What min_p drops needn't be looked at. A little lower, so that rounding here decides nothing.
         threshold = np.float32(-np.inf)
         if min_p[row] > 0.0:
-            highest = _largest_number(line)
-            slack = 1e-3 * (1.0 + np.abs(np.float64(highest)))
-            threshold = np.float32(np.float64(highest) + t * np.log(np.float64(min_p[row])) - slack)
+            highest = np.float64(largest(line))
+            if np.isfinite(highest):
+                slack = 1e-3 * (1.0 + np.abs(highest))
+                threshold = np.float32(highest + t * np.log(np.float64(min_p[row])) - slack)
         count = largest_tokens(line, min(top_k[row], vocabulary), threshold, value, token)
-        if count == 0:  # nothing but NaN: vLLM's draw decides
+        if count == 0 or not np.isfinite(value[0]):
+            largest_beside_nan(line, 1, value, token)
+            line[:] = -np.inf
+            line[token[0]] = 0.0
             continue
         total = weights[0] = 1.0
         kept = 1
         # Descending, so whatever min_p drops stands at the end.
         while kept < count:
             weight = np.exp((np.float64(value[kept]) - np.float64(value[0])) / t)
-            if not (weight > 0.0 and weight >= min_p[row]):
+            # min_p 1 keeps what float32 can't tell from the largest.
+            if not (weight > 0.0 and np.float32(weight) >= min_p[row]):
                 break
             weights[kept] = weight
             total += weight

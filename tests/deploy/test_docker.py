@@ -1,4 +1,7 @@
-"""The Dockerfiles: no registry of images is reached here, so they aren't built; what they refer to is checked."""
+"""The Dockerfiles: no registry of images is reached here, so they aren't built; what they say is checked.
+
+What the CPU image runs is run by test_ending.py: as its user, with its environment, and with its health command.
+"""
 
 import re
 import tomllib
@@ -8,27 +11,28 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
+from tests.support.deployments import CHART, DOCKERFILES, argument, environment, health_command, instructions, replica
+
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "deploy" / "docker").iterdir())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EACH = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 
 
-def instructions(path):
-    text = re.sub(r"\\\n", " ", path.read_text())
-    return [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+def texts(path, name):
+    return [text for found, text in instructions(path) if found == name]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@EACH
 def test_what_is_copied_is_there(path):
-    copied = [argument.split()[:-1] for name, argument in instructions(path) if name == "COPY"]
+    copied = [text.split()[:-1] for text in texts(path, "COPY")]
     assert copied
     for source in (source for sources in copied for source in sources):
         assert (ROOT / source).exists(), source
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@EACH
 def test_what_the_build_reads_of_the_project_is_copied(path):
-    sources = " ".join(argument for name, argument in instructions(path) if name == "COPY")
+    sources = " ".join(texts(path, "COPY"))
     for needed in ("pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "vllm_entropix"):
         assert needed in sources
 
@@ -39,6 +43,76 @@ def test_versions_agree():
         [requirement] = PROJECT["optional-dependencies"][extra]
         assert version in SpecifierSet(re.sub(r"^[\w-]+", "", requirement))
     assert re.search(rf'VLLM = .*"{re.escape(version)}"', (ROOT / "scripts/set_up.py").read_text())
-    chart = ROOT / "deploy" / "kubernetes" / "vllm-entropix"
-    assert yaml.safe_load((chart / "Chart.yaml").read_text())["appVersion"] == version
-    assert yaml.safe_load((chart / "values.yaml").read_text())["image"]["tag"] == version
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == version
+    assert yaml.safe_load((CHART / "values.yaml").read_text())["image"]["tag"] == version
+
+
+@EACH
+def test_the_base_is_one_release(path):
+    [base] = texts(path, "FROM")
+    assert re.search(r"@sha256:[0-9a-f]{64}$|:v\$\{VLLM_VERSION\}\$\{VLLM_DIGEST\}$", base)
+
+
+@EACH
+def test_it_runs_as_the_charts_user(path):
+    pod, _ = replica({})
+    names = [name for name, _ in instructions(path)]
+    # By number, without which Kubernetes can't tell that it isn't root; nothing is done as root after that.
+    assert argument(path, "USER") == str(pod["securityContext"]["runAsUser"])
+    assert "RUN" not in names[names.index("USER") :]
+    assert any("useradd --uid 2000 --create-home vllm" in text for text in texts(path, "RUN"))
+
+
+@EACH
+def test_what_it_writes_is_where_the_chart_has_a_volume(path):
+    _, container = replica({})
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    variables = environment(path)
+    own = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert (variables["HOME"], variables["USER"]) == (own["HOME"], own["USER"])
+    folders = {name: text for name, text in variables.items() if name.endswith(("_HOME", "_DIR", "_ROOT")) or name == "HOME"}
+    assert folders.keys() >= {"HOME", "HF_HOME", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR"}
+    for name, text in folders.items():
+        assert any(Path(text).is_relative_to(mount) for mount in mounts), name
+
+
+@EACH
+def test_its_health_is_that_of_the_server_on_its_port(path):
+    _, container = replica({})
+    [port] = container["ports"]
+    probe = container["readinessProbe"]["httpGet"]["path"]
+    assert argument(path, "EXPOSE") == str(port["containerPort"])
+    assert f"http://127.0.0.1:{port['containerPort']}{probe}" in health_command(path)[-1]
+
+
+@EACH
+def test_stopping_sends_what_the_server_heeds(path):
+    assert argument(path, "STOPSIGNAL") == "SIGTERM"
+    assert "--shutdown-timeout" in path.read_text()
+    # Shells don't pass signals on.
+    assert all(text.startswith("[") for name in ("ENTRYPOINT", "CMD") for text in texts(path, name))
+
+
+@EACH
+def test_examples_open_no_port_to_the_network(path):
+    published = re.findall(r"^#   docker run .*?-p (\S+)", path.read_text(), flags=re.M)
+    assert published
+    assert all(ports.startswith("127.0.0.1:") for ports in published)
+
+
+def locked(path):
+    """Requirement → its hashes."""
+    text = re.sub(r"\\\n", " ", path.read_text())
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    return {line[0]: set(line[1:]) for line in lines}
+
+
+def test_what_the_image_installs_is_locked_by_hash():
+    install = [text for text in texts(ROOT / "deploy/docker/Dockerfile", "RUN") if "pip install" in text]
+    assert all("--require-hashes -r /src/image.lock" in text for text in install)
+    requirements = locked(ROOT / "requirements" / "image.lock")
+    assert requirements
+    everything = locked(ROOT / "requirements" / "cpu.lock")
+    for requirement, hashes in requirements.items():
+        assert hashes
+        assert requirement in everything

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,10 +45,18 @@ def serve(model: Any, log: Path, *arguments: str, **env: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serve_process(model: Any, log: Path, *arguments: str, **env: str) -> Iterator[Server]:
-    """Serve a model; gives the server once it answers. It may have ended when this is left."""
+def serve_process(model: Any, log: Path, *arguments: str, prefix: Sequence[str] = (), **env: str) -> Iterator[Server]:
+    """Serve a model; gives the server once it answers. It may have ended when this is left.
+
+    Args:
+        model: folder of the model.
+        log: file for the server's output.
+        arguments: further ones of `vllm serve`.
+        prefix: command that becomes the server by exec.
+        env: what differs from this process's environment.
+    """
     port = free_port()
-    command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    command = [*prefix, str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment(**env), start_new_session=True

@@ -141,7 +141,7 @@ def test_numbers_and_texts_are_what_was_written(browser, tmp_path):
             assert page.locator("#details li").count() == (0 if place == 1 else 2)
         for place, texts in enumerate((["far", "seven"], ["far", "SEVEN"], [f"id {2**31 + 5}", "sept"])):
             page.locator(f"#sequence-{place}").click()
-            until(page, f"document.querySelector('.pane h2').textContent === '{('long', 'same', 'other')[place]}'")
+            until(page, f"document.querySelector('.pane .id').textContent === '{('long', 'same', 'other')[place]}'")
             pieces.first.hover()
             assert page.locator("#details li bdi").all_inner_texts() == texts
 
@@ -230,16 +230,16 @@ def test_metrics_along_the_sequence_can_be_chosen(page):
 def test_two_files_stand_side_by_side(page):
     panes = page.locator(".pane")
     assert panes.count() == 2
-    assert panes.locator("h2").all_inner_texts() == ["fox", "cat"], "those of the same prompt"
+    assert panes.locator(".id").all_inner_texts() == ["fox", "cat"], "those of the same prompt"
     assert "differs from token 10 on" in panes.first.inner_text()
     left, right = panes.first.bounding_box(), panes.last.bounding_box()
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] < right["x"]
     page.locator("#sequences").focus()
     page.keyboard.press("ArrowDown")
-    until(page, "document.querySelectorAll('.pane h2')[1]?.textContent === 'other sum'")
-    page.locator("#compare").select_option(label="first.jsonl: fox")
-    until(page, "document.querySelectorAll('.pane h2')[1]?.textContent === 'fox'")
+    until(page, "document.querySelectorAll('.pane .id')[1]?.textContent === 'other sum'")
+    page.locator("#compare").select_option(label="first.jsonl: Once upon a time, there lived a fox")
+    until(page, "document.querySelectorAll('.pane .id')[1]?.textContent === 'fox'")
     page.locator("#compare").select_option(label="nothing")
     until(page, "document.querySelectorAll('.pane').length === 1")
 
@@ -254,7 +254,7 @@ def test_shares_of_the_regimes(page):
 
 def test_sequences_are_found_and_ordered(page):
     page.locator("#filter").fill("adds")
-    assert page.locator("#sequences [role=option] .name bdi").all_text_contents() == ["other sum"]
+    assert page.locator("#sequences [role=option] .name bdi").all_text_contents() == ["She adds"]
     page.locator("#filter").fill("")
     page.locator("#order").select_option("tokens")
     assert page.locator("#sequences [role=option] .name span").all_text_contents() == ["10", "10", "2", "2"]

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from vllm_entropix._version import __version__
-from vllm_entropix.config import ConfigError, EntropixConfig
+from vllm_entropix.config import ConfigError
+from vllm_entropix.observability.fields import REGIMES
+from vllm_entropix.observability.overview import Overview, answer_start, interest, sequence_title
 from vllm_entropix.observability.schema import TokenEntry
 from vllm_entropix.observability.terminal import MEANINGS
-from vllm_entropix.observability.trace import REGIMES
 from vllm_entropix.observability.tracefile import TraceLine
 
 # The charts are plotly.js's smallest bundle: the one that Python's plotly brings takes a browser a second longer to start.
@@ -81,21 +82,21 @@ class Source:
 class _Payload:
     """What the page's script gets: an index of all sequences, with the data of each packed.
 
-    The first sequence is packed beside the index, and all others behind the script: it begins before they have been read.
+    The sequence to open on is packed beside the index, all others behind the script: it begins before they have been read.
     """
 
     files: list[str] = field(default_factory=list)
     sequences: list[dict[str, Any]] = field(default_factory=list)
     borders: list[dict[str, Any]] = field(default_factory=list)
-    packed: list[str] = field(default_factory=list)
+    overview: Overview = field(default_factory=Overview)
+    _packed: list[str] = field(default_factory=list)
+    _interests: list[tuple[int, int, float]] = field(default_factory=list)
     # By model: texts of alternatives by token id, which its sequences share.
     _vocabularies: dict[str | None, dict[int, str]] = field(default_factory=dict)
-    _packed_characters: int = 0
 
     def add(self, file: int, line: TraceLine) -> None:
-        # A saved response doesn't tell them.
-        borders = (line.thresholds or EntropixConfig.preset().thresholds).model_dump()
-        if borders not in self.borders:
+        borders = line.thresholds.model_dump() if line.thresholds else None  # a saved response doesn't tell them
+        if borders and borders not in self.borders:
             self.borders.append(borders)
         counts: Counter[str] = Counter(entry.regime for entry in line.records)
         vocabulary = self._vocabularies.setdefault(line.model, {})
@@ -104,14 +105,16 @@ class _Payload:
         self.sequences.append(
             {
                 "file": file,
-                "name": line.request_id,
+                "title": sequence_title(line),
+                "id": line.request_id,
                 "index": line.index,
-                "snippet": "".join(line.texts)[:SNIPPET_CHARACTERS],
+                # Below a title made of the answer the answer would stand twice.
+                "snippet": answer_start(line, SNIPPET_CHARACTERS) if line.prompt else line.request_id,
                 "model": line.model,
                 "preset": line.preset,
                 "fidelity": line.fidelity,
                 "created": line.created,
-                "prompt": line.prompt_hash,
+                "prompt": line.prompt_hash or None,
                 "promptTokens": line.prompt_tokens,
                 "tokens": len(line.token_ids),
                 "records": len(line.records),
@@ -119,43 +122,64 @@ class _Payload:
                 "counts": [counts[regime] for regime in REGIMES],
                 "forced": sum(entry.forced for entry in line.records),
                 "entropy": float(f"{fmean(entropies):.{DIGITS}g}") if entropies else None,
-                "borders": self.borders.index(borders),
+                "borders": self.borders.index(borders) if borders else None,
                 "vocabulary": list(self._vocabularies).index(line.model),
-                "packed": self._place(_columns(line, own)),
             }
         )
+        self.overview.add(file, line)
+        self._interests.append(interest(line))
+        self._packed.append(_packed(_columns(line, own)))
 
-    def vocabularies(self) -> list[tuple[int, int]]:
-        """Where each vocabulary is packed; called once, after all sequences."""
-        return [self._place(_json(texts)) for texts in self._vocabularies.values()]
+    def opening(self) -> int:
+        """The sequence to open on: the one with most to see; of two files, one of the first that the second has beside it."""
+        in_file: dict[int, list[int]] = {}
+        for place, sequence in enumerate(self.sequences):
+            in_file.setdefault(sequence["file"], []).append(place)
+        first, *others = in_file.values()
+        prompts = {self.sequences[place]["prompt"] for file in others for place in file} - {None}
+        places = [place for place in first if self.sequences[place]["prompt"] in prompts] or first
+        return max(places, key=lambda place: (self._interests[place], -place))
 
-    def _place(self, data: bytes) -> tuple[int, int]:
-        """Pack; returns the first character and the one behind the last."""
-        packed = base64.b64encode(zlib.compress(data, 6)).decode()
-        begin = self._packed_characters
-        if self.packed:  # the first lies apart
-            self._packed_characters += len(packed)
-        self.packed.append(packed)
-        return begin, self._packed_characters
+    def lay_out(self, opening: int) -> tuple[str, str, list[tuple[int, int]]]:
+        """Tell each sequence where it is packed; called once, after all have been added.
+
+        Returns:
+            What is packed of the sequence to open on; all else that is packed, in one string; where the vocabularies are in it.
+        """
+        vocabularies = [_packed(_json(texts)) for texts in self._vocabularies.values()]
+        begin, ranges = 0, []
+        for place, packed in enumerate((*self._packed, *vocabularies)):
+            end = begin if place == opening else begin + len(packed)  # the opening one lies apart
+            ranges.append((begin, end))
+            begin = end
+        ranks = {value: rank for rank, value in enumerate(sorted(set(self._interests)))}
+        for sequence, place, value in zip(self.sequences, ranges, self._interests, strict=False):
+            sequence |= {"packed": place, "interest": ranks[value]}
+        rest = "".join((*self._packed[:opening], *self._packed[opening + 1 :], *vocabularies))
+        return self._packed[opening], rest, ranges[len(self._packed) :]
+
+
+def _packed(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 6)).decode()
 
 
 def _columns(line: TraceLine, own_texts: dict[int, str]) -> bytes:
     """A sequence's tokens, column by column. report.js has the other half.
 
-    JSON's length (4 bytes), JSON (tokens' texts, and texts of alternatives other than in the vocabulary), token ids; of each
-    record its regime (ten more if forced) and its number of alternatives, a byte each, metrics and parameters; of all
+    JSON's length (4 bytes), JSON (the prompt, tokens' texts, texts of alternatives other than in the vocabulary), token ids; of
+    each record its regime (ten more if forced; a byte), its number of alternatives (four bytes), metrics and parameters; of all
     alternatives their ids and probabilities.
     """
     records = line.records
     alternatives = [alternative for entry in records for alternative in entry.alternatives]
-    text = _json({"texts": line.texts, "alternativeTexts": own_texts})
+    text = _json({"prompt": line.prompt, "texts": line.texts, "alternativeTexts": own_texts})
     return b"".join(
         (
             len(text).to_bytes(4, "little"),
             text,
             _integers(line.token_ids, "<i8"),
             _integers([REGIMES.index(entry.regime) + 10 * entry.forced for entry in records], "<u1"),
-            _integers([len(entry.alternatives) for entry in records], "<u1"),
+            _integers([len(entry.alternatives) for entry in records], "<u4"),
             *(_numbers([getattr(entry, name) for entry in records]) for name in (*METRICS, *PARAMETERS)),
             _integers([token for token, _ in alternatives], "<i8"),
             _numbers([probability for _, probability in alternatives], PROBABILITY_DIGITS),
@@ -221,18 +245,23 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
             payload.add(len(payload.files) - 1, line)
     if not payload.sequences:
         raise ConfigError(f"no traces in {', '.join(payload.files)}")
+    opening = payload.opening()
+    first, rest, vocabularies = payload.lay_out(opening)
     data = {
         "files": payload.files,
         "sequences": payload.sequences,
         "borders": payload.borders,
-        "vocabularies": payload.vocabularies(),
-        "first": payload.packed[0],
+        "vocabularies": vocabularies,
+        "opening": opening,
+        "first": first,
         "regimes": [
             {"name": regime, "meaning": MEANINGS[regime], "light": COLOURS[regime][0], "dark": COLOURS[regime][1]}
             for regime in REGIMES
         ],
         "metrics": _described(METRICS),
         "parameters": _described(PARAMETERS),
+        "histograms": payload.overview.histograms(),
+        "uncertain": payload.overview.uncertain(),
     }
     templates = files("vllm_entropix.observability") / "templates"
     page, style, script, plotly = ((templates / name).read_text(encoding="utf-8") for name in TEMPLATES)
@@ -246,7 +275,7 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
         script_hashes=" ".join((_script_hash(plotly), _script_hash(script))),
         style=Markup(style),
         # Base64 has nothing to escape.
-        packed=Markup("".join(payload.packed[1:])),
+        packed=Markup(rest),
         data=Markup(_json_for_script(data)),
         plotly=Markup(plotly),
         script=Markup(script),

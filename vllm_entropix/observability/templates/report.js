@@ -3,14 +3,18 @@
 (() => {
   const report = JSON.parse(document.getElementById("data").textContent);
   const { sequences, files, regimes, metrics, parameters } = report;
+  // What is worked out here from the alternatives of each token; charted as the others are.
+  const PROBABILITY = { field: "probability", name: "probability", unit: "", description: "Probability of the token before temperature and filters, where it is among the alternatives." };
+  const charted = [...metrics, ...parameters, PROBABILITY];
   const PAGE = 2000; // tokens shown at a time
+  const PROMPT = 20000; // characters of a prompt that are shown
   const FLOOR = 1e-3; // where logarithmic axes begin; what is smaller stands at their edge
   // A plane's axes run by one of these. Square roots leave room both for the corner of the sure and for the few that are lost.
   const SCALES = { root: Math.sqrt, log: (value) => Math.log10(Math.max(value, FLOOR)), linear: (value) => value };
   const TICKS = { root: [0, 0.1, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000], log: [0.001, 0.01, 0.1, 1, 10, 100, 1000] };
   const SYMBOLS = ["circle", "diamond", "triangle-up", "x", "square"];
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const state = { first: 0, compare: files.length > 1 ? "auto" : "", tint: "regime", scale: "root", shown: new Set(["entropy", "varentropy", "attention_entropy"]) };
+  const state = { view: "one", first: report.opening, compare: files.length > 1 ? "auto" : "", tint: "regime", scale: "root", shown: new Set(["entropy", "varentropy", "attention_entropy"]) };
   const byId = (id) => document.getElementById(id);
   const number = new Intl.NumberFormat("en");
 
@@ -118,7 +122,7 @@
     const kinds = columns.integers(records, 1);
     data.regimes = kinds.map((kind) => kind % 10);
     data.forced = new Set(kinds.flatMap((kind, token) => (kind > 9 ? [token] : [])));
-    const counts = columns.integers(records, 1);
+    const counts = columns.integers(records, 4);
     for (const { field } of [...metrics, ...parameters]) data[field] = columns.numbers(records);
     const total = sum(counts);
     const [ids, shares] = [columns.integers(total, 8, true), columns.numbers(total)];
@@ -129,6 +133,19 @@
     /** A token's alternatives: [id, text, probability]. */
     data.alternatives = (token) => ids.slice(ends[token] - counts[token], ends[token]).map((id, place) =>
       [id, data.alternativeTexts[id] ?? vocabulary[id] ?? `id ${id}`, shares[ends[token] - counts[token] + place]]);
+    // The probability of each token before temperature and filters if it is among its alternatives; otherwise it is at most that
+    // of the least probable of these, which is its bound. Neither where no alternatives were recorded.
+    data.probability = Array(records).fill(null);
+    data.bound = Array(records).fill(null);
+    for (let token = 0; token < records; token++) {
+      const begin = ends[token] - counts[token];
+      let bound = null;
+      for (let other = begin; other < ends[token]; other++) {
+        if (ids[other] === data.ids[token]) data.probability[token] = shares[other];
+        if (isNumber(shares[other])) bound = Math.min(bound ?? 1, shares[other]);
+      }
+      if (data.probability[token] === null) data.bound[token] = bound;
+    }
     return data;
   }
 
@@ -157,8 +174,8 @@
 
   const together = (chosen) => regimes.map((_, regime) => sum(chosen.map((sequence) => sequence.counts[regime])));
   // A sequence's number is named where its request has several.
-  const several = new Set(sequences.filter((sequence) => sequence.index > 0).map((sequence) => `${sequence.file} ${sequence.name}`));
-  const nameOf = (sequence) => sequence.name + (several.has(`${sequence.file} ${sequence.name}`) ? ` #${sequence.index}` : "");
+  const several = new Set(sequences.filter((sequence) => sequence.index > 0).map((sequence) => `${sequence.file} ${sequence.id}`));
+  const nameOf = (sequence) => sequence.title + (several.has(`${sequence.file} ${sequence.id}`) ? ` #${sequence.index}` : "");
 
   // --- details of a token --------------------------------------------------------------------------------------------
 
@@ -174,20 +191,20 @@
       details.append(make("p", { textContent: "No record: it came after the server's cap." }));
     } else {
       const regime = regimes[data.regimes[token]];
-      const line = make("p", {}, make("b", { className: `tinted ${regime.name}`, textContent: regime.name }), ` ${regime.meaning}`);
-      if (forced) line.append(" · ", make("b", { className: "forced HELV", textContent: "forced" }), " clarification");
+      const kind = make("span", {}, make("b", { className: `tinted ${regime.name}`, textContent: regime.name }), ` ${regime.meaning}`);
+      if (forced) kind.append(" · ", make("b", { className: "forced HELV", textContent: "forced" }), " clarification");
       const lists = [metrics, parameters].map((group) => make("dl", {}, ...group.flatMap(({ field, name, unit }) => {
         const value = shownNumber(data[field][token]);
         return [make("dt", { textContent: name }), make("dd", { textContent: unit && value !== "–" ? `${value} ${unit}` : value })];
       })));
-      details.append(line, make("div", { className: "values" }, ...lists));
+      details.append(make("p", { className: "why" }, kind, make("span", { textContent: drawnFrom(data, token) })), make("div", { className: "values" }, ...lists));
       const alternatives = data.alternatives(token);
       if (alternatives.length) {
         const rows = make("ol");
         for (const [id, text, share] of alternatives) {
           const bar = make("i");
-          bar.style.width = `${share * 100}%`;
-          rows.append(make("li", { className: id === data.ids[token] ? "drawn" : "" }, make("bdi", {}, ...visible(text)), bar, make("span", { textContent: percent(share) })));
+          bar.style.width = `${(share ?? 0) * 100}%`;
+          rows.append(make("li", { className: id === data.ids[token] ? "drawn" : "" }, make("bdi", {}, ...visible(text)), bar, make("span", { textContent: isNumber(share) ? percent(share) : "–" })));
         }
         details.append(make("h3", { textContent: "Most probable" }), rows);
       }
@@ -201,6 +218,13 @@
     details.style.top = `${top + scrollY}px`;
   }
 
+  /** How probable the token was, in words. */
+  function drawnFrom(data, token) {
+    if (isNumber(data.probability[token])) return `probability ${percent(data.probability[token])}`;
+    if (isNumber(data.bound[token])) return `below the smallest shown (${percent(data.bound[token])})`;
+    return "probability not recorded";
+  }
+
   const hideDetails = () => { details.hidden = true; };
 
   // --- a sequence: its text, its plane, its metrics ------------------------------------------------------------------
@@ -210,6 +234,7 @@
       this.title = make("h2");
       this.chips = make("div", { className: "chips" });
       this.bar = make("div", { className: "bar", role: "img" });
+      this.prompt = make("div");
       this.text = make("div", { className: "text", role: "listbox", "aria-label": "Tokens", "aria-orientation": "horizontal" });
       this.previous = make("button", { type: "button", textContent: "‹ previous" });
       this.next = make("button", { type: "button", textContent: "next ›" });
@@ -218,7 +243,7 @@
       this.plane = make("div", { className: "chart plane", role: "img" });
       this.lines = make("div", { className: "chart along", role: "img" });
       this.toggles = make("div", { className: "toggles", role: "group", "aria-label": "Metrics along the sequence" });
-      this.element = make("section", { className: "pane" }, make("div", {}, this.title, this.chips), this.bar, this.text, this.pages,
+      this.element = make("section", { className: "pane" }, make("div", { className: "head" }, this.title, this.chips, this.bar, this.prompt), this.text, this.pages,
         make("div", { className: "charts" }, make("div", {}, make("h3", { textContent: "Entropy × varentropy" }), this.plane),
           make("div", {}, make("h3", { textContent: "Along the sequence" }), this.toggles, this.lines)));
       this.previous.onclick = () => this.turn(this.page - 1);
@@ -252,16 +277,22 @@
       const facts = [
         files.length > 1 ? files[sequence.file] : null,
         sequence.model,
-        `${sequence.preset}, ${sequence.fidelity}`,
-        `${number.format(sequence.promptTokens)} + ${number.format(sequence.tokens)} tokens`,
+        [sequence.preset, sequence.fidelity].filter(Boolean).join(", "),
+        sequence.promptTokens ? `${number.format(sequence.promptTokens)} + ${number.format(sequence.tokens)} tokens` : `${number.format(sequence.tokens)} tokens`,
         sequence.finish && `ended: ${sequence.finish}`,
         isNumber(sequence.entropy) ? `mean entropy ${shownNumber(sequence.entropy)} bits` : null,
         sequence.forced ? `${number.format(sequence.forced)} forced` : null,
         sequence.tokens > sequence.records ? `${number.format(sequence.tokens - sequence.records)} without a record` : null,
         this.differs >= 0 ? `differs from token ${number.format(this.differs + 1)} on` : null,
       ];
-      this.chips.replaceChildren(...facts.filter(Boolean).map((fact) => make("bdi", {}, ...visible(String(fact)))));
+      this.chips.replaceChildren(make("bdi", { className: "id" }, ...visible(sequence.id)), ...facts.filter(Boolean).map((fact) => make("bdi", {}, ...visible(String(fact)))));
       shareBar(this.bar, sequence.counts);
+      const { prompt } = this.data;
+      if (prompt) {
+        const text = make("div", { className: "prompt", tabIndex: 0, role: "region", "aria-label": "Prompt", dir: "auto" }, ...visible(prompt.slice(0, PROMPT), true));
+        if (prompt.length > PROMPT) text.append(make("span", { className: "sign", textContent: ` … ${number.format(prompt.length - PROMPT)} more characters in the file` }));
+        this.prompt.replaceChildren(make("h3", { textContent: "Prompt" }), text, make("h3", { textContent: "Answer" }));
+      }
       this.element.setAttribute("aria-label", plain(nameOf(sequence)));
     }
 
@@ -277,6 +308,9 @@
         if (this.forced.has(token)) piece.classList.add("forced");
         if (token === this.differs) piece.classList.add("differs");
         if (isNumber(data.entropy[token])) piece.style.setProperty("--e", Math.min(1, data.entropy[token] / highest).toFixed(3));
+        const probability = data.probability[token] ?? data.bound[token];
+        if (isNumber(probability)) piece.style.setProperty("--u", (1 - probability).toFixed(3));
+        if (isNumber(data.bound[token])) piece.classList.add("below");
         nodes.push(piece);
       }
       this.text.replaceChildren(...nodes);
@@ -414,20 +448,26 @@
           line: { color: mixed(tint, card, 0.55), width: 1 }, label: { text: textposition ? name : "", textposition, font: { size: 11, color: tint }, padding: 6 },
         };
       };
-      const { lelv, helv, lehv, hehv } = borders;
-      // The first match wins, so it is painted last.
-      const shapes = [
-        region("HEHV", hehv.entropy_above, null, hehv.varentropy_above, null, "top right"),
-        region("LEHV", null, lehv.entropy_below, lehv.varentropy_above, null, "top left"),
-        region("HELV", helv.entropy_above, null, null, helv.varentropy_below, "bottom right"),
-        region("LELV", null, lelv.entropy_below, null, lelv.varentropy_below, undefined),
+      const shapes = [];
+      const annotations = [];
+      if (borders) { // a saved response doesn't tell them
+        const { lelv, helv, lehv, hehv } = borders;
+        // The first match wins, so it is painted last.
+        shapes.push(
+          region("HEHV", hehv.entropy_above, null, hehv.varentropy_above, null, "top right"),
+          region("LEHV", null, lehv.entropy_below, lehv.varentropy_above, null, "top left"),
+          region("HELV", helv.entropy_above, null, null, helv.varentropy_below, "bottom right"),
+          region("LELV", null, lelv.entropy_below, null, lelv.varentropy_below, undefined),
+        );
+        // Beside its corner, which is small and full of dots.
+        annotations.push({ text: "LELV", x: on(lelv.entropy_below), y: on(lelv.varentropy_below), xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: tintOf("LELV") } });
+      }
+      shapes.push(
         {
           type: "circle", xsizemode: "pixel", ysizemode: "pixel", xanchor: 1, yanchor: 1, x0: -8, x1: 8, y0: -8, y1: 8,
           line: { color: variable("--ink"), width: 2.5 }, visible: false,
         },
-      ];
-      // Beside its corner, which is small and full of dots.
-      const corner = { text: "LELV", x: on(lelv.entropy_below), y: on(lelv.varentropy_below), xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: tintOf("LELV") } };
+      );
       const traces = regimes.map((regime, place) => {
         const tokens = this.places.filter((token) => data.regimes[token] === place && isNumber(data.entropy[token]) && isNumber(data.varentropy[token]));
         return {
@@ -443,14 +483,14 @@
       };
       const adaptive = colour(regimes.length - 1);
       this.draw(this.plane, traces, {
-        ...this.layout(410), margin: { l: 54, r: 14, t: 8, b: 42 }, shapes, annotations: [corner], hovermode: "closest", plot_bgcolor: mixed(adaptive, card, 0.05),
+        ...this.layout(410), margin: { l: 54, r: 14, t: 8, b: 42 }, shapes, annotations, hovermode: "closest", plot_bgcolor: mixed(adaptive, card, 0.05),
         xaxis: axis("entropy, bits", low, right), yaxis: axis("varentropy, bits²", bottom, top),
       });
       this.plane.setAttribute("aria-label", `Entropy and varentropy of ${this.places.length} tokens, with the borders of the regimes`);
     }
 
     drawToggles() {
-      this.toggles.replaceChildren(...[...metrics, ...parameters].map(({ field, name, description }) => {
+      this.toggles.replaceChildren(...charted.map(({ field, name, description }) => {
         const button = make("button", { type: "button", textContent: name, title: description, "aria-pressed": state.shown.has(field) });
         button.onclick = () => {
           if (state.shown.has(field)) { if (state.shown.size > 1) state.shown.delete(field); } else state.shown.add(field);
@@ -463,7 +503,7 @@
 
     drawLines() {
       const { data, places } = this;
-      const rows = [...metrics, ...parameters].filter(({ field }) => state.shown.has(field));
+      const rows = charted.filter(({ field }) => state.shown.has(field));
       const layout = {
         ...this.layout(Math.max(300, 40 + rows.length * 92)), margin: { l: 46, r: 14, t: 18, b: 44 }, hovermode: "x", annotations: [],
         shapes: [{ type: "line", xref: "x", yref: "paper", x0: 1, x1: 1, y0: 0, y1: 1, line: { color: variable("--ink"), width: 1.5 }, visible: false }],
@@ -525,12 +565,15 @@
   let panes = [];
   let turn = 0;
 
+  /** Do two sequences answer the same prompt? Not known where a prompt left no hash. */
+  const samePrompt = (one, other) => sequences[one].prompt !== null && sequences[one].prompt === sequences[other].prompt;
+
   /** The sequence that is compared with the first; -1: none. */
   function second() {
     if (state.compare === "") return -1;
     if (state.compare !== "auto") return Number(state.compare);
-    const { prompt, file, index } = sequences[state.first];
-    const same = sequences.map((_, place) => place).filter((place) => sequences[place].prompt === prompt && sequences[place].file !== file);
+    const { file, index } = sequences[state.first];
+    const same = sequences.map((_, place) => place).filter((place) => samePrompt(place, state.first) && sequences[place].file !== file);
     return same.find((place) => sequences[place].index === index) ?? same[0] ?? -1;
   }
 
@@ -543,7 +586,7 @@
     hideDetails();
     for (const chart of panes.flatMap((pane) => [pane.plane, pane.lines])) if (chart.data) Plotly.purge(chart);
     panes = shown;
-    if (panes.length === 2 && panes[0].sequence.prompt === panes[1].sequence.prompt) {
+    if (panes.length === 2 && samePrompt(...places)) {
       const [left, right] = panes.map((pane) => pane.data.ids);
       const place = left.findIndex((token, i) => token !== right[i]);
       const differs = place >= 0 ? place : left.length < right.length ? left.length : -1;
@@ -551,7 +594,7 @@
     }
     measure();
     byId("panes").replaceChildren(...panes.map((pane) => pane.element));
-    byId("panes").classList.toggle("wide", panes.length === 1);
+    byId("panes").className = `panes ${panes.length === 1 ? "wide" : "two"}`;
     for (const pane of panes) { pane.drawHead(); pane.drawText(); }
     drawLegend();
     drawCompare(other);
@@ -565,8 +608,8 @@
   /** What the sequences beside each other share: the plane's size and the scale of the tint. */
   function measure() {
     const largest = (field) => panes.reduce((most, pane) => pane.data[field].reduce((high, value) => Math.max(high, value ?? 0), most), 0);
-    const border = (field) => Math.max(...panes.flatMap((pane) => Object.values(report.borders[pane.sequence.borders])).flatMap((part) => Object.entries(part)).filter(([name]) => name.startsWith(`${field}_`)).map(([, value]) => value));
-    state.extent = { entropy: Math.max(largest("entropy") * 1.15, border("entropy") * 1.6), varentropy: Math.max(largest("varentropy") * 1.3, border("varentropy") * 1.8) };
+    const border = (field) => Math.max(0, ...panes.flatMap((pane) => Object.values(report.borders[pane.sequence.borders] ?? {})).flatMap((part) => Object.entries(part)).filter(([name]) => name.startsWith(`${field}_`)).map(([, value]) => value));
+    state.extent = { entropy: Math.max(0.1, largest("entropy") * 1.15, border("entropy") * 1.6), varentropy: Math.max(0.1, largest("varentropy") * 1.3, border("varentropy") * 1.8) };
     state.highest = Math.max(1, Math.ceil(largest("entropy")));
   }
 
@@ -578,10 +621,15 @@
     source.remove();
   }
 
+  /** Of what is seen: a chart takes its size from the page. */
   function drawCharts() {
     loadCharting();
-    for (const pane of panes) pane.drawCharts();
-    drawShares();
+    if (state.view === "all") {
+      drawHistograms();
+    } else {
+      for (const pane of panes) pane.drawCharts();
+      drawShares();
+    }
   }
 
   function drawShares() {
@@ -616,24 +664,139 @@
     parts.push(make("span", {}, make("b", { className: "forced HELV", textContent: "forced" }), "clarification"));
     const scale = [make("span", { textContent: "0 bits" }), make("span", { className: "scale" }), make("span", { textContent: `${state.highest} bits of entropy` })];
     byId("legend").className = `legend by-${state.tint}`;
-    byId("legend").replaceChildren(...(state.tint === "regime" ? parts : scale));
+    const probable = [
+      make("span", { textContent: "probability 1" }), make("span", { className: "scale" }), make("span", { textContent: "0" }),
+      make("span", {}, make("b", { className: "below", textContent: "below" }), "the smallest shown: not among the alternatives"),
+    ];
+    byId("legend").replaceChildren(...{ regime: parts, entropy: scale, probability: probable }[state.tint]);
   }
 
   function drawCompare(other) {
     const select = byId("compare");
-    const { prompt } = sequences[state.first];
     const option = (place) => {
       const sequence = sequences[place];
       return make("option", { value: String(place), textContent: plain((files.length > 1 ? `${files[sequence.file]}: ` : "") + nameOf(sequence)) });
     };
     const others = sequences.map((_, place) => place).filter((place) => place !== state.first);
-    const same = others.filter((place) => sequences[place].prompt === prompt);
-    const different = others.filter((place) => sequences[place].prompt !== prompt);
+    const same = others.filter((place) => samePrompt(place, state.first));
+    const different = others.filter((place) => !samePrompt(place, state.first));
     const nothing = files.length > 1 ? [make("option", { value: "auto", textContent: "the same prompt in another file" })] : [];
     select.replaceChildren(make("option", { value: "", textContent: "nothing" }), ...nothing,
       ...(same.length ? [make("optgroup", { label: "same prompt" }, ...same.map(option))] : []),
       ...(different.length ? [make("optgroup", { label: "other prompts" }, ...different.map(option))] : []));
     select.value = state.compare === "auto" ? "auto" : other >= 0 && other !== state.first ? String(other) : "";
+  }
+
+  // --- all sequences together ----------------------------------------------------------------------------------------
+
+  const fileColours = () => [variable("--accent"), variable("--heat"), ...regimes.map((_, place) => colour(place))];
+  const headings = (...names) => make("thead", {}, make("tr", {}, ...names.map(([name, className]) => make("th", { scope: "col", className: className ?? "", textContent: name }))));
+
+  function drawRegimeTable() {
+    const all = files.map((_, file) => sequences.filter((sequence) => sequence.file === file));
+    const cells = (chosen, count, fill) => {
+      const share = count / (sum(chosen.map((sequence) => sequence.records)) || 1);
+      const bar = make("i");
+      bar.style.width = `${share * 100}%`;
+      if (count) bar.style.background = `var(--${fill})`;
+      return [make("td", { className: "number", textContent: number.format(count) }), make("td", { className: "number", textContent: percent(share) }), make("td", { className: "share" }, bar)];
+    };
+    const rows = regimes.map((regime, place) => make("tr", {},
+      make("th", { scope: "row" }, make("b", { className: `tinted ${regime.name}`, textContent: regime.name }), regime.meaning),
+      ...all.flatMap((chosen) => cells(chosen, together(chosen)[place], regime.name))));
+    rows.push(make("tr", {}, make("th", { scope: "row" }, make("b", { className: "forced HELV", textContent: "forced" }), "clarification"),
+      ...all.flatMap((chosen) => cells(chosen, sum(chosen.map((sequence) => sequence.forced)), "HELV"))));
+    const head = headings(["regime"], ...files.flatMap(() => [["tokens", "number"], ["share", "number"], [""]]));
+    if (files.length > 1) {
+      const names = files.map((name) => make("th", { scope: "colgroup", colSpan: 3 }, make("bdi", {}, ...visible(name))));
+      head.prepend(make("tr", {}, make("td"), ...names));
+    }
+    byId("regimes").replaceChildren(head, make("tbody", {}, ...rows));
+  }
+
+  function drawUncertain() {
+    const rows = report.uncertain.map(({ sequence, token, regime, entropy, varentropy, text, before, behind }) => {
+      const shown = make("b", { className: `tinted ${regimes[regime].name}` }, make("bdi", {}, ...visible(text)));
+      const link = make("a", { href: `#s${sequence + 1}t${token + 1}` }, make("bdi", {}, ...visible(before)), shown, make("bdi", {}, ...visible(behind)));
+      return make("tr", {}, make("td", { className: "number", textContent: shownNumber(entropy) }), make("td", { className: "number", textContent: shownNumber(varentropy) }),
+        make("td", {}, make("b", { className: `tinted ${regimes[regime].name}`, textContent: regimes[regime].name })), make("td", { className: "context" }, link),
+        make("td", { className: "title" }, make("bdi", {}, ...visible(nameOf(sequences[sequence])))));
+    });
+    if (!rows.length) rows.push(make("tr", {}, make("td", { colSpan: 5, textContent: "No token has an entropy above 0." })));
+    byId("uncertain").replaceChildren(headings(["entropy, bits", "number"], ["varentropy, bits²", "number"], ["regime"], ["token"], ["sequence"]), make("tbody", {}, ...rows));
+  }
+
+  function drawHistograms() {
+    const card = variable("--card");
+    const colours = fileColours();
+    byId("files").replaceChildren(...(files.length > 1 ? files.map((name, file) => {
+      const key = make("span", { className: "key" });
+      key.style.background = colours[file % colours.length];
+      return make("span", {}, key, make("bdi", {}, ...visible(name)));
+    }) : []));
+    if (!report.histograms.length) byId("histograms").replaceChildren(make("p", { className: "empty", textContent: "Nothing was measured." }));
+    // All are placed before any is drawn: a chart takes its width from the page.
+    if (!byId("histograms").firstChild) {
+      byId("histograms").append(...report.histograms.map(({ field, means }) => {
+        const { name, unit } = metrics.find((metric) => metric.field === field);
+        const heading = `${name[0].toUpperCase()}${name.slice(1)}, mean ${means.map(shownNumber).join(" and ")} ${unit}`;
+        const chart = make("div", { id: `histogram-${field}`, className: "chart", role: "img", "aria-label": `Histogram. ${heading}` });
+        return make("div", {}, make("h3", { textContent: heading }), chart);
+      }));
+    }
+    for (const { field, top, counts } of report.histograms) {
+      const { name, unit } = metrics.find((metric) => metric.field === field);
+      const end = Math.sqrt(top);
+      const width = end / counts[0].length;
+      let least = 1;
+      const traces = counts.map((file, at) => {
+        const total = sum(file) || 1;
+        const shares = file.map((count) => (count / total) * 100);
+        least = Math.min(least, ...shares.filter((share) => share > 0));
+        const tint = colours[at % colours.length];
+        // Bars of several files would hide each other.
+        const form = counts.length > 1
+          ? { type: "scatter", mode: "lines", line: { color: tint, width: 2, shape: "hvh", dash: at ? "dash" : "solid" } }
+          : { type: "bar", width, marker: { color: tint, line: { color: card, width: 0.5 } } };
+        return {
+          ...form, x: file.map((_, bin) => (bin + 0.5) * width), y: shares.map((share) => share || null), name: plain(files[at]),
+          customdata: file.map((count, bin) => [shownNumber((bin * width) ** 2), shownNumber(((bin + 1) * width) ** 2), number.format(count), percent(count / total)]),
+          hovertemplate: `%{customdata[0]} to %{customdata[1]} ${unit}: %{customdata[2]} tokens, %{customdata[3]}<extra></extra>`,
+        };
+      });
+      const borders = [...new Set(report.borders.flatMap((parts) => Object.values(parts)).flatMap((part) => Object.entries(part)).filter(([border]) => border.startsWith(`${field}_`)).map(([, value]) => value))];
+      const ticks = TICKS.root.filter((value) => value <= top).filter((value, i, all) => i === 0 || Math.sqrt(value) - Math.sqrt(all[i - 1]) > end * 0.07);
+      const powers = [-5, -4, -3, -2, -1, 0, 1, 2].filter((power) => power >= Math.floor(Math.log10(least)));
+      const chart = byId(`histogram-${field}`);
+      const [pane] = panes;
+      const layout = {
+        ...pane.layout(230), dragmode: false, bargap: 0, margin: { l: 52, r: 10, t: 8, b: 40 },
+        shapes: borders.filter((value) => value <= top).map((value) => ({ type: "line", xref: "x", yref: "paper", x0: Math.sqrt(value), x1: Math.sqrt(value), y0: 0, y1: 1, line: { color: variable("--soft"), width: 1, dash: "dot" } })),
+        xaxis: { ...pane.axis(), title: { text: `${name}, ${unit}`, standoff: 8 }, range: [0, end], tickvals: ticks.map(Math.sqrt), ticktext: ticks.map(String), fixedrange: true },
+        yaxis: { ...pane.axis(), type: "log", range: [Math.log10(least) - 0.3, 2.1], tickvals: powers.map((power) => 10 ** power), ticktext: powers.map((power) => `${10 ** power} %`), fixedrange: true },
+      };
+      chart.style.height = `${layout.height}px`;
+      Plotly.react(chart, traces, layout, { displayModeBar: false, responsive: true });
+    }
+  }
+
+  /** Show what the address names: #all, #one, or a token of a sequence as #s2t34. Anything else is left to the browser. */
+  async function route() {
+    const found = /^#s(\d+)(?:t(\d+))?$/.exec(location.hash);
+    const place = found ? Number(found[1]) - 1 : -1;
+    if (location.hash === "#all") state.view = "all";
+    else if (location.hash === "#one" || sequences[place]) state.view = "one";
+    for (const view of ["one", "all"]) {
+      byId(`view-${view}`).hidden = view !== state.view;
+      const link = document.querySelector(`.views a[href="#${view}"]`);
+      if (view === state.view) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+    }
+    hideDetails();
+    if (state.view === "all" && !byId("regimes").firstChild) { drawRegimeTable(); drawUncertain(); }
+    if (sequences[place]) { state.first = place; markChosen(); await update(); }
+    else if (panes.length) drawCharts();
+    if (found?.[2] && panes[0]?.sequence === sequences[place]) panes[0].goTo(Math.max(0, Math.min(Number(found[2]), sequences[place].tokens) - 1));
   }
 
   // --- the list ------------------------------------------------------------------------------------------------------
@@ -663,7 +826,7 @@
   function drawList() {
     const wanted = byId("filter").value.toLowerCase();
     const order = byId("order").value;
-    listed = sequences.map((_, place) => place).filter((place) => `${nameOf(sequences[place])} ${sequences[place].snippet}`.toLowerCase().includes(wanted));
+    listed = sequences.map((_, place) => place).filter((place) => `${nameOf(sequences[place])} ${sequences[place].snippet} ${sequences[place].id}`.toLowerCase().includes(wanted));
     if (order !== "file") listed.sort((a, b) => (sequences[b][order] ?? 0) - (sequences[a][order] ?? 0));
     const items = [];
     let file = -1;
@@ -733,5 +896,7 @@
   shareBar(byId("all-shares"), together(sequences));
   tokensOf(state.first); // unpacked while the list is made
   drawList();
-  update();
+  addEventListener("hashchange", route);
+  route();
+  if (!turn) update();
 })();

@@ -22,7 +22,7 @@ from rich.text import Text
 from vllm_entropix._version import __version__
 from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping
 from vllm_entropix.observability.report import Source, write_report
-from vllm_entropix.observability.terminal import TracedText, coloured, legend, summary_table
+from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table
 from vllm_entropix.observability.tokens import token_texts
 from vllm_entropix.observability.trace import traces
 from vllm_entropix.observability.tracefile import TraceLine
@@ -137,7 +137,7 @@ def demo(
         console.save_svg(str(svg), title="vllm-entropix demo")
         typer.echo(f"wrote {svg}")
     _report(report, llm, chosen, outputs, config, model)
-    typer.echo(f"wrote {report}: open it in a browser")
+    typer.echo(f"wrote {report}: open it in a browser, it needs no network")
 
 
 def _start(console: Console, model: str, settings: dict[str, Any], max_tokens: int) -> LLM:
@@ -147,7 +147,7 @@ def _start(console: Console, model: str, settings: dict[str, Any], max_tokens: i
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm|torch")  # nothing a user of the demo can act on
-    with console.status(f"Starting vLLM with {Path(model).name} ..."):
+    with console.status(Text(f"Starting vLLM with {printable(Path(model).name)} ...")):
         try:
             from vllm import LLM
         except ImportError as error:
@@ -229,23 +229,23 @@ def _show(
         texts = ["" if token in ends else text for token, text in _pieces(tokenizer, completion.token_ids)]
         sequence = TracedText(prompt.name, texts, list(trace or ()))
         sequences.append(sequence)
-        parts: list[Any] = [Text(prompt.shown, style="dim italic"), Text()]
+        # What comes from a file or a model is printed as it stands: no markup, no control characters.
+        parts: list[Any] = [Text(printable(prompt.shown), style="dim italic"), Text()]
         parts.append(Text("entropix  ", style="bold") + _verdict(prompt, completion.text))
         parts.append(Padding(coloured(sequence), (0, 0, 0, 2)))
         for mode in MODES[1:]:
             text = outputs[index, mode].outputs[0].text
             parts.append(Text(f"{mode}  ", style="bold") + _verdict(prompt, text))
-            parts.append(Padding(Text(text), (0, 0, 0, 2)))
-        console.print(
-            Panel(Group(*parts), title=f"[bold]{prompt.name}[/bold]", subtitle=prompt.description or None, title_align="left")
-        )
+            parts.append(Padding(Text(printable(text)), (0, 0, 0, 2)))
+        if prompt.description:
+            parts += [Text(), Text(printable(prompt.description), style="dim")]
+        console.print(Panel(Group(*parts), title=Text(printable(prompt.name), style="bold"), title_align="left"))
     console.print(legend())
     console.print()
-    console.print(summary_table(sequences, narrow=console.width < 120))
-    name = "the shipped demo model" if model is None else model
-    console.print(
-        f"[dim]{name}; preset {config.preset_name}, {config.fidelity}; all {len(outputs)} sequences ran in one batch.[/dim]"
-    )
+    console.print(summary_table(sequences, console.width))
+    name = "the shipped demo model" if model is None else printable(model)
+    about = f"{name}; preset {config.preset_name}, {config.fidelity}; all {len(outputs)} sequences ran in one batch."
+    console.print(Text(about, style="dim"))
 
 
 def _report(
@@ -261,17 +261,17 @@ def _report(
         output = outputs[index, "entropix"]
         [trace] = traces(output)
         if trace is not None:
-            lines.append(
-                TraceLine.of(
-                    request_id=prompt.name,
-                    prompt_token_ids=output.prompt_token_ids,
-                    completion=output.outputs[0],
-                    trace=trace,
-                    config=config,
-                    tokenizer=llm.get_tokenizer(),
-                    model=Path(model or shipped_model()).name,
-                )
+            line = TraceLine.of(
+                request_id=prompt.name,
+                prompt_token_ids=output.prompt_token_ids,
+                completion=output.outputs[0],
+                trace=trace,
+                config=config,
+                tokenizer=llm.get_tokenizer(),
+                model=Path(model or shipped_model()).name,
             )
+            line.prompt = llm.get_tokenizer().decode(output.prompt_token_ids)
+            lines.append(line)
     write_report(path, [Source(f"vllm-entropix {__version__}, entropix sampling", lines)], "vllm-entropix demo")
 
 

@@ -13,12 +13,12 @@ import json
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from vllm_entropix.observability.fields import REGIMES
 from vllm_entropix.observability.overview import Overview, answer_start, interest, sequence_title
 from vllm_entropix.observability.schema import TokenEntry
 from vllm_entropix.observability.terminal import MEANINGS
-from vllm_entropix.observability.tracefile import TraceLine
+from vllm_entropix.observability.tracefile import TraceLine, read_traces
 
 # The charts are plotly.js's smallest bundle: the one that Python's plotly brings takes a browser a second longer to start.
 TEMPLATES = ("report.html.j2", "report.css", "report.js", "plotly/plotly-basic.min.js")
@@ -72,10 +72,19 @@ class Source:
     Attributes:
         name: shown in the report.
         lines: read once, one after the other.
+        left_out: lines of the file that aren't traces; known once all have been read.
     """
 
     name: str
     lines: Iterable[TraceLine]
+    left_out: int = 0
+
+    @classmethod
+    def of_file(cls, path: Path, progress: Callable[[int], object] | None = None) -> Self:
+        """The traces of a file, as :func:`~.tracefile.read_traces` reads it; ``-`` is standard input."""
+        source = cls("standard input" if str(path) == "-" else path.name, ())
+        source.lines = read_traces(path, progress, lambda number: setattr(source, "left_out", number))
+        return source
 
 
 @dataclass
@@ -153,8 +162,8 @@ class _Payload:
             ranges.append((begin, end))
             begin = end
         ranks = {value: rank for rank, value in enumerate(sorted(set(self._interests)))}
-        for sequence, place, value in zip(self.sequences, ranges, self._interests, strict=False):
-            sequence |= {"packed": place, "interest": ranks[value]}
+        for sequence, packed_at, value in zip(self.sequences, ranges, self._interests, strict=False):
+            sequence |= {"packed": packed_at, "interest": ranks[value]}
         rest = "".join((*self._packed[:opening], *self._packed[opening + 1 :], *vocabularies))
         return self._packed[opening], rest, ranges[len(self._packed) :]
 
@@ -249,6 +258,7 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
     first, rest, vocabularies = payload.lay_out(opening)
     data = {
         "files": payload.files,
+        "leftOut": [source.left_out for source in sources],
         "sequences": payload.sequences,
         "borders": payload.borders,
         "vocabularies": vocabularies,

@@ -74,34 +74,60 @@ def _mean(values: Iterable[float | None]) -> str:
     return f"{fmean(known):.2f}" if known else "-"
 
 
-# Column of the table → the metric whose mean stands there.
+# Heading → the metric whose mean stands below it; where there is no room, the last ones are left out.
 _METRICS = {
     "entropy\nbits": "entropy",
     "varentropy\nbits²": "varentropy",
     "attention\nentropy": "attention_entropy",
     "agreement": "agreement",
-    "interaction": "interaction_strength",
+    "inter-\naction": "interaction_strength",
 }
+# Columns of a name: at most these; and those that it has before a metric is left out for it.
+_NAME_COLUMNS, _NAME_COLUMNS_KEPT = 48, 16
 
 
-def summary_table(sequences: Sequence[TracedText], narrow: bool = False) -> Table:
-    """Regimes, mean metrics and forced tokens of each sequence; ``narrow`` leaves most metrics out."""
-    metrics = dict(list(_METRICS.items())[:1]) if narrow else _METRICS
-    table = Table(title="Regimes and metrics per sequence", title_justify="left", title_style="bold")
-    table.add_column("sequence", no_wrap=True)
-    table.add_column("tokens", justify="right")
-    for regime in REGIMES:
-        table.add_column(regime, justify="right", style=STYLES[regime])
-    for header in (*metrics, "forced"):
-        table.add_column(header, justify="right")
-    for sequence in sequences:
-        records = sequence.records
-        counts = Counter(record.regime for record in records)
-        table.add_row(
-            Text(printable(sequence.name)),
-            str(len(records)),
-            *(str(counts[regime]) if counts[regime] else "·" for regime in REGIMES),
-            *(_mean(getattr(record, metric) for record in records) for metric in metrics.values()),
-            str(sum(record.forced for record in records) or "·"),
-        )
+def summary_table(sequences: Sequence[TracedText], width: int) -> Table:
+    """Regimes, mean metrics and forced tokens of each sequence.
+
+    Args:
+        sequences: one row each.
+        width: columns of the terminal; what doesn't fit is left out or, of names, cut, but never a heading or a number.
+    """
+    names = [Text(printable(sequence.name)) for sequence in sequences]
+    counts = [Counter(record.regime for record in sequence.records) for sequence in sequences]
+    columns = {
+        "tokens": [str(len(sequence.records)) for sequence in sequences],
+        **{regime: [str(count[regime]) if count[regime] else "·" for count in counts] for regime in REGIMES},
+    }
+    metrics = {
+        heading: [_mean(getattr(record, metric) for record in sequence.records) for sequence in sequences]
+        for heading, metric in _METRICS.items()
+    }
+    forced = {"forced": [str(sum(record.forced for record in sequence.records) or "·") for sequence in sequences]}
+
+    longest = max([len("sequence"), *(name.cell_len for name in names)])
+    padding = 2  # spaces in a cell, of which the left one is dispensed with before a metric is
+    while True:
+        room = width - 1 - sum(_needed(column, padding) for column in ({"": [""]} | columns | metrics | forced).items())
+        if room >= min(longest, _NAME_COLUMNS_KEPT) or not metrics:
+            break
+        if padding == 2:
+            padding = 1
+        else:
+            metrics.popitem()
+    table = Table(
+        title="Regimes and metrics per sequence", title_justify="left", title_style="bold", padding=(0, 1, 0, padding - 1)
+    )
+    table.add_column("sequence", no_wrap=True, width=max(2, min(longest, _NAME_COLUMNS, room)))
+    for heading, values in (columns | metrics | forced).items():
+        least = _needed((heading, values), 0) - 1
+        table.add_column(heading, justify="right", style=STYLES.get(heading, ""), no_wrap=True, min_width=least)
+    for row in zip(names, *(columns | metrics | forced).values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _needed(column: tuple[str, Sequence[str]], padding: int) -> int:
+    """Columns of the terminal that a column of the table takes, with the line before it."""
+    heading, values = column
+    return 1 + padding + max(map(len, (*heading.split("\n"), *values)))

@@ -140,7 +140,9 @@ def write_traces(file: TextIO, lines: Iterable[TraceLine]) -> None:
         file.write(line.model_dump_json() + "\n")
 
 
-def read_traces(path: str | Path, progress: Callable[[int], object] | None = None) -> Iterator[TraceLine]:
+def read_traces(
+    path: str | Path, progress: Callable[[int], object] | None = None, left_out: Callable[[int], object] | None = None
+) -> Iterator[TraceLine]:
     """The sequences of a file of traces, or of saved HTTP responses (see :mod:`.responses`), one after the other.
 
     Lines that aren't traces, such as those that a killed server left half written, are left out. One warning at the end tells
@@ -149,6 +151,7 @@ def read_traces(path: str | Path, progress: Callable[[int], object] | None = Non
     Args:
         path: of the file, which may be compressed by gzip; ``-`` is standard input.
         progress: told how many bytes have been read, after each sequence.
+        left_out: told at the end how many lines were left out.
 
     Raises:
         TraceFileError: the file can't be read, or nothing in it is a trace of a version that this release knows.
@@ -163,6 +166,8 @@ def read_traces(path: str | Path, progress: Callable[[int], object] | None = Non
     except OSError as error:
         raise TraceFileError(f"can't read {reading.name}: {error.strerror or error}") from None
     reading.tell()
+    if left_out is not None:
+        left_out(reading.bad)
 
 
 @contextmanager
@@ -198,7 +203,7 @@ class _Reading:
         self.name = name
         self._line = 0
         self._good = 0
-        self._bad = 0
+        self.bad = 0
         # (line, what is wrong with it), of the first.
         self._named: list[tuple[int, str]] = []
 
@@ -273,20 +278,20 @@ class _Reading:
                 yield line
 
     def _leave_out(self, problem: str) -> None:
-        self._bad += 1
+        self.bad += 1
         if len(self._named) < _NAMED:
             self._named.append((self._line, problem))
 
     def tell(self) -> None:
         """Tell of what was left out; TraceFileError if nothing else was there."""
-        if not self._bad:
+        if not self.bad:
             return
         first, problem = self._named[0]
         if not self._good:
             raise TraceFileError(f"{self.name}, line {first}: not a trace: {problem}")
         named = ", ".join(str(line) for line, _ in self._named)
-        more = f" and {self._bad - len(self._named):,} more" if self._bad > len(self._named) else ""
-        lines = f"line {named} isn't a trace and is" if self._bad == 1 else f"lines {named}{more} aren't traces and are"
+        more = f" and {self.bad - len(self._named):,} more" if self.bad > len(self._named) else ""
+        lines = f"line {named} isn't a trace and is" if self.bad == 1 else f"lines {named}{more} aren't traces and are"
         logger.warning("%s: %s left out (line %d: %s)", self.name, lines, first, problem)
 
 

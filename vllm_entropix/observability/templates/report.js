@@ -892,7 +892,11 @@
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideDetails(); });
 
   const tokens = sum(sequences.map((sequence) => sequence.tokens));
-  byId("summary").replaceChildren(...visible(`${files.join(" · ")} — ${number.format(sequences.length)} ${sequences.length === 1 ? "sequence" : "sequences"}, ${number.format(tokens)} tokens`));
+  const counted = (count, one, many) => `${number.format(count)} ${count === 1 ? one : many}`;
+  byId("summary").replaceChildren(...visible(`${files.join(" · ")} — ${counted(sequences.length, "sequence", "sequences")}, ${counted(tokens, "token", "tokens")}`));
+  const leftOut = files.flatMap((name, file) => report.leftOut[file] ? [`${counted(report.leftOut[file], "line", "lines")} of ${name}`] : []);
+  if (leftOut.length) byId("left-out").replaceChildren(...visible(`Left out, because they aren't traces: ${leftOut.join(", ")}.`));
+  byId("left-out").hidden = !leftOut.length;
   shareBar(byId("all-shares"), together(sequences));
   tokensOf(state.first); // unpacked while the list is made
   drawList();

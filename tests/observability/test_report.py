@@ -1,12 +1,17 @@
 """The report, in a real browser: what is shown and linked, what a hostile text can do (nothing), size and speed."""
 
 import base64
+import gzip
 import hashlib
+import io
+import json
 import re
 import sys
 from html import unescape
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.support.browser import chromium, opened, until
@@ -15,6 +20,7 @@ from vllm_entropix.cli.main import app
 from vllm_entropix.config import ConfigError
 from vllm_entropix.observability import terminal
 from vllm_entropix.observability.report import COLOURS, Source, report, write_report
+from vllm_entropix.observability.terminal import TracedText, summary_table
 from vllm_entropix.observability.trace import REGIMES
 
 WORDS = ["Once", " upon", " a", " time", ",", "\n", "there", " lived", " a", " fox"]
@@ -169,6 +175,77 @@ def test_keys_go_through_the_text(page):
     assert page.locator("#details").is_hidden()
 
 
+def test_it_opens_on_what_there_is_to_see_and_names_it(browser, tmp_path):
+    sure = line(["42"] * 30, name="chatcmpl-1a", prompt=[4], metrics=CENTRES[:1])
+    asked = "<|user|>Tell me about\nthe fox.<|end|><|assistant|>"
+    most = line(WORDS, name="chatcmpl-2b", prompt_text=asked, forced=[1])
+    with opened(browser, made(tmp_path / "report.html", sure, most, line(["So", "."], name="chatcmpl-3c", prompt=[5]))) as page:
+        assert page.locator(".pane h2").inner_text() == "Tell me about the fox."
+        assert page.locator(".pane .id").inner_text() == "chatcmpl-2b"
+        assert page.locator(".pane .prompt").text_content() == asked
+        assert page.locator("#sequences [aria-selected=true]").inner_text().split("\n") == [
+            "Tell me about the fox.",
+            "10",
+            "Once upon a time, there lived a fox",
+        ]
+        assert page.locator("#sequences .name bdi").all_text_contents()[::2] == ["42" * 30, "So."]
+        page.locator("#order").select_option("interest")
+        assert page.locator("#sequences .name bdi").all_text_contents()[1:] == ["So.", "42" * 30]
+        page.locator("#filter").fill("chatcmpl-3c")
+        page.locator("#sequences [role=option]").click()
+        until(page, "document.querySelector('.pane h2').textContent === 'So.'")
+        assert page.locator(".pane .prompt").count() == 0, "its prompt was not kept"
+
+
+def test_tokens_are_tinted_by_their_probability(browser, tmp_path):
+    traced = line(["sure", " unlikely", " below", " unknown"])
+    alternatives = [[(100, 0.9), (7, 0.1)], [(7, 0.5), (101, 0.25)], [(7, 0.5), (8, 0.125)], []]
+    for record, those in zip(traced.records, alternatives, strict=True):
+        record.alternatives = those
+    with opened(browser, made(tmp_path / "report.html", traced)) as page:
+        page.locator("input[value=probability] + span").click()
+        pieces = page.locator(".text bdi")
+        tints = pieces.evaluate_all("(all) => all.map((piece) => getComputedStyle(piece).backgroundColor)")
+        assert [float((re.findall(r"/ ([\d.e-]+)\)", tint) or [1])[0]) for tint in tints] == [
+            pytest.approx(share, abs=0.01) for share in (0.1, 0.75, 0.875, 0)
+        ]
+        borders = pieces.evaluate_all("(all) => all.map((piece) => getComputedStyle(piece).borderBottomStyle)")
+        assert [border == "dotted" for border in borders] == [False, False, True, False]
+        assert "below the smallest shown" in " ".join(page.locator("#legend").inner_text().split())
+        said = ["probability 90.0 %", "probability 25.0 %", "below the smallest shown (12.5 %)", "probability not recorded"]
+        for place, words in enumerate(said):
+            pieces.nth(place).hover()
+            assert words in page.locator("#details .why").inner_text()
+        page.get_by_role("button", name="probability").click()
+        assert page.evaluate("document.querySelector('.along').data.at(-1).y") == [0.9, 0.25, None, None]
+
+
+def test_all_sequences_together(page):
+    page.get_by_role("link", name="All together").click()
+    assert page.locator("#view-one").is_hidden()
+    rows = [row.split() for row in page.locator("#regimes tr").all_inner_texts()]
+    assert rows[0] == ["first.jsonl", "second.jsonl"]
+    assert rows[2][-6:] == ["3", "25.0", "%", "5", "41.7", "%"]
+    assert rows[-1][-6:] == ["1", "8.3", "%", "0", "0.0", "%"]
+    histograms = page.evaluate("[...document.querySelectorAll('#histograms .chart')].map((c) => [c.id, c.data.length])")
+    assert histograms == [[f"histogram-{field}", 2] for field in ("entropy", "varentropy", "attention_entropy")]
+    shares = page.evaluate("document.getElementById('histogram-entropy').data[0].y")
+    assert sum(share or 0 for share in shares) == pytest.approx(100)
+    widths = page.locator("#histograms .main-svg:first-child").evaluate_all("(all) => all.map((svg) => svg.clientWidth)")
+    assert len(set(widths)) == 1, "each is as wide as its place"
+    # The most uncertain token leads into its sequence.
+    link = page.locator("#uncertain a").nth(1)
+    assert link.text_content() == "Once upon a time,there lived a fox"  # the sign of a line break is in its style
+    link.focus()
+    page.keyboard.press("Enter")
+    until(page, "document.activeElement.dataset.token === '3'")
+    assert page.locator(".pane .id").first.inner_text() == "fox"
+    assert page.locator("#details").is_visible()
+    assert page.locator(".views a[aria-current]").inner_text() == "One by one"
+    page.go_back()
+    until(page, "document.getElementById('view-one').hidden")
+
+
 def test_everything_is_reached_by_the_tab_key(page):
     reached = set()
     for _ in range(60):
@@ -258,6 +335,16 @@ def test_sequences_are_found_and_ordered(page):
     page.locator("#filter").fill("")
     page.locator("#order").select_option("tokens")
     assert page.locator("#sequences [role=option] .name span").all_text_contents() == ["10", "10", "2", "2"]
+
+
+@pytest.mark.parametrize(("width", "beside"), [(1400, True), (1280, True), (1100, True), (1000, False)])
+def test_compared_sequences_stand_side_by_side_where_there_is_room(browser, plain, width, beside):
+    with opened(browser, plain, width=width) as page:
+        left, right = (page.locator(".pane").nth(place).bounding_box() for place in (0, 1))
+        assert (left["y"] == right["y"] and left["x"] + left["width"] < right["x"]) == beside
+        charts = page.locator(".pane .plane").evaluate_all("(all) => all.map((chart) => chart.getBoundingClientRect().top)")
+        assert (charts[0] == charts[1]) == beside, "so do their charts"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -375,6 +462,40 @@ def test_the_command_writes_what_it_says(tmp_path):
     assert "<!doctype html>" in output.read_text(encoding="utf-8")
 
 
+RESPONSE = {
+    "id": "cmpl-1",
+    "object": "text_completion",
+    "created": 1767323045,
+    "model": "model",
+    "choices": [{"index": 0, "text": "Once upon", "finish_reason": "length", "entropix": {"version": 1, "tokens": []}}],
+}
+
+
+def test_the_command_reads_compressed_files_standard_input_and_responses(browser, tmp_path):
+    plain = written(tmp_path / "traces.jsonl", line(WORDS))
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes() + b'{"half a line\n'))
+    saved = tmp_path / "response.json"
+    tokens = [entry.model_dump(mode="json") for entry in line(["Once", " upon"]).records]
+    RESPONSE["choices"][0]["entropix"]["tokens"] = tokens
+    saved.write_text(json.dumps(RESPONSE))
+    output = tmp_path / "out.html"
+    command = ["report", str(packed), "-", str(saved)]
+    ended = CliRunner().invoke(app, [*command, "-o", str(output)], input=plain.read_bytes())
+    assert ended.exit_code == 0, ended.output
+    with opened(browser, output) as page:
+        assert page.locator("#summary").inner_text().startswith("packed.jsonl.gz · standard input · response.json — 3 seq")
+        assert page.locator("#left-out").inner_text() == "Left out, because they aren't traces: 1 line of packed.jsonl.gz."
+        page.locator("#sequence-2").click()
+        until(page, "document.querySelector('.pane .id').textContent === 'cmpl-1'")
+        assert page.locator(".pane h2").first.inner_text() == "Once upon"
+        assert page.evaluate("document.querySelector('.plane').layout.shapes.length") == 1, "a response tells no borders"
+    ended = CliRunner().invoke(app, [*command, "--terminal"], input=plain.read_bytes())
+    assert ended.exit_code == 0, ended.output
+    assert "packed.jsonl.gz: 1 line that isn't a trace was left out" in ended.stdout
+    assert "Once upon" in ended.stdout
+
+
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     empty = written(tmp_path / "empty.jsonl")
     with pytest.raises(ConfigError, match=r"no traces in empty\.jsonl"):
@@ -395,11 +516,32 @@ def test_the_terminal_shows_it_too(tmp_path):
     ended = CliRunner().invoke(app, ["report", str(path), "--terminal"], env={"COLUMNS": "140"})
     assert ended.exit_code == 0, ended.output
     assert "Once upon a time" in ended.stdout
-    assert "[red]fox[/red]<U+001B>" in ended.stdout, "a name isn't markup"
+    assert "[red]fox[/red]<U+001B>" in ended.stdout, "an id isn't markup"
     assert "<U+001B>[2J<U+202E>" in ended.stdout
     assert "\x1b" not in ended.stdout
     assert all(regime in ended.stdout for regime in REGIMES)
     assert "Regimes and metrics per sequence" in ended.stdout
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 140])
+def test_headings_and_numbers_are_whole_at_any_width(width):
+    long = varied(1234, 1)
+    sequences = [
+        TracedText(name, long.texts, long.records) for name in ("a", "What is 384 + 259, and why? " * 3, "\u65e5" * 40)
+    ]
+    console = Console(width=width, file=io.StringIO())
+    console.print(summary_table(sequences, width))
+    shown = console.file.getvalue()
+    assert all(cell_len(row) <= width for row in shown.splitlines())
+    for heading in (
+        *(["sequence"] if width >= 72 else []),
+        "tokens",
+        *REGIMES,
+        "forced",
+        *(["entropy", "bits"] if width >= 80 else []),
+    ):
+        assert heading in shown
+    assert shown.count("1234") == 3
 
 
 def test_colours_are_of_all_regimes():

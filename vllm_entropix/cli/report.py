@@ -73,9 +73,12 @@ def _print(sources: list[Source]) -> None:
     console.print(summary_table(sequences, console.width))
     for source in sources:
         if source.left_out:
-            console.print(
-                Text(f"{printable(source.name)}: {source.left_out:,} lines that aren't traces were left out", "yellow")
+            lines = (
+                "1 line that isn't a trace was"
+                if source.left_out == 1
+                else f"{source.left_out:,} lines that aren't traces were"
             )
+            console.print(Text(f"{printable(source.name)}: {lines} left out", "yellow"))
 
 
 def _shortened(prompt: str) -> str:

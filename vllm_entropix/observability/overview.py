@@ -157,7 +157,9 @@ class Overview:
                 {
                     "field": metric,
                     "top": top,
-                    "counts": [np.histogram(np.sqrt(values.clip(0, top)), edges)[0].tolist() for values in files],
+                    "counts": [
+                        np.histogram(np.sqrt(values.clip(0, top), dtype=np.float64), edges)[0].tolist() for values in files
+                    ],
                     "means": [_rounded(float(values.mean(dtype=np.float64))) if values.size else None for values in files],
                 }
             )

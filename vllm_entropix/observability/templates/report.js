@@ -666,7 +666,7 @@
     byId("legend").className = `legend by-${state.tint}`;
     const probable = [
       make("span", { textContent: "probability 1" }), make("span", { className: "scale" }), make("span", { textContent: "0" }),
-      make("span", {}, make("b", { className: "below", textContent: "below" }), "the smallest shown: not among the alternatives"),
+      make("span", {}, make("b", { className: "below", textContent: "dotted" }), "below the smallest shown, not among the alternatives"),
     ];
     byId("legend").replaceChildren(...{ regime: parts, entropy: scale, probability: probable }[state.tint]);
   }

@@ -346,6 +346,19 @@ class Trace(Section):
         json_schema_extra={"unit": "files"},
     )
 
+    queue_megabytes: int = Field(
+        64,
+        ge=1,
+        le=1_000_000,
+        description="Finished sequences that wait to be written, in memory and per process; more are dropped and counted.",
+        json_schema_extra={"unit": "MB"},
+    )
+    prompts: bool = Field(
+        False,
+        description="Write the text of prompts into traces on disk, and not only its hash.",
+        json_schema_extra={"unit": ""},
+    )
+
     @field_validator("path")
     @classmethod
     def _a_file(cls, value: str | None) -> str | None:

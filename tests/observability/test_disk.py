@@ -1,5 +1,6 @@
 """Traces on disk: what is written, by whom, how much of it, and what happens when it can't be."""
 
+import errno
 import fcntl
 import json
 import os
@@ -7,7 +8,9 @@ import resource
 import stat
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 
 from vllm_entropix.cli.demo import shipped_model
 from vllm_entropix.config import ConfigError, EntropixConfig, Trace
-from vllm_entropix.observability import disk
+from vllm_entropix.observability import background, disk
 from vllm_entropix.observability.trace import FIELDS, REGIMES, TokenTrace
 from vllm_entropix.observability.tracefile import TraceLine, read_traces
 
@@ -66,8 +69,8 @@ def sequence(tokens=4, name="request", tokenizer=None, kept=None, **changed):
         "label": label,
         "request_id": name,
         "index": 0,
-        "prompt_token_ids": [5, 6, 7],
-        "token_ids": list(range(20, 20 + tokens)),
+        "prompt": disk.Prompt.of([5, 6, 7], "the prompt", told=False),
+        "token_ids": disk.compact(range(20, 20 + tokens)),
         "finish_reason": "stop",
         "trace": trace,
         "tokenizer": tokenizer,
@@ -120,13 +123,29 @@ def test_lines_are_written_soon_and_only_for_the_owner(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_file_that_others_could_read_is_closed_to_them(tmp_path, writer_at):
+def warnings_of(monkeypatch):
+    """What is warned of from now on."""
+    told = []
+    monkeypatch.setattr(disk.logger, "warning", lambda text, *values: told.append(text % values))
+    return told
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_the_mode_of_a_file_is_its_owners(tmp_path, writer_at, monkeypatch, mode):
+    """Also of the one that follows when it is full: whoever collects the files goes on reading."""
+    told = warnings_of(monkeypatch)
     path = tmp_path / "traces.jsonl"
-    path.touch(0o644)
-    writer = writer_at()
-    writer.put(sequence())
+    path.touch()
+    path.chmod(mode)
+    disk.check(Trace(path=str(path)))
+    assert len(told) == (mode == 0o644)
+    if told:
+        assert f"any user of this machine can read {path} (mode 644): chmod 600" in told[0]
+    writer = writer_at(max_megabytes=1)
+    for number in range(3):
+        writer.put(sequence(1000, f"r{number}"))
     writer.flush()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [stat.S_IMODE(found.stat().st_mode) for found in sorted(tmp_path.iterdir())] == [mode, mode]
 
 
 def test_files_are_set_aside_by_size(tmp_path, writer_at):
@@ -218,21 +237,92 @@ def test_a_full_disk_drops_whole_lines_with_one_warning_and_recovers(tmp_path, w
 
 
 def test_when_the_disk_is_too_slow_sequences_are_dropped_and_nobody_waits(writer_at, monkeypatch):
-    monkeypatch.setattr(disk, "MAX_WAITING_TOKENS", 100)
-    writer = writer_at()
+    told = warnings_of(monkeypatch)
+    writer = writer_at(queue_megabytes=1)
     start = time.monotonic()
+    waiting = sequence(100)
     for _ in range(1000):
-        writer.put(sequence(9))
+        writer.put(waiting)
     assert time.monotonic() - start < 10
-    assert writer.dropped == 990
+    fitting = disk.MEGABYTE // waiting.nbytes
+    assert writer.dropped == 1000 - fitting
+    assert len(told) == 1
+    assert "more than trace.queue_megabytes = 1 wait to be written" in told[0]
     writer.flush()
-    assert writer.written == 10
+    assert writer.written == fitting
+    writer.put(sequence(100))
+    writer.flush()
+    assert writer.written == fitting + 1, "there is room again"
 
 
-def test_a_tokenizer_that_fails_costs_its_line_alone(tmp_path, writer_at):
+@pytest.mark.parametrize("told", [False, True])
+def test_long_prompts_take_no_memory_while_they_wait(writer_at, told):
+    writer = writer_at(queue_megabytes=8)
+    ids = list(range(1000, 9000))
+    tracemalloc.start()
+    try:
+        for _ in range(250):
+            prompt = disk.Prompt.of(ids.copy(), "word " * 8000, told)
+            writer.put(sequence(10, prompt=prompt))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 10e6
+    assert (writer.dropped > 0) == told
+
+
+def test_prompts_are_told_where_they_are_asked_for(tokenizer):
+    ids = tokenizer.encode("What is in the box?")
+    for prompt, shown in (
+        (disk.Prompt.of(ids, "What is", told=False), None),
+        (disk.Prompt.of(ids, "What is", told=True), "What is"),
+        (disk.Prompt.of(ids, None, told=True), tokenizer.decode(ids)),
+        (disk.Prompt.of(ids, None, told=False), None),
+        (disk.Prompt.of((), "", told=True), ""),
+    ):
+        line = TraceLine.model_validate_json(disk.line_of(sequence(prompt=prompt, tokenizer=tokenizer)))
+        assert line.prompt == shown
+        assert line.prompt_tokens == prompt.tokens
+    line = TraceLine.model_validate_json(disk.line_of(sequence(prompt=disk.Prompt.of(ids, None, told=True))))
+    assert line.prompt is None, "nothing makes a text of it"
+
+
+def test_a_long_line_holds_up_nobody(tmp_path, writer_at):
+    """A thread that wakes every millisecond, as one that serves, while a line of 100,000 tokens is made and written."""
+    late, running = [], True
+
+    def tick():
+        before = time.perf_counter()
+        while running:
+            time.sleep(0.001)
+            now = time.perf_counter()
+            late.append(now - before)
+            before = now
+
+    ids = disk.compact([token % 500 for token in range(100_000)])
+    long = sequence(len(ids), token_ids=ids)
+    writer = writer_at()
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    writer.put(long)
+    writer.flush()
+    running = False
+    ticking.join()
+    assert (tmp_path / "traces.jsonl").stat().st_size > 30e6
+    # The bound that is aimed at is 50 ms. A machine that runs other things, too, is late by itself now and then.
+    assert sorted(late)[-5] < 0.05
+    assert max(late) < 0.25
+
+
+class Panic(BaseException):
+    """What Rust's panics are in Python."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, Panic])
+def test_a_tokenizer_that_fails_costs_its_line_alone(tmp_path, writer_at, error):
     class Broken:
         def decode(self, *_, **__):
-            raise RuntimeError("no such token")
+            raise error("no such token")
 
     writer = writer_at()
     writer.put(sequence(name="broken", tokenizer=Broken()))
@@ -247,12 +337,207 @@ def test_what_is_queued_is_written_when_the_process_ends(tmp_path):
     script = f"""
 from tests.observability.test_disk import sequence
 from vllm_entropix.config import Trace
-from vllm_entropix.observability import disk
+from vllm_entropix.observability import background, disk
 disk.FLUSH_SECONDS = 3600
 disk.write(Trace(path={str(path)!r}), False, sequence())
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=os.getcwd())
     assert names(path) == ["request"]
+
+
+HUNG = """
+import os, threading, time
+from tests.observability.test_disk import sequence
+from vllm_entropix.config import Trace
+from vllm_entropix.observability import background, disk
+disk.FLUSH_SECONDS = 0.01
+at_write, write = threading.Event(), os.write
+def hung(file, data):
+    at_write.set()
+    time.sleep(3600)
+os.write = hung
+for name in "ab":
+    disk.write(Trace(path=os.environ["TRACES"] + name), False, sequence())
+at_write.wait(60)
+for name in "ab":
+    disk.write(Trace(path=os.environ["TRACES"] + name), False, sequence())
+print("ends", time.time(), flush=True)
+"""
+
+
+def test_a_disk_that_hangs_holds_up_the_end_for_five_seconds(tmp_path):
+    """Two of them no longer than one."""
+    environment = {**os.environ, "TRACES": str(tmp_path / "traces")}
+    ended = subprocess.run(
+        [sys.executable, "-c", HUNG], check=True, timeout=120, env=environment, capture_output=True, text=True
+    )
+    waited = time.time() - float(ended.stdout.split()[1])
+    assert disk.EXIT_SECONDS == 5
+    assert 4.5 < waited < 7
+    assert ended.stderr.count("are lost: nothing was written for 5 s") == 2
+
+
+def test_a_disk_that_is_slow_is_waited_for(writer_at, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "EXIT_SECONDS", 0.4)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: (time.sleep(0.1), write(file, data[:400]))[1])
+    writer = writer_at()
+    writer.put(sequence())
+    disk.finish([writer])
+    assert names(tmp_path / "traces.jsonl") == ["request"]
+
+
+def test_a_forked_process_writes_its_own_and_not_its_parents(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    script = f"""
+import os, sys
+from tests.observability.test_disk import sequence
+from vllm_entropix.config import Trace
+from vllm_entropix.observability import background, disk
+disk.FLUSH_SECONDS = 3600
+settings = Trace(path={str(path)!r})
+disk.write(settings, False, sequence(name="first"))
+disk.writers()[0].flush()
+disk.write(settings, False, sequence(name="parent"))
+child = os.fork()
+if not child:
+    disk.FLUSH_SECONDS = 0.01
+    disk.write(settings, False, sequence(name="child"))
+    writer = disk.writers()[0]
+    disk.finish([writer])
+    sys.exit()
+os.waitpid(child, 0)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120, cwd=os.getcwd())
+    assert names(path) == ["first", "parent"]
+    assert names(tmp_path / "traces-1.jsonl") == ["child"]
+
+
+FAULTS = ["full", "broken", "folder", "folder is gone", "no permission", "memory", "panic", "close"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_the_disk_does_the_thread_goes_on(tmp_path, monkeypatch, fault):
+    """In the writer's own thread, and again once the fault is gone."""
+    told = warnings_of(monkeypatch)
+    monkeypatch.setattr(disk, "FLUSH_SECONDS", 0.01)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "traces.jsonl"
+    writer = disk.TraceWriter(Trace(path=str(path)), counted=False)
+
+    def put(name):
+        before = writer.written + writer.dropped
+        writer.put(sequence(name=name))
+        deadline = time.monotonic() + 20
+        while writer.written + writer.dropped == before and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    put("before")
+    write, opened, close = os.write, os.open, os.close
+
+    def failing_write(file, data, kind=OSError, number=errno.ENOSPC):
+        if file != writer._file:
+            return write(file, data)
+        if len(data) > 100:
+            return write(file, data[:100])  # a part of it fits
+        raise OSError(number, os.strerror(number)) if kind is OSError else kind("not now")
+
+    def failing_open(name, *arguments, **more):
+        if str(name) == str(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(name, *arguments, **more)
+
+    def failing_close(file):
+        close(file)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        if fault in ("full", "close"):
+            patch.setattr(os, "write", failing_write)
+        elif fault == "broken":
+            patch.setattr(os, "write", lambda *a: failing_write(*a, number=errno.EIO))
+        elif fault in ("memory", "panic"):
+            patch.setattr(os, "write", lambda *a: failing_write(*a, kind=MemoryError if fault == "memory" else Panic))
+        elif fault == "folder":
+            path.rename(tmp_path / "moved")
+            path.mkdir()
+        elif fault == "folder is gone":
+            folder.rename(tmp_path / "moved")
+        elif fault == "no permission":
+            path.rename(tmp_path / "moved")
+            patch.setattr(os, "open", failing_open)
+        if fault == "close":
+            patch.setattr(os, "close", failing_close)
+        put("lost")
+        put("lost, too")
+    if fault == "folder":
+        path.rmdir()
+    elif fault == "folder is gone":
+        folder.mkdir()
+    put("after")
+    assert (writer.written, writer.dropped) == (2, 2)
+    moved = tmp_path / ("moved/traces.jsonl" if fault == "folder is gone" else "moved")
+    assert (names(moved) if moved.exists() else []) + names(path) == ["before", "after"]
+    assert len(told) == 1, "each kind of fault is told once"
+
+
+def test_what_even_the_writer_doesnt_expect_is_told_once_and_survived(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(disk, "FLUSH_SECONDS", 0.01)
+    writer = disk.TraceWriter(Trace(path=str(tmp_path / "traces.jsonl")), counted=False)
+    write = writer._write
+    monkeypatch.setattr(background.logger, "error", lambda text, *values: told.append(text % values))
+    told = []
+
+    def failing(lines):
+        raise Panic("not now")
+
+    writer._write = failing
+    for failures in (1, 2):
+        writer.put(sequence(name="lost"))
+        deadline = time.monotonic() + 20
+        while writer.background.failures < failures and time.monotonic() < deadline:
+            time.sleep(0.005)
+    writer._write = write
+    writer.put(sequence(name="after"))
+    disk.finish([writer])
+    assert names(tmp_path / "traces.jsonl") == ["after"]
+    assert writer.background.failures == 2
+    assert len(told) == 1
+    assert "entropix-traces goes on after Panic: not now" in told[0]
+
+
+def test_without_a_thread_to_be_had_nothing_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(background.logger, "error", lambda text, *values: told.append(text % values))
+    told = []
+    writer = disk.TraceWriter(Trace(path=str(tmp_path / "traces.jsonl")), counted=False)
+
+    def full(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        writer.put(sequence(name="a"))
+        writer.put(sequence(name="b"))
+    writer.put(sequence(name="c"))
+    disk.finish([writer])
+    assert names(tmp_path / "traces.jsonl") == ["a", "b", "c"]
+    assert len(told) == 1
+
+
+def test_counters_that_fail_cost_no_line(tmp_path, monkeypatch):
+    told = warnings_of(monkeypatch)
+
+    def failing(**lines):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(disk.prometheus, "count_trace_lines", failing)
+    writer = disk.TraceWriter(Trace(path=str(tmp_path / "traces.jsonl")))
+    for name in "ab":
+        writer.put(sequence(name=name))
+        writer.flush()
+    assert names(tmp_path / "traces.jsonl") == ["a", "b"]
+    assert (writer.written, writer.dropped, len(told)) == (2, 0, 1)
 
 
 @pytest.mark.parametrize("kind", ["missing folder", "folder", "link", "pipe"])

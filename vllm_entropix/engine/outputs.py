@@ -172,14 +172,21 @@ def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], An
 def _write(state: Any, finish_reason: str, trace: TokenTrace) -> None:
     """Have a finished sequence written to disk."""
     label, state.entropix_label = state.entropix_label, None
+    settings = Trace.model_validate(label["trace"])
+    # Children of one request with n > 1 share its prompt.
+    prompt: disk.Prompt | None = getattr(state.parent_req, "entropix_prompt", None)
+    if prompt is None:
+        prompt = disk.Prompt.of(state.prompt_token_ids or (), state.prompt, settings.prompts)
+        if state.parent_req is not None:
+            state.parent_req.entropix_prompt = prompt
     sequence = disk.Finished(
         label=label["line"],
         request_id=state.external_req_id,
         index=state.request_index,
-        prompt_token_ids=state.prompt_token_ids or (),
-        token_ids=state.detokenizer.output_token_ids,
+        prompt=prompt,
+        token_ids=disk.compact(state.detokenizer.output_token_ids),
         finish_reason=finish_reason,
         trace=trace,
         tokenizer=getattr(state.detokenizer, "tokenizer", None),
     )
-    disk.write(Trace.model_validate(label["trace"]), label["counted"], sequence)
+    disk.write(settings, label["counted"], sequence)

@@ -48,7 +48,7 @@ def entry_values(token_ids: Sequence[int], values: np.ndarray) -> list[dict[str,
 
 
 def entries_json(token_ids: Sequence[int], values: np.ndarray) -> Iterator[bytes]:
-    """The entries as JSON with commas between them and without brackets, PART tokens at a time; other threads run in between.
+    """The entries as JSON with commas between them and without brackets, PART tokens at a time.
 
     Args:
         token_ids: of the records.

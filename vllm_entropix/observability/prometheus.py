@@ -6,13 +6,14 @@ with tokens is gathered and counted a few times a second by a thread of its own,
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
+from vllm_entropix.observability.background import Background
 from vllm_entropix.observability.trace import FIELDS, REGIMES
 
 FLUSH_SECONDS = 0.2
@@ -81,25 +82,15 @@ class _Counting:
     def __init__(self) -> None:
         self.metrics = _Metrics()
         self._waiting: deque[tuple[bytes, int]] = deque()
-        self._lock = threading.Lock()
-        self._arrived = threading.Event()
-        threading.Thread(target=self._run, name="entropix-metrics", daemon=True).start()
+        self._lock = Lock()
+        self.background = Background("entropix-metrics", self.flush, FLUSH_SECONDS)
 
     def add(self, records: bytes, tokens: int) -> None:
         self._waiting.append((records, tokens))  # atomic, as is popleft
-        if not self._arrived.is_set():
-            self._arrived.set()
-
-    def _run(self) -> None:
-        pause = threading.Event()
-        while True:
-            self._arrived.wait()
-            pause.wait(FLUSH_SECONDS)
-            self.flush()
+        self.background.ask()
 
     def flush(self) -> None:
         with self._lock:
-            self._arrived.clear()
             rows = []
             while self._waiting:
                 records, tokens = self._waiting.popleft()

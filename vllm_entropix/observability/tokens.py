@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
@@ -10,18 +10,14 @@ _REPLACEMENT = "\ufffd"
 _MAX_PIECES = 4
 
 
-def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> Iterator[str]:
     """The text of each token; of a character that is split over tokens, all of it stands with the last of them."""
-    texts: list[str] = []
     pending: list[int] = []
-    for token in token_ids:
+    for place, token in enumerate(token_ids, 1):
         pending.append(token)
         text = tokenizer.decode(pending)
-        if _REPLACEMENT in text and len(pending) < _MAX_PIECES:
-            texts.append("")
-            continue
-        texts.append(text)
-        pending = []
-    if pending and texts:
-        texts[-1] = tokenizer.decode(pending)
-    return texts
+        if _REPLACEMENT in text and len(pending) < _MAX_PIECES and place < len(token_ids):
+            yield ""
+        else:
+            yield text
+            pending = []

@@ -95,6 +95,11 @@ class TokenTrace:
 
         return np.frombuffer(bytes(self._data), dtype="<f4").reshape(len(self), self._width // _NUMBER_BYTES)
 
+    @property
+    def nbytes(self) -> int:
+        """What the records take in memory."""
+        return len(self._data)
+
     def __len__(self) -> int:
         return len(self._data) // self._width
 

@@ -120,7 +120,7 @@ class TraceLine(BaseModel):
             prompt_hash=prompt_hash(prompt_token_ids),
             prompt_tokens=len(prompt_token_ids),
             token_ids=token_ids,
-            texts=token_texts(tokenizer, token_ids),
+            texts=list(token_texts(tokenizer, token_ids)),
             finish_reason=completion.finish_reason,
             not_kept=len(token_ids) - len(records),
             thresholds=config.thresholds,

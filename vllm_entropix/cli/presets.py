@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from itertools import takewhile
 from typing import Annotated, Any
 
+import tomli_w
 import typer
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
 from vllm_entropix.config import DEFAULT_PRESET, EntropixConfig
@@ -59,7 +61,9 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return str(list(value))
-    return str(value)
+    # Quoted where it couldn't be read otherwise, or would move a terminal's cursor.
+    plain = not isinstance(value, str) or (value.isprintable() and value == value.strip())
+    return str(value) if plain else json.dumps(value)
 
 
 def markdown_table() -> str:
@@ -82,14 +86,7 @@ def description(preset: str) -> str:
 
 def toml(config: EntropixConfig) -> str:
     """A whole configuration as a file that ``--sampler-config`` takes."""
-    tables: dict[str, list[str]] = {}
-    for dotted, value, _ in settings(config):
-        table, _, name = dotted.rpartition(".")
-        if value is not None:
-            # JSON's numbers, strings, lists and truth values are TOML's, too.
-            tables.setdefault(table, []).append(f"{name} = {json.dumps(value)}")
-    parts = ["\n".join([f"[{table}]", *lines] if table else lines) for table, lines in tables.items()]
-    return "\n\n".join(parts)
+    return tomli_w.dumps(config.model_dump(by_alias=True, exclude_none=True))
 
 
 def presets(
@@ -101,53 +98,86 @@ def presets(
     if markdown:
         typer.echo(markdown_table())
     elif as_toml:
-        typer.echo(toml(EntropixConfig.load(name)))
+        # TOML is UTF-8, whatever the terminal's encoding.
+        typer.echo(toml(EntropixConfig.load(name)).encode(), nl=False)
     elif name is None:
-        _compare(Console())
+        _print(*_compared())
     else:
-        _show(Console(), name)
+        _print(*_in_full(name))
 
 
-def _table(*columns: str) -> Table:
-    table = Table()
-    table.add_column("setting", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    table.add_column("unit")
-    table.add_column("range", no_wrap=True)
-    table.add_column("what it is", style="dim")
-    return table
+@dataclass(frozen=True)
+class Row:
+    """A setting as it is listed.
+
+    Attributes:
+        name: dotted, as users write it.
+        values: its values as TOML, one per preset that is shown.
+        field: its unit, range and description.
+        stands_out: differs between the presets, or from the preset that a file starts from.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    field: FieldInfo
+    stands_out: bool
+
+    @property
+    def meaning(self) -> str:
+        """Description, range and unit."""
+        bounds = " ".join(part for part in (allowed(self.field), unit(self.field)) if part)
+        return f"{self.field.description or ''} {bounds}".strip()
 
 
-def _add_row(table: Table, dotted: str, values: list[str], field: FieldInfo, stands_out: bool) -> None:
-    cells = [Text(value, style="bold" if stands_out else "") for value in values]
-    table.add_row(dotted, *cells, unit(field), Text(allowed(field)), Text(field.description or ""))
+Listing = tuple[list[str], Sequence[str], list[Row]]
+"""Sentences about the presets, headings of the values, settings."""
 
 
-def _compare(console: Console) -> None:
+def _compared() -> Listing:
     """All presets, side by side."""
     names = EntropixConfig.preset_names()
-    for preset in names:
-        console.print(
-            Text.assemble((preset, "bold"), " (default)" if preset == DEFAULT_PRESET else "", f": {description(preset)}")
-        )
-    table = _table(*names)
-    for rows in zip(*(settings(EntropixConfig.preset(preset)) for preset in names), strict=True):
-        dotted, _, field = rows[0]
-        values = [shown(value) for _, value, _ in rows]
-        _add_row(table, dotted, values, field, len(set(values)) > 1)
-    console.print(table)
+    about = [f"{name}{' (default)' if name == DEFAULT_PRESET else ''}: {description(name)}" for name in names]
+    rows = []
+    for cells in zip(*(settings(EntropixConfig.preset(name)) for name in names), strict=True):
+        values = tuple(shown(value) for _, value, _ in cells)
+        rows.append(Row(cells[0][0], values, cells[0][2], stands_out=len(set(values)) > 1))
+    return about, names, rows
 
 
-def _show(console: Console, name: str) -> None:
+def _in_full(source: str) -> Listing:
     """One preset or file; what differs from the preset that it starts from stands out."""
-    config = EntropixConfig.load(name)
+    config = EntropixConfig.load(source)
     preset = config.preset_name
-    if name == preset:
-        console.print(Text.assemble((name, "bold"), f": {description(name)}"))
-    else:
-        console.print(Text.assemble((name, "bold"), f": {preset} with what is bold. {preset}: {description(preset)}"))
-    table = _table("value")
-    for (dotted, value, field), (_, before, _) in zip(settings(config), settings(EntropixConfig.preset(preset)), strict=True):
-        _add_row(table, dotted, [shown(value)], field, value != before)
-    console.print(table)
+    about = [f"{preset}: {description(preset)}"]
+    if source != preset:
+        about.insert(0, f"{source}: {preset} with what is marked *")
+    pairs = zip(settings(config), settings(EntropixConfig.preset(preset)), strict=True)
+    rows = [Row(name, (shown(value),), field, value != before) for (name, value, field), (_, before, _) in pairs]
+    return about, ("value",), rows
+
+
+def _print(about: list[str], headings: Sequence[str], rows: list[Row]) -> None:
+    """For people: names and values with the meaning beneath. Through a pipe: plain text, each setting on a line."""
+    # A long text runs over instead of moving all others.
+    widths = [min(max(map(len, column)), 16) for column in zip(headings, *(row.values for row in rows), strict=True)]
+    first = max(len(row.name) for row in rows)
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        return "  ".join([name.ljust(first), *(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))])
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        for sentence in about:
+            typer.echo(sentence)
+        typer.echo(f"\n  {line('setting', headings)}  meaning")
+        for row in rows:
+            typer.echo(f"{'*' if row.stands_out else ' '} {line(row.name, row.values)}  {row.meaning}")
+        return
+    for sentence in about:
+        console.print(Text(sentence))
+    console.print()
+    console.print(Text(f"  {line('setting', headings).rstrip()}", style="bold"))
+    for row in rows:
+        mark = "* " if row.stands_out else "  "
+        console.print(Text(mark + line(row.name, row.values).rstrip(), style="bold" if row.stands_out else ""))
+        console.print(Padding(Text(row.meaning, style="dim"), (0, 0, 0, 6)))

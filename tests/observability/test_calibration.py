@@ -160,3 +160,12 @@ def test_the_file_is_a_configuration(tmp_path, base):
     path.write_text(preset_text(found, base, "some model"))
     assert EntropixConfig.from_file(path) == base.model_copy(update={"thresholds": found.thresholds})
     assert set(tomllib.loads(path.read_text())) <= {"preset", "fidelity", "thresholds"}
+
+
+@pytest.mark.parametrize("name", ["a\nb", 'x = 1 # "]', "[/red]", "\x00\x1b[2J\u2028", "\U0001f98a", "\udcff"])
+def test_a_models_name_changes_no_setting(tmp_path, name):
+    found = calibrate([distributions(60, seed) for seed in range(20)], DEFAULT_SHARES, EntropixConfig())
+    path = tmp_path / "preset.toml"
+    path.write_text(preset_text(found, EntropixConfig(), name), encoding="utf-8", errors="replace")
+    assert EntropixConfig.from_file(path) == EntropixConfig().model_copy(update={"thresholds": found.thresholds})
+    assert set(tomllib.loads(path.read_text(encoding="utf-8"))) == {"preset", "thresholds"}

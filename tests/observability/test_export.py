@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tests.support.traces import line, varied, written
 from vllm_entropix.cli.main import app
 from vllm_entropix.config import ConfigError
-from vllm_entropix.observability.export import COLUMNS, to_pandas, to_parquet
+from vllm_entropix.observability.export import COLUMNS, to_csv, to_pandas, to_parquet
 
 LINES = [
     line(["a", "\n", "é"], forced=[1], not_kept=1),
@@ -59,6 +59,47 @@ def test_the_command(traces, tmp_path, suffix):
     table = pd.read_parquet(path) if suffix == "parquet" else pd.read_csv(path, keep_default_na=False)
     assert len(table) == 2 * len(to_pandas(traces))
     assert table.text[1] == "\n"
+
+
+def test_no_cell_of_a_csv_is_a_formula(tmp_path):
+    texts = [
+        "=cmd|' /C calc'!A0",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "\uff1d1",
+        "a=1",
+        " =1",
+        "",
+        "'",
+        "1",
+        "a\r=1",
+        '","',
+        "\n",
+    ]
+    path, other = tmp_path / "table.csv", tmp_path / "table.parquet"
+    source = [line(texts, name="=1+1")]
+    to_csv(source, path)
+    table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    assert table.text.tolist() == [f"'{text}" for text in texts[:7]] + texts[7:]
+    assert set(table.request_id) == {"'=1+1"}
+    to_parquet(source, other)
+    assert pd.read_parquet(other).text.tolist() == texts, "only a CSV is opened by spreadsheets as it is"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_numbers_that_there_arent(tmp_path, suffix):
+    """Of a row without a finite logit."""
+    nothing = line(["a"])
+    record = nothing.records[0]
+    numbers = ("entropy", "varentropy", "temperature", "top_p", "top_k", "min_p", "confidence")
+    nothing.records = [record.model_copy(update={**dict.fromkeys(numbers), "alternatives": [(5, None)]})]
+    path = tmp_path / f"table.{suffix}"
+    (to_parquet if suffix == "parquet" else to_csv)([nothing, line(["b"])], path)
+    table = pd.read_parquet(path) if suffix == "parquet" else pd.read_csv(path)
+    assert table[list(numbers)].isna().sum(axis=1).tolist() == [len(numbers), 0]
 
 
 def test_other_formats_are_refused(traces, tmp_path):

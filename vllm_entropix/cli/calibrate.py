@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from vllm_entropix.cli.demo import Prompt, load_prompts, shipped_model
 from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig
-from vllm_entropix.observability.terminal import MEANINGS, STYLES
+from vllm_entropix.observability.terminal import MEANINGS, STYLES, printable
 from vllm_entropix.observability.trace import FIELDS, REGIMES, traces
 
 if TYPE_CHECKING:
@@ -65,11 +66,14 @@ def calibrate(
         console.save_svg(str(svg), title="vllm-entropix calibrate")
     if output is not None:
         try:
-            output.write_text(preset_text(found, config, Path(path).name), encoding="utf-8")
+            # A folder's name need not be UTF-8.
+            output.write_text(preset_text(found, config, Path(path).name), encoding="utf-8", errors="replace")
         except OSError as error:
             raise ConfigError(f"can't write {output}: {error.strerror}") from None
-        console.print(f"Wrote {output}. Serve with it:", soft_wrap=True)
-        console.print(f"  vllm serve {path} --sampler entropix --sampler-config {output}", soft_wrap=True, highlight=False)
+        command = f"  vllm serve {shlex.quote(path)} --sampler entropix --sampler-config {shlex.quote(str(output))}"
+        # As Text, or brackets in a name would be markup.
+        console.print(Text(printable(f"Wrote {output}. Serve with it:")), soft_wrap=True)
+        console.print(Text(printable(command)), soft_wrap=True)
 
 
 def _arguments(text: str) -> dict[str, Any]:
@@ -86,7 +90,7 @@ def _start(console: Console, model: str, base: str, seed: int, arguments: dict[s
     # Must be set before vLLM is imported.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    with console.status(f"Starting vLLM with {Path(model).name} ..."):
+    with console.status(Text(f"Starting vLLM with {printable(Path(model).name)} ...")):
         try:
             from vllm import LLM
         except ImportError as error:

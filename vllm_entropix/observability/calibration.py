@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 
 from vllm_entropix.config import ConfigError, EntropixConfig, Thresholds
+from vllm_entropix.observability.terminal import printable
 from vllm_entropix.observability.trace import REGIMES
 from vllm_entropix.sampling.constants import Constants
 from vllm_entropix.sampling.regimes import classify
@@ -239,8 +242,9 @@ def shares_of(prompts: Sequence[Measured], config: EntropixConfig, generator: np
 def preset_text(calibration: Calibration, base: EntropixConfig, model: str) -> str:
     """The proposal as a settings file that ``--sampler-config`` takes."""
     found = calibration
+    name = printable(" ".join(model.split()))  # a comment ends with its line
     lines = [
-        f"# Thresholds fitted to {model} by `vllm-entropix calibrate`:",
+        f"# Thresholds fitted to {name} by `vllm-entropix calibrate`:",
         f"# {found.prompts[0]} prompts and {found.tokens[0]} tokens fitted, {found.prompts[1]} and {found.tokens[1]} checked.",
         "# Share of tokens, in %: asked for, on the fitting half, on the checking half (95 % interval).",
     ]
@@ -251,12 +255,11 @@ def preset_text(calibration: Calibration, base: EntropixConfig, model: str) -> s
             f" ({100 * check.low:.2f} to {100 * check.high:.2f})"
         )
     lines += [f"# Doubtful: {sentence}" for sentence in doubts(found)]
-    lines.append(f'preset = "{base.preset_name}"')
+    settings: dict[str, Any] = {"preset": base.preset_name}
     if base.fidelity != "corrected":
-        lines.append(f'fidelity = "{base.fidelity}"')
-    for regime, borders in found.thresholds.model_dump().items():
-        lines += ["", f"[thresholds.{regime}]", *(f"{name} = {value!r}" for name, value in borders.items())]
-    return "\n".join(lines) + "\n"
+        settings["fidelity"] = base.fidelity
+    settings["thresholds"] = found.thresholds.model_dump()
+    return "\n".join(lines) + "\n" + tomli_w.dumps(settings)
 
 
 def _after(values: np.ndarray, count: int) -> float:

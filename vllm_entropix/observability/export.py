@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ _ENTRY_COLUMNS = tuple(name for name in TokenEntry.model_fields if name not in (
 COLUMNS = (*SEQUENCE_COLUMNS, *TOKEN_COLUMNS, *_ENTRY_COLUMNS, "alternative_ids", "alternative_probabilities")
 # What is repeated over and over is stored once.
 _CATEGORIES = ("request_id", "model", "preset", "fidelity", "prompt_hash", "regime")
+# Columns that hold what clients and models wrote, and how a cell begins that spreadsheets compute (also in full width).
+_TEXTS = ("request_id", "model", "preset", "fidelity", "prompt_hash", "text")
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 # Sequences that are held as Python objects at a time.
 _CHUNK = 64
 
@@ -69,14 +73,26 @@ def to_parquet(source: str | Path | TraceLine | Iterable[Any], path: str | Path)
 
 
 def to_csv(source: str | Path | TraceLine | Iterable[Any], path: str | Path) -> int:
-    """Write the table of :func:`to_pandas` as CSV; returns the number of rows, errors as there."""
+    """Write the table of :func:`to_pandas` as CSV; returns the number of rows, errors as there.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front, which makes it text there.
+    """
     return _write(source, path, "to_csv")
 
 
+def _as_text(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULAS) else cell
+
+
 def _write(source: Any, path: str | Path, method: str) -> int:
-    table = to_pandas(source)
+    table, options = to_pandas(source), {}
+    if method == "to_csv":
+        for name in _TEXTS:
+            table[name] = table[name].astype(object).map(_as_text)
+        # A carriage return that isn't in quotes begins a row, whose first cell would again be a formula.
+        options["quoting"] = csv.QUOTE_NONNUMERIC
     try:
-        getattr(table, method)(path, index=False)
+        getattr(table, method)(path, index=False, **options)
     except OSError as error:
         raise ConfigError(f"can't write {path}: {error.strerror or error}") from None
     return len(table)

@@ -27,6 +27,8 @@ from vllm_entropix.config import (
 )
 
 PREFIX = "entropix"
+# vLLM's own border: a temperature below is 0.
+GREEDY_BELOW = 1e-5
 
 _ON = frozenset({"on", "true", "yes", "1", "1.0"})
 _OFF = frozenset({"off", "false", "no", "0", "0.0"})

@@ -19,7 +19,7 @@ from vllm_entropix.engine.outputs import RECORDS, Records, by_request
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
 from vllm_entropix.kernels import kernels_for
 from vllm_entropix.kernels.ranks import Ranks
-from vllm_entropix.requests import RequestSettings
+from vllm_entropix.requests import GREEDY_BELOW, RequestSettings
 from vllm_entropix.sampling.batch import BatchSampler, Rows
 from vllm_entropix.sampling.metrics import AttentionStatistics
 from vllm_entropix.sampling.sequences import Sequence
@@ -89,10 +89,30 @@ class RunnerAdapter(ABC):
         self.samples = pipeline.is_last_rank
         if self.samples:
             self.hook()
+            self._say_order()
 
     @abstractmethod
     def hook(self) -> None:
         """Put :meth:`transform` between the runner's logits and its draw."""
+
+    @abstractmethod
+    def processors(self) -> tuple[list[Any], list[Any]]:
+        """Logits processors, vLLM's own among them, that run before and after :meth:`transform`, in their order."""
+
+    def others(self) -> tuple[list[Any], list[Any]]:
+        """The same without vLLM's own and ours."""
+        before, after = self.processors()
+        return [one for one in before if _is_others(one)], [one for one in after if _is_others(one)]
+
+    def _say_order(self) -> None:
+        before, after = self.others()
+        if (before or after) and get_tp_group().rank_in_group == 0:
+            order = [*map(_name_of, before), "entropix", *map(_name_of, after)]
+            logger.warning(
+                "entropix: other logits processors run beside it, in this order: %s. Its metrics are those of what it is "
+                "given, and what runs after it changes its distributions.",
+                ", ".join(order),
+            )
 
     def observe(self) -> None:
         """Attach the observer to the attention layers; says once why, if there is nothing to observe."""
@@ -175,7 +195,7 @@ class RunnerAdapter(ABC):
         settings = RequestSettings.parse(params.extra_args)
         if not settings.enabled:
             return None
-        greedy = params.temperature < 1e-5  # vLLM's own border of greedy sampling
+        greedy = params.temperature < GREEDY_BELOW
         traced = self.config.trace.default if settings.trace is None else settings.trace
         if greedy and not traced:
             return None
@@ -258,6 +278,15 @@ def _ranks() -> Ranks | None:
     if group.world_size == 1:
         return None
     return Ranks(group.world_size, lambda share: group.all_gather(share, dim=0).view(group.world_size, -1))
+
+
+def _is_others(processor: Any) -> bool:
+    """Is a logits processor neither vLLM's own nor ours?"""
+    return type(processor).__module__.partition(".")[0] not in ("vllm", "vllm_entropix")
+
+
+def _name_of(processor: Any) -> str:
+    return f"{type(processor).__module__}.{type(processor).__qualname__}"
 
 
 def _nothing_to_wait_for() -> None:

@@ -13,7 +13,6 @@ Functions = Mapping[str, Mapping[str, tuple[str, ...]]]
 FUNCTIONS: Functions = {
     "vllm.utils.argparse_utils": {
         "FlexibleArgumentParser.load_config_file": ("self", "file_path"),
-        "FlexibleArgumentParser.parse_known_args": ("self", "args", "namespace"),
     },
     "vllm.v1.worker.gpu_worker": {
         "Worker.load_model": ("self",),
@@ -113,7 +112,10 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "vllm.v1.worker.gpu_input_batch": {
-        "InputBatch": ("req_ids", "num_reqs", "logitsprocs_need_output_token_ids"),
+        "InputBatch": ("req_ids", "num_reqs", "logitsprocs", "logitsprocs_need_output_token_ids"),
+    },
+    "vllm.v1.sample.logits_processor.state": {
+        "LogitsProcessors": ("argmax_invariant", "non_argmax_invariant"),
     },
     "vllm.v1.worker.gpu.model_runner": {  # V2
         "GPUModelRunner": (

@@ -30,6 +30,11 @@ class RunnerV1(RunnerAdapter):
 
         sampler.sample = sample
 
+    def processors(self) -> tuple[list[Any], list[Any]]:
+        """See the base class. vLLM applies those that may change the most probable token before it samples."""
+        processors = self.runner.input_batch.logitsprocs
+        return processors.non_argmax_invariant, processors.argmax_invariant
+
     def begin_step(self, scheduler_output: Any) -> None:
         """See the base class; and note that the next logits are those of requests."""
         super().begin_step(scheduler_output)

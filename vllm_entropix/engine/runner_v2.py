@@ -33,6 +33,12 @@ class RunnerV2(RunnerAdapter):
         # Runner's slot → the request's place in the batch that the model ran.
         self._batch_of_slot = torch.zeros(self.max_requests, dtype=torch.int64, device=self.device)
 
+    def processors(self) -> tuple[list[Any], list[Any]]:
+        """See the base class. There is one list, in which ours stands."""
+        processors = self.runner.sampler.logits_processors
+        ours = next(place for place, one in enumerate(processors) if isinstance(one, EntropixLogitsProcessor))
+        return processors[:ours], processors[ours + 1 :]
+
     def after_forward(self) -> None:
         """Note which request of the batch is in which slot: the sampler may be handed the batch in parts."""
         state = self.runner.execute_model_state

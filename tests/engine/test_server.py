@@ -186,7 +186,7 @@ def metrics(url):
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name.startswith("entropix_"):
-                values[(sample.name, *sample.labels.values())] = sample.value
+                values[(sample.name, *sorted(sample.labels.values()))] = sample.value
     return values
 
 
@@ -211,7 +211,9 @@ def test_metrics_equal_the_sum_of_the_traces(client, url):
 
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
         entries = [entry for tokens in pool.map(one, range(64)) for entry in tokens]
-    client.completions.create(model="demo", prompt="a", max_tokens=3, extra_body={"vllm_xargs": {"entropix": "off"}})
+    off = {"model": "demo", "prompt": "a", "max_tokens": 3, "extra_body": {"vllm_xargs": {"entropix": "off"}}}
+    client.completions.create(**off)
+    client.completions.create(**off, temperature=0)
     time.sleep(0.6)  # counted a few times a second
     after = metrics(url)
 
@@ -226,9 +228,10 @@ def test_metrics_equal_the_sum_of_the_traces(client, url):
     assert grown("entropix_varentropy_bits2_count") == len(entries)
     assert grown("entropix_attention_entropy_bits_count") == len(entries)
     assert grown("entropix_logits_only_tokens_total") == 0
-    assert grown("entropix_requests_total", "torch-2024-10") == 16
-    assert grown("entropix_requests_total", "jax-2024-10") == 48
-    assert grown("entropix_requests_total", "off") == 1
+    # by preset, and by whether the request is greedy
+    assert grown("entropix_requests_total", "no", "torch-2024-10") == 16
+    assert grown("entropix_requests_total", "jax-2024-10", "no") == 48
+    assert grown("entropix_requests_total", "no", "off") == grown("entropix_requests_total", "off", "yes") == 1
 
 
 def test_without_a_trace_the_body_is_vllms_own(client):

@@ -16,7 +16,7 @@ from tests.support.dashboards import metric_names
 from tests.support.engine import close_engine, engine, generate, scheduler_of
 from tests.support.server import generate_in_process, serve
 from vllm_entropix.cli.demo import shipped_model
-from vllm_entropix.client import ASK, StreamTraces
+from vllm_entropix.client import ASK, StreamTraces, trace_of
 from vllm_entropix.config import ConfigError
 from vllm_entropix.observability import disk
 from vllm_entropix.observability.trace import FIELDS
@@ -150,7 +150,7 @@ def metrics(url):
     """Samples on /metrics, by name and labels."""
     text = urllib.request.urlopen(f"{url}/metrics").read().decode()
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *sorted(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -162,7 +162,7 @@ def two_servers(tmp_path_factory):
     close_engine()
     folder = tmp_path_factory.mktemp("servers")
     (folder / "traces").mkdir()
-    config = f'{{"trace": {{"path": "{folder}/traces/traces.jsonl", "default": true}}}}'
+    config = f'{{"trace": {{"path": "{folder}/traces/traces.jsonl", "default": true}}, "base": {{"source": "request"}}}}'
     arguments = ["--served-model-name", "demo", "--max-model-len", "512", "--enforce-eager", "--dtype", "float32"]
     arguments += ["--kv-cache-memory-bytes", str(1 << 28), "--api-server-count", "2"]
     arguments += ["--sampler", "entropix", "--sampler-config", config]
@@ -197,7 +197,7 @@ def test_two_api_servers_count_and_write_what_their_traces_say(two_servers):
     assert grown("entropix_entropy_bits_count") == len(entries)
     assert grown("entropix_entropy_bits_sum") == pytest.approx(sum(entry.entropy for entry in entries), rel=1e-4)
     assert grown("entropix_attention_entropy_bits_count") == len(entries)
-    assert grown("entropix_requests_total", "jax-2024-10") == 48
+    assert grown("entropix_requests_total", "jax-2024-10", "no") == 48
     assert grown("entropix_trace_lines_written_total") == 48
     assert after["entropix_trace_lines_dropped_total",] == 0
     lines = [line for path in sorted(folder.iterdir()) for line in read_traces(path)]
@@ -205,6 +205,29 @@ def test_two_api_servers_count_and_write_what_their_traces_say(two_servers):
     assert {line.model for line in lines} == {"demo"}
     # Both served, each into its own file.
     assert [path.name for path in sorted(folder.iterdir()) if path.stat().st_size] == ["traces-1.jsonl", "traces.jsonl"]
+
+
+def test_a_server_may_take_base_parameters_from_its_clients(two_servers):
+    url, _ = two_servers
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    def drawn(temperature, top_p, **base):
+        answer = client.completions.create(
+            model="demo",
+            prompt="Once upon a time",
+            max_tokens=12,
+            seed=1,
+            temperature=temperature,
+            top_p=top_p,
+            extra_body={"vllm_xargs": {"entropix_trace": "on", **base}},
+        )
+        return [entry.model_dump() for entry in trace_of(answer.choices[0]).tokens]
+
+    cool = drawn(0.3, 0.6)
+    assert cool == drawn(0.3, 0.6, entropix_base="request")
+    assert cool[0]["temperature"] != drawn(0.6, 0.6)[0]["temperature"]
+    assert drawn(0.3, 0.6, entropix_base="preset") == drawn(1.2, 1.0, entropix_base="preset")
+    assert cool != drawn(0.3, 0.6, entropix_base="preset")
 
 
 def test_every_metric_of_the_dashboard_and_the_alerts_is_exported(two_servers):

@@ -87,7 +87,7 @@ def test_every_metric_of_ours_that_is_named_is_exported():
     script = """
 from prometheus_client import generate_latest
 from vllm_entropix.observability import prometheus
-prometheus.count_request("jax-2024-10")
+prometheus.count_request("jax-2024-10", greedy=False)
 print(generate_latest().decode())
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)

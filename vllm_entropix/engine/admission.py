@@ -11,7 +11,7 @@ from vllm_entropix.config import ConfigError
 from vllm_entropix.engine.engine_config import RESOLVED
 from vllm_entropix.engine.outputs import COUNTED, TRACED, WRITTEN
 from vllm_entropix.observability import prometheus
-from vllm_entropix.requests import RequestSettings
+from vllm_entropix.requests import GREEDY_BELOW, RequestSettings
 
 
 class RequestSettingsError(VLLMValidationError, ValueError):  # type: ignore[misc]
@@ -41,7 +41,9 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
     result = validate()
     if resolved["counted"]:
         preset = settings.preset or resolved["config"]["preset"]
-        prometheus.count_request(preset if settings.enabled else "off")
+        prometheus.count_request(preset if settings.enabled else "off", greedy=params.temperature < GREEDY_BELOW)
+        if resolved["clarification"] is not None:
+            prometheus.watch_clarification()
     return result
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vllm_entropix.observability.background import Background
+from vllm_entropix.observability.hints import Watch
 from vllm_entropix.observability.trace import FIELDS, REGIMES
 
 FLUSH_SECONDS = 0.2
@@ -38,7 +39,11 @@ class _Metrics:
         self.attention_entropy = Histogram(
             "entropix_attention_entropy_bits", "Attention entropy, mean over heads and layers.", buckets=ENTROPY_BUCKETS
         )
-        self.requests = Counter("entropix_requests", "Admitted requests by preset; off: opted out.", ["preset"])
+        self.requests = Counter(
+            "entropix_requests",
+            "Admitted requests by preset (off: opted out), and whether they are greedy, which no sampler changes.",
+            ["preset", "greedy"],
+        )
         self.lines_written = Counter("entropix_trace_lines_written", "Traced sequences written to disk.")
         self.lines_dropped = Counter("entropix_trace_lines_dropped", "Traced sequences that couldn't be written to disk.")
         for regime in REGIMES:  # present from the start, so that rates have a beginning
@@ -81,6 +86,7 @@ class _Counting:
 
     def __init__(self) -> None:
         self.metrics = _Metrics()
+        self.watch, self.watched = Watch(), False
         self._waiting: deque[tuple[bytes, int]] = deque()
         self._lock = Lock()
         self.background = Background("entropix-metrics", self.flush, FLUSH_SECONDS)
@@ -96,7 +102,10 @@ class _Counting:
                 records, tokens = self._waiting.popleft()
                 rows.append(np.frombuffer(records, dtype="<f4").reshape(tokens, -1)[:, : len(FIELDS)])
             if rows:
-                self.metrics.count(np.concatenate(rows))
+                counted = np.concatenate(rows)
+                self.metrics.count(counted)
+                if self.watched:
+                    self.watch.see(counted)
 
 
 @cache
@@ -109,9 +118,14 @@ def count(records: bytes, tokens: int) -> None:
     _counting().add(records, tokens)
 
 
-def count_request(preset: str) -> None:
-    """Count an admitted request."""
-    _counting().metrics.requests.labels(preset).inc()
+def count_request(preset: str, greedy: bool) -> None:
+    """Count an admitted request; ``greedy``: its temperature is 0."""
+    _counting().metrics.requests.labels(preset, "yes" if greedy else "no").inc()
+
+
+def watch_clarification() -> None:
+    """From now on see whether the clarification that is set is ever inserted."""
+    _counting().watched = True
 
 
 def count_trace_lines(written: int = 0, dropped: int = 0) -> None:

@@ -1,17 +1,22 @@
 """The two options on vLLM's own command line, and the ways of saying the same."""
 
 import argparse
+import contextlib
 import copy
 import json
+import logging
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import chain, permutations
 
 import pytest
 
+from tests.support.engine import adapter_of, close_engine, engine, generate
 from tests.support.runners import is_v2
-from tests.support.server import run_vllm
+from tests.support.server import environment, run_vllm
 from vllm_entropix import ConfigError
 from vllm_entropix.engine.arguments import FromCommandLine, merge_keywords
 
@@ -344,6 +349,125 @@ def test_what_only_a_gpu_can_have_is_refused(tiny, part, setting, value, named):
     object.__setattr__(config if part is None else getattr(config, part), setting, value)
     with pytest.raises(ConfigError, match=f"doesn't work with .*{re.escape(named)}"):
         finalise(config, {"entropix": {}})
+
+
+@pytest.mark.parametrize("key", ["Entropix", "entropix_config", "vllm_entropix", "vllm-entropix", "entropix.base.top_k"])
+def test_a_key_that_nothing_reads_is_refused(tiny, key):
+    from vllm import EngineArgs
+
+    with pytest.raises(ConfigError, match=f"additional_config has '{re.escape(key)}', which nothing reads"):
+        EngineArgs(str(tiny), additional_config={key: {}}).create_engine_config()
+    assert EngineArgs(str(tiny), additional_config={"other": {}}).create_engine_config().additional_config == {"other": {}}
+
+
+@contextlib.contextmanager
+def log_of_entropix():
+    """Messages that our logger, whose parents don't pass them on to pytest, gets meanwhile."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("vllm.plugins.entropix")
+    logger.addHandler(handler)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+
+
+def test_what_is_said_when_a_configuration_is_made(tiny):
+    from vllm import EngineArgs
+
+    def said(**settings):
+        with log_of_entropix() as messages:
+            EngineArgs(str(tiny), additional_config={"entropix": settings}, async_scheduling=False).create_engine_config()
+        return messages
+
+    [scheduler] = said(clarification={"text": "hm?"})
+    assert "extends vLLM's own Scheduler, and asynchronous scheduling is off as without the plugin" in scheduler
+    hint, other = said(clarification={"text": "hm?", "max_per_request": 0}), said(regimes=False)
+    assert hint[1:] == ["entropix: the clarification can never be inserted: clarification.max_per_request is 0."]
+    assert other == [scheduler]
+
+
+_ASK_TWICE = """
+import sys
+import vllm_entropix
+from vllm import EngineArgs
+for additional in ({}, {"entropix": {}}, {"entropix": {"base": {"top_k": 5}}}, {"entropix": False}):
+    config = EngineArgs(sys.argv[1], additional_config=additional).create_engine_config()
+    assert config.additional_config == additional and not config.model_config.logits_processors
+try:
+    EngineArgs(sys.argv[1], sampler="entropix")
+except TypeError as error:
+    print(error)
+"""
+
+
+def test_switched_off_who_asks_is_told_once(tiny):
+    ended = subprocess.run(
+        [sys.executable, "-c", _ASK_TWICE, str(tiny)],
+        env=environment(VLLM_ENTROPIX_DISABLE="1"),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=True,
+    )
+    told = ended.stdout + ended.stderr
+    assert told.count("asks for the sampler entropix, but VLLM_ENTROPIX_DISABLE is set") == 1
+    assert "unexpected keyword argument 'sampler'" in told
+
+
+@pytest.mark.engine
+def test_other_processors_are_named_in_their_order(tiny, tmp_path, monkeypatch):
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import cached_load_custom_logitsprocs
+
+    from tests.support import processors
+
+    # Another plugin, by its entry point; and one that the engine is asked for.
+    package = tmp_path / "other-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[vllm.logits_processors]\nother = tests.support.processors:Ban\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cached_load_custom_logitsprocs.cache_clear()
+    by_request = {"base": {"source": "request"}}
+    with log_of_entropix() as messages:
+        llm = engine(
+            tiny,
+            fresh=True,
+            sampler="entropix",
+            sampler_config=by_request,
+            logits_processors=["tests.support.processors:Sharpen"],
+        )
+    order = [*processors.BEFORE, "entropix", *processors.AFTER]
+    names = [one if isinstance(one, str) else f"tests.support.processors.{one.__qualname__}" for one in order]
+    [line] = [message for message in messages if "other logits processors" in message]
+    assert f"in this order: {', '.join(names)}. " in line
+    # vLLM keeps output token ids for another's processor, which may want them.
+    if not ON_V2:
+        assert adapter_of(llm).runner.input_batch.logitsprocs_need_output_token_ids
+    client_says = {"temperature": 0.4, "top_p": 0.7, "top_k": 9, "min_p": 0.02}
+    asked = [
+        (client_says, {}),
+        (client_says, {"entropix_base": "request"}),
+        (client_says, {"entropix_base": "preset"}),
+        ({"temperature": 1.5}, {"entropix_base": "preset"}),
+    ]
+    params = [
+        SamplingParams(max_tokens=12, ignore_eos=True, seed=5, extra_args={"entropix_trace": "on", **base}, **said)
+        for said, base in asked
+    ]
+    outputs = generate(llm, ["The quick brown fox"] * len(params), params)
+    tokens = [[record.to_dict() for record in output.outputs[0].entropix_trace] for output in outputs]
+    assert tokens[0] == tokens[1]
+    assert tokens[2] == tokens[3]
+    assert tokens[0][0]["temperature"] != tokens[2][0]["temperature"]
+    cached_load_custom_logitsprocs.cache_clear()
+    close_engine()
 
 
 def test_another_vllm_is_refused_with_its_version_and_the_range(tiny, monkeypatch):

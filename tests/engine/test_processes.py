@@ -37,6 +37,9 @@ def test_an_engine_in_its_own_process_gives_the_same(tiny):
             exact = value is None or isinstance(value, str | bool)
             assert theirs[metric] == (value if exact else pytest.approx(value, abs=1e-4)), metric
     assert there[1]["trace"] is there[2]["trace"] is None
+    # A vLLM that is told to load other plugins only: the import alone makes the plugin known, in all processes.
+    arguments = {"sampler": "entropix", "sampler_config": CONFIG}
+    assert generate_in_process(tiny, arguments, REQUESTS, VLLM_PLUGINS="another") == there
 
 
 def test_switched_off_or_not_asked_for_nothing_differs(tiny):

@@ -20,6 +20,7 @@ import wrapt
 
 from vllm_entropix._version import __version__
 from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS
+from vllm_entropix.engine.plugin import DISABLE, disabled
 from vllm_entropix.engine.sources import Sources
 
 SUPPORTED = ">=0.31,<0.34"
@@ -125,13 +126,27 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
     return init
 
 
+_SWITCHED_OFF = (
+    f"The additional config asks for the sampler entropix, but {DISABLE} is set, so vLLM samples as it does without the "
+    "plugin; unset the variable, or leave entropix out."
+)
+
+
 def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.logger import init_logger
+
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
-        if isinstance(self.additional_config, dict) and "entropix" in self.additional_config:
+        additional = self.additional_config
+        # Also keys that are only like ours, which are refused.
+        if isinstance(additional, dict) and any(isinstance(key, str) and "entropix" in key.lower() for key in additional):
+            if disabled():
+                if additional.get("entropix") not in (None, False):
+                    init_logger("vllm.plugins.entropix").warning_once(_SWITCHED_OFF)
+                return vllm_config
             from vllm_entropix.engine.engine_config import finalise
 
-            return finalise(vllm_config, self.additional_config, statistics=not self.disable_log_stats)
+            return finalise(vllm_config, additional, statistics=not self.disable_log_stats)
         return vllm_config
 
     return create_engine_config
@@ -240,7 +255,7 @@ PATCHES = (
         wrap=_wrap_create_engine_config,
         why="Every frontend makes its configuration here, and errors elsewhere look like hangs.",
         how="If additional_config asks for entropix: checks that all features in use are supported, then sets the official "
-        "fields worker_cls and scheduler_cls.",
+        "fields worker_cls and scheduler_cls. Where the plugin is switched off: says so.",
         upstream="none known",
         remove_when="plugins may finalise VllmConfig",
     ),
@@ -309,10 +324,11 @@ PATCHES = (
 )
 
 
-def install() -> None:
-    """Apply all patches; harmless when done before."""
+def install(only: str | None = None) -> None:
+    """Apply all patches, or the one of this name; harmless when done before."""
     for patch in PATCHES:
-        patch.install()
+        if only in (None, patch.name):
+            patch.install()
 
 
 def problems() -> list[str]:

@@ -7,15 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 from vllm_entropix._version import __version__
 from vllm_entropix.config import MAX_CLARIFICATION_TOKENS, ConfigError, EntropixConfig, as_mapping, quoted
 from vllm_entropix.engine import compat
 from vllm_entropix.engine.arguments import KEY, FromCommandLine
 from vllm_entropix.engine.subclasses import SCHEDULER, WORKER, qualified_name
-from vllm_entropix.observability import disk
+from vllm_entropix.observability import disk, hints
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+# Under vLLM's own logger, whose handlers are set up in every process.
+logger = init_logger("vllm.plugins.entropix")
 
 # Where the resolved settings travel in additional_config, beside what the user wrote.
 RESOLVED = "entropix_resolved"
@@ -89,10 +94,11 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
         ConfigError: a setting or a feature in use can't be had; one sentence with the way out. From a command line the
             process ends with that sentence and status 1 instead.
     """
-    wanted = additional[KEY]
-    if wanted is None or wanted is False:
-        return vllm_config
     try:
+        _refuse_odd_keys(additional)
+        wanted = additional.get(KEY)
+        if wanted is None or wanted is False:
+            return vllm_config
         config = EntropixConfig.from_dict({} if wanted is True else as_mapping(wanted))
         _refuse_unsupported(vllm_config, config)
         counted = config.prometheus and statistics
@@ -107,7 +113,25 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
     parallel.worker_cls = qualified_name(WORKER, parallel.worker_cls)
     scheduler_class = scheduler.get_scheduler_cls()
     scheduler.scheduler_cls = qualified_name(SCHEDULER, f"{scheduler_class.__module__}.{scheduler_class.__qualname__}")
+    logger.info(
+        "entropix: the scheduler extends vLLM's own %s, and asynchronous scheduling is %s as without the plugin; "
+        "what vLLM says of custom scheduler classes and degraded performance doesn't concern it.",
+        scheduler_class.__name__,
+        "on" if scheduler.async_scheduling else "off",
+    )
+    never = hints.never_forced(config, vllm_config.model_config.get_vocab_size())
+    if never is not None:
+        logger.warning("entropix: the clarification can never be inserted: %s.", never)
     return vllm_config
+
+
+def _refuse_odd_keys(additional: Mapping[str, Any]) -> None:
+    """ConfigError for a key that is like ours: nothing would read it."""
+    for key in additional:
+        if isinstance(key, str) and "entropix" in key.lower() and key not in (KEY, RESOLVED):
+            raise ConfigError(
+                f"additional_config has {quoted(key)}, which nothing reads; the sampler's settings stand under {KEY!r}"
+            )
 
 
 def _refuse_unsupported(vllm_config: VllmConfig, config: EntropixConfig) -> None:

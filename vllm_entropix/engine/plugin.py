@@ -15,10 +15,9 @@ def disabled() -> bool:
 def register() -> None:
     """Make vLLM know the entropix sampler; called by vLLM in every process, any number of times.
 
-    Nothing changes for anybody who doesn't ask for it: the patches only look for ``entropix`` in the additional config.
+    Nothing changes for anybody who doesn't ask for it: the patches only look for ``entropix`` in the additional config. If it
+    is switched off, the only patch left tells whoever asks nevertheless.
     """
-    if disabled():
-        return
     from vllm_entropix.engine import compat
 
-    compat.install()
+    compat.install(only="EngineArgs.create_engine_config" if disabled() else None)

@@ -119,11 +119,23 @@ def test_a_recycled_slot_begins_anew(llm):
 
 def test_a_partial_prefill_leaves_no_trace(llm):
     """The sampler sees the end of a prompt's first chunk, where it would force; the next chunk is one token: just that one."""
-    # No seed: with one, a prompt in chunks stops the V1 engine of a CPU, with or without this plugin.
     token_ids = torch.randint(0, 256, (CHUNK,), generator=torch.Generator().manual_seed(1)).tolist()
     [output] = generate(llm, [prompt_of([*token_ids, ids(llm, "h")[0]])], [params()])
     assert forced(output) == "FFF..FFF..FF"
     assert list(output.outputs[0].token_ids)[:3] == ids(llm, CLARIFICATION)
+
+
+def test_a_seed_gives_the_same_however_its_prompt_is_cut(llm):
+    """On a CPU, Model Runner V1 alone ends at a seeded prompt in chunks; the rows of others go on beside it, too."""
+    generator = torch.Generator().manual_seed(2)
+    prompts = [prompt_of(torch.randint(0, 256, (n,), generator=generator).tolist()) for n in (3 * CHUNK, 2 * CHUNK + 9, 5)]
+    free = {**TRACED, "entropix_clarification": "off"}
+    asked = [params(seed=1, extra_args=free), params(seed=2, extra_args={"entropix": "off"}), params(seed=3, extra_args=free)]
+    assert llm.reset_prefix_cache()
+    cut = generate(llm, prompts, asked)
+    whole = generate(llm, prompts, asked)  # all but their last blocks are in the prefix cache
+    assert whole[0].num_cached_tokens > 2 * CHUNK
+    assert [tokens.outputs[0].token_ids for tokens in cut] == [tokens.outputs[0].token_ids for tokens in whole]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])

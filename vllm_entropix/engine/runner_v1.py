@@ -21,11 +21,14 @@ class RunnerV1(RunnerAdapter):
 
     def hook(self) -> None:
         """Wrap ``Sampler.sample``: after masks and penalties, before vLLM's temperature and filters."""
+        self._set_aside: dict[int, torch.Generator] = {}
         sampler = self.runner.sampler
         original = sampler.sample
 
         def sample(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.transform(logits)
+            if False:
+                self._set_generators_aside()
             return original(logits, *args, **kwargs)
 
         sampler.sample = sample
@@ -38,7 +41,22 @@ class RunnerV1(RunnerAdapter):
     def begin_step(self, scheduler_output: Any) -> None:
         """See the base class; and note that the next logits are those of requests."""
         super().begin_step(scheduler_output)
+        if self.samples and self._set_aside:
+            # Before vLLM moves requests to other rows.
+            self.runner.input_batch.generators.update(self._set_aside)
+            self._set_aside.clear()
         self._expected = scheduler_output.total_num_scheduled_tokens > 0
+
+    def _set_generators_aside(self) -> None:
+        """Let rows whose token is thrown away, of unfinished prompts, draw without their seeds' generators until the next step.
+
+        vLLM would turn those back after the draw, which no generator of a CPU can be: ``set_offset`` raises, and the engine
+        ends. A generator that isn't used needn't be.
+        """
+        generators = self.runner.input_batch.generators
+        discarded = self.runner.discard_request_mask.np
+        for row in [row for row in generators if discarded[row]]:
+            self._set_aside[row] = generators.pop(row)
 
     def batch_of_step(self) -> tuple[list[str], np.ndarray]:
         """See the base class."""

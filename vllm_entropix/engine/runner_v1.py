@@ -27,7 +27,7 @@ class RunnerV1(RunnerAdapter):
 
         def sample(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.transform(logits)
-            if False:
+            if self.device.type == "cpu":
                 self._set_generators_aside()
             return original(logits, *args, **kwargs)
 

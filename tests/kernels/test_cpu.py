@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.strange_rows import assert_same_attention
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import LayerAttention
 from vllm_entropix.attention.paged_keys import CpuAmxKeys, CpuVectorKeys
@@ -233,6 +234,28 @@ def test_attention_sees_only_its_positions(layout, dtype):
     assert torch.equal(measured(around), want)
     around[length - window] = torch.nan
     assert measured(around).isnan().all()
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)])
+@pytest.mark.parametrize("rule", ["heads", "heads-unbiased", "zero"])
+@pytest.mark.parametrize("number", [torch.nan, -torch.nan, torch.inf, -torch.inf, 1e30, 1e-45])
+def test_attention_of_strange_numbers(layout, dtype, rule, number):
+    """NaN, infinities, huge and denormal numbers among queries or keys: what isn't a finite number is so in both."""
+    config = EntropixConfig.from_dict(
+        {"fidelity": "original", "original": {"attention_varentropy": rule, "padded_positions": 60}}
+    )
+    lengths = torch.tensor([1, 33, 64, 90])
+    table = torch.tensor([[1, 2, 3], [3, 4, 5], [2, 3, 4], [5, 6, 7]], dtype=torch.int32)
+    for among in ("keys", "queries"):
+        keys = paged(layout, dtype, kv_heads=2, head_dim=32, size=32, blocks=8, seed=1)
+        queries = torch.randn(4, 8, 32, generator=torch.Generator().manual_seed(2))
+        (keys.cache[2, 1, 3] if among == "keys" else queries[1, 0])[5] = number
+        layer = LayerAttention(keys, scale=0.2)
+        for config_of_case in (config, EntropixConfig()):
+            got = measure_layer(layer, queries, table, lengths, config_of_case)
+            want = measure_layer_in_pytorch(layer, queries, table, lengths, config_of_case)
+            for metric in METRICS:
+                assert_same_attention(getattr(got, metric), getattr(want, metric))
 
 
 def test_attention_of_no_rows():

@@ -14,8 +14,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.kernels.test_cpu import apply, mixed_logits
+from tests.support import strange_rows as strange
 from tests.support.ranks import Meeting
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import AttentionObserver, LayerAttention, launches, ranks, statistics
@@ -27,6 +30,11 @@ from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_p
 from vllm_entropix.kernels import attention_statistics, candidates, logits_metrics, wide_filters
 from vllm_entropix.sampling import LogitsMetrics, Parameters, batch, filters, sampler
 
+# The interpreter takes its time.
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Around the edges of groups and of a tile.
+VOCABULARIES = (1, 2, 17, 63, 64, 65, 1000, 4095, 4096, 4097)
 METRICS = ("attention_entropy", "attention_varentropy", "agreement", "interaction_strength")
 
 
@@ -269,6 +277,38 @@ def rows_do_not_depend_on_the_batch():
         chosen = {field.name: getattr(parameters, field.name)[order] for field in dataclasses.fields(parameters)}
         assert torch.equal(distributed(logits[order], Parameters(**chosen)), together[order])
     assert distributed(logits[:0], parameters_of(0)).shape == (0, 5000)
+
+
+def on_cpu(strategy):
+    """hypothesis makes the same tensors on every device."""
+
+    @st.composite
+    def drawn(draw):
+        with torch.device("cpu"):
+            return draw(strategy)
+
+    return drawn()
+
+
+@PROPERTY
+@given(on_cpu(strange.logits(VOCABULARIES, FLOATS)))
+def metrics_of_random_strange_rows(logits):
+    logits = logits.to(torch.get_default_device())
+    twin = LogitsMetrics.from_logits(logits)
+    want = torch.stack((twin.entropy, twin.varentropy, twin.log_normaliser))
+    torch.testing.assert_close(metrics_of(logits), want, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert torch.equal(want[0].isfinite(), strange.has_softmax(logits))
+
+
+@PROPERTY
+@given(st.data(), on_cpu(strange.logits(VOCABULARIES)), st.booleans())
+def draws_of_random_strange_rows(data, logits, wide):
+    top_ks = (1, 5, 40, 1025, 3000) if wide else (1, 2, 5, 27, 40, 300)
+    drawn = data.draw(on_cpu(strange.parameters(len(logits), top_ks, (1,) if wide else (1, 2, 5, 64))))
+    logits = logits.to(torch.get_default_device())
+    parameters = Parameters(*(getattr(drawn, field.name).to(logits.device) for field in dataclasses.fields(drawn)))
+    want = expected(logits, parameters, torch.float32).log()
+    strange.assert_same_draws(distributed(logits, parameters, wide=wide), want, logits)
 
 
 # --- attention statistics ---------------------------------------------------------------------------------------------
@@ -526,6 +566,26 @@ def attention_refuses_keys_that_are_not_plain():
         measure_layers([one], row, row + 1, row == 0, EntropixConfig())
 
 
+def attention_of_strange_keys():
+    """NaN, infinities and huge numbers among queries or keys: what isn't a finite number is so in both."""
+    table = torch.tensor([[1, 2, 3], [3, 4, 5], [2, 3, 4]], dtype=torch.int32)
+    requests, lengths = torch.arange(3), torch.tensor([40, 33, 3])
+    own = {"fidelity": "original", "original": {"attention_varentropy": "zero", "padded_positions": 50}}
+    for number, among, config in (
+        *((number, among, {}) for number in (torch.nan, torch.inf, -torch.inf, 1e30) for among in ("keys", "queries")),
+        (torch.nan, "keys", own),
+        (-torch.inf, "queries", own),
+    ):
+        config = EntropixConfig.from_dict(config)
+        cache = cache_of("heads-first", 8, 2, 16, 32, torch.float32, seed=1)
+        queries = random(3, 4, 32, seed=2)
+        (cache[2, 1, 3] if among == "keys" else queries[1, 0])[5] = number
+        layer = LayerAttention(PlainKeys(cache, 32), 0.2)
+        got = by_kernels([LayerRows(layer, queries, table)], requests, lengths, lengths > 0, config)[:, 0]
+        want = measure_layer_in_pytorch(layer, queries, table, lengths, config)
+        strange.assert_same_attention(got, torch.stack([getattr(want, metric) for metric in METRICS]))
+
+
 def the_sampler_decides_and_writes_by_them():
     logits, sampled = mixed_logits(12, 3000, 11), np.array([row % 5 != 3 for row in range(12)])
     for base in ({}, {"top_k": 2000, "top_p": 0.99, "min_p": 0.0}):
@@ -555,6 +615,8 @@ CHECKS = (
     strange_rows,
     early_rows,
     rows_do_not_depend_on_the_batch,
+    metrics_of_random_strange_rows,
+    draws_of_random_strange_rows,
     attention_layouts,
     attention_types,
     attention_shapes,
@@ -565,6 +627,7 @@ CHECKS = (
     attention_rows_that_are_not_wanted,
     attention_without_room_in_the_scratch,
     attention_rows_do_not_depend_on_the_batch,
+    attention_of_strange_keys,
     a_layer_is_measured_by_them,
     an_observer_launches_once_for_each_kind_of_layer,
     attention_refuses_keys_that_are_not_plain,

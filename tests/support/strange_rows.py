@@ -111,3 +111,10 @@ def assert_same_draws(got: torch.Tensor, want: torch.Tensor, rows: torch.Tensor)
         assert (written[strange].exp().sum(-1) == 1).all()
         torch.testing.assert_close(written.exp().sum(-1), torch.ones(len(written)), rtol=rounding, atol=0)
     torch.testing.assert_close(got.exp(), want.exp(), rtol=2 * rounding, atol=2e-6)
+
+
+def assert_same_attention(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal where finite, and finite in the same places."""
+    finite = want.isfinite()
+    assert torch.equal(got.isfinite(), finite), (got, want)
+    torch.testing.assert_close(got[finite], want[finite], rtol=1e-4, atol=1e-4)

@@ -101,10 +101,24 @@ def throughput(results: list[dict[str, Any]]) -> str:
     )
 
 
+def answers(results: list[dict[str, Any]]) -> str:
+    """How long a server answers nobody else."""
+    head = ["asked for", "answer, MB", "answer, s", "longest wait for `/health`, s"]
+    rows = [
+        [
+            f"{one['asked']}, {one['choices']} choices of {one['tokens']} tokens",
+            *(number(one[key]) for key in ("megabytes", "seconds", "health_seconds")),
+        ]
+        for one in results
+    ]
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "sampler": sampler,
     "attention": attention,
     "throughput": throughput,
+    "answers": answers,
 }
 
 

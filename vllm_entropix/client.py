@@ -1,4 +1,4 @@
-"""Reading traces from the responses of a server, with the official ``openai`` client or any other.
+"""Reading traces from the answers of a server, with the clients of openai, anthropic and litellm or any other.
 
 Example:
     >>> answer = client.chat.completions.create(..., extra_body={"vllm_xargs": {"entropix_trace": 1}})
@@ -17,22 +17,34 @@ from vllm_entropix.observability.schema import ChoiceTrace, TokenEntry
 __all__ = ["ASK", "ChoiceTrace", "StreamTraces", "TokenEntry", "trace_of"]
 
 FIELD = "entropix"
-# What a request adds to its body to get its trace: `extra_body=ASK` with the openai client.
+# litellm keeps fields that it doesn't know in this one, unless it streams.
+_OF_LITELLM = "provider_specific_fields"
+# What a request adds to its body to get its trace: `extra_body=ASK` with the clients of openai, anthropic and litellm.
 ASK: dict[str, Any] = {"vllm_xargs": {"entropix_trace": 1}}
 
 
-def trace_of(choice: Any) -> ChoiceTrace | None:
-    """The trace in a choice of a response or of a stream's chunk; None if it has none.
+def trace_of(answer: Any) -> ChoiceTrace | None:
+    """The trace in what carries one; None if there is none.
 
     Args:
-        choice: an object of the openai client, or the JSON object that it was made of.
+        answer: a choice of a response or of a stream's chunk; where there are no choices (`/v1/responses`, `/v1/messages`), the
+            response or an event of its stream. An object of a client, or the JSON object that it was made of.
     """
-    data = choice.get(FIELD) if isinstance(choice, Mapping) else getattr(choice, FIELD, None)
+    data = _get(answer, FIELD)
+    if data is None:
+        data = _get(_get(answer, _OF_LITELLM), FIELD)
     return None if data is None else ChoiceTrace.model_validate(data)
 
 
+def _get(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+
 class StreamTraces:
-    """Gathers the traces of a stream's choices, chunk by chunk.
+    """Gathers the traces of a stream, chunk by chunk or event by event.
+
+    Of the helper ``client.chat.completions.stream(...)`` give it all events: what the helper itself gathers in
+    ``get_final_completion()`` has the last chunk's trace only.
 
     Example:
         >>> traces = StreamTraces()
@@ -45,16 +57,26 @@ class StreamTraces:
         self._traces: dict[int, ChoiceTrace] = defaultdict(ChoiceTrace)
 
     def add(self, chunk: Any) -> None:
-        """Take what a chunk (an object of the openai client, or its JSON) tells."""
-        choices = chunk.get("choices", ()) if isinstance(chunk, Mapping) else chunk.choices
+        """Take what a chunk or an event tells; others of a helper's events tell nothing.
+
+        Args:
+            chunk: an object of a client, or the JSON object that it was made of.
+        """
+        chunk = _get(chunk, "chunk") or chunk  # the helper of openai wraps each in an event
+        choices = _get(chunk, "choices")
+        if choices is None:
+            self._add(0, chunk)
+            return
         for choice in choices:
-            part = trace_of(choice)
-            if part is not None:
-                index = choice["index"] if isinstance(choice, Mapping) else choice.index
-                known = self._traces[index]
-                known.tokens.extend(part.tokens)
-                known.not_kept = part.not_kept
+            self._add(_get(choice, "index") or 0, choice)
+
+    def _add(self, index: int, answer: Any) -> None:
+        part = trace_of(answer)
+        if part is not None:
+            known = self._traces[index]
+            known.tokens.extend(part.tokens)
+            known.not_kept, known.bound = part.not_kept, part.bound
 
     def __getitem__(self, index: int) -> ChoiceTrace:
-        """The trace so far of a choice."""
+        """The trace so far of a choice; of endpoints without choices, 0 is the answer's."""
         return self._traces[index]

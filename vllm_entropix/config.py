@@ -324,6 +324,14 @@ class Trace(Section):
         description="Records kept per sequence; later tokens are counted but not kept.",
         json_schema_extra={"unit": "tokens"},
     )
+    # 64 answers of 1024 tokens: some 36 MB of JSON, with five alternatives per token.
+    response_tokens: int = Field(
+        65_536,
+        ge=1,
+        le=10_000_000,
+        description="Records in one HTTP response, all choices together; tokens beyond have none there.",
+        json_schema_extra={"unit": "tokens"},
+    )
     path: str | None = Field(
         None,
         min_length=1,

@@ -9,9 +9,10 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_entropix.config import ConfigError
 from vllm_entropix.engine.engine_config import RESOLVED
+from vllm_entropix.engine.internal import is_internal
 from vllm_entropix.engine.outputs import COUNTED, TRACED, WRITTEN
 from vllm_entropix.observability import prometheus
-from vllm_entropix.requests import GREEDY_BELOW, RequestSettings
+from vllm_entropix.requests import GREEDY_BELOW, PREFIX, RequestSettings
 
 
 class RequestSettingsError(VLLMValidationError, ValueError):  # type: ignore[misc]
@@ -20,6 +21,8 @@ class RequestSettingsError(VLLMValidationError, ValueError):  # type: ignore[mis
 
 def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
     """Validate a request's parameters: ours here, all others as vLLM does.
+
+    A request that vLLM makes for itself is opted out, and isn't counted.
 
     Args:
         processor: vLLM's InputProcessor.
@@ -33,6 +36,9 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
     additional = processor.vllm_config.additional_config
     resolved = additional.get(RESOLVED) if isinstance(additional, dict) else None
     if resolved is None or not hasattr(params, "extra_args"):
+        return validate()
+    if is_internal():
+        params.extra_args = {**(params.extra_args or {}), PREFIX: "off"}
         return validate()
     try:
         settings = RequestSettings.parse(params.extra_args)

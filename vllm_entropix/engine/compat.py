@@ -174,14 +174,40 @@ def _wrap_validate_params(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_params
 
 
-def _wrap_for_http(wrap: str, results: str) -> Wrap:
-    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
-        from vllm_entropix.engine import http
+def _wrap_add(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add(self: Any, next_output: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_entropix.engine.outputs import merge_traces
 
-        replacement: Callable[..., Any] = getattr(http, wrap)(original, results)
-        return replacement
+        return merge_traces(self, next_output, lambda: original(self, next_output, *args, **kwargs))
+
+    return add
+
+
+def _wrap_internal(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_entropix.engine.internal import wrap_internal
+
+    return wrap_internal(original)
+
+
+def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_entropix.engine.http import wrap_generate
+
+    return wrap_generate(original)
+
+
+def _wrap_handler(**endpoint: Any) -> Wrap:
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        from vllm_entropix.engine.http import Endpoint, wrap_handler
+
+        return wrap_handler(original, Endpoint(**endpoint))
 
     return wrapped
+
+
+def _wrap_json_response(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_entropix.engine.answers import wrap_json_response
+
+    return wrap_json_response(original)
 
 
 def _wrap_init_executor(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,6 +240,20 @@ def _wrap_rebind_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
 
     return rebind_kernels
 
+
+# Module, class and method of what serves an endpoint, and what the endpoint has for us (see ``http.Endpoint``).
+_HANDLERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("openai.completion.serving", "OpenAIServingCompletion", "create_completion", {}),
+    ("openai.chat_completion.serving", "OpenAIServingChat", "create_chat_completion", {}),
+    ("openai.chat_completion.batch_serving", "OpenAIServingChatBatch", "create_batch_chat_completion", {}),
+    ("openai.responses.serving", "OpenAIServingResponses", "create_responses", {}),
+    ("anthropic.serving", "AnthropicServingMessages", "create_messages", {}),
+    ("scale_out.token_in_token_out.serving", "ServingTokens", "serve_tokens", {"place": "sampling_params.extra_args"}),
+    ("speech_to_text.transcription.serving", "OpenAIServingTranscription", "create_transcription", {"carries_traces": False}),
+    ("speech_to_text.translation.serving", "OpenAIServingTranslation", "create_translation", {"carries_traces": False}),
+    ("generate.generative_scoring.serving", "ServingGenerativeScoring", "create_generative_scoring", {"place": None}),
+    ("generate.structured_decisions.serving", "ServingStructuredDecisions", "create_decision", {"place": None}),
+)
 
 PATCHES = (
     Patch(
@@ -280,23 +320,75 @@ PATCHES = (
         upstream="none known",
         remove_when="engine outputs carry plugin data to RequestOutput",
     ),
+    Patch(
+        module="vllm.outputs",
+        owners=("RequestOutput",),
+        attribute="add",
+        wrap=_wrap_add,
+        why="Where the engine is ahead of whoever reads a stream, outputs are joined field by field; a plugin's are lost.",
+        how="Joins the traces of completions that are joined.",
+        upstream="none known",
+        remove_when="engine outputs carry plugin data to RequestOutput",
+    ),
     *(
         Patch(
-            module=f"vllm.entrypoints.openai.{folder}.serving",
+            module=f"vllm.entrypoints.{module}",
             owners=(owner,),
             attribute=attribute,
-            wrap=_wrap_for_http(wrap, results),
-            why="OpenAI responses are made of fixed fields; a plugin's can't be added.",
-            how="For a request with entropix_trace, notes the outputs that a response is made of and adds the traces to its "
-            "choices. All others get vLLM's own bytes.",
+            wrap=_wrap_handler(**endpoint),
+            why="vLLM drops fields of a request that it doesn't know, may tell of wrong settings when a stream has begun, and "
+            "makes responses of fixed fields.",
+            how="Answers 400 to settings of ours that are wrong or that nobody would read. For a request with entropix_trace, "
+            "puts the traces into what is answered. All others get vLLM's own bytes.",
             upstream="none known",
-            remove_when="responses carry what a plugin hangs on RequestOutput",
+            remove_when="plugins may check requests, and responses carry what a plugin hangs on RequestOutput",
         )
-        for folder, owner, attribute, wrap, results in (
-            ("completion", "OpenAIServingCompletion", "request_output_to_completion_response", "wrap_final", "final_res_batch"),
-            ("completion", "OpenAIServingCompletion", "completion_stream_generator", "wrap_stream", "result_generator"),
-            ("chat_completion", "OpenAIServingChat", "chat_completion_full_generator", "wrap_full", "result_generator"),
-            ("chat_completion", "OpenAIServingChat", "chat_completion_stream_generator", "wrap_stream", "result_generator"),
+        for module, owner, attribute, endpoint in _HANDLERS
+    ),
+    Patch(
+        module="vllm.v1.engine.async_llm",
+        owners=("AsyncLLM",),
+        attribute="generate",
+        wrap=_wrap_generate,
+        why="Endpoints make their responses of outputs in ways of their own.",
+        how="While a request with entropix_trace is handled, notes the outputs as they pass.",
+        upstream="none known",
+        remove_when="responses carry what a plugin hangs on RequestOutput",
+    ),
+    *(
+        Patch(
+            module=f"vllm.entrypoints.{folder}.api_router",
+            owners=(),
+            attribute="JSONResponse",
+            wrap=_wrap_json_response,
+            why="The event loop makes JSON of a whole response at once and serves nobody meanwhile.",
+            how="For an answer with traces, makes their JSON in a thread and sends it between vLLM's own bytes.",
+            upstream="none known",
+            remove_when="vLLM makes large responses off its event loop",
+        )
+        for folder in (
+            "openai.completion",
+            "openai.chat_completion",
+            "openai.responses",
+            "anthropic",
+            "scale_out.token_in_token_out",
+        )
+    ),
+    *(
+        Patch(
+            module=f"vllm.entrypoints.{module}",
+            owners=(owner,),
+            attribute=attribute,
+            wrap=_wrap_internal,
+            why="vLLM makes requests of its own, reads their log-probabilities or one token, and nobody can opt them out.",
+            how="Notes that the requests made meanwhile are vLLM's own, which entropix leaves alone.",
+            upstream="none known",
+            remove_when="a request says that it is internal",
+        )
+        for module, owner, attribute in (
+            ("generate.beam_search.offline", "BeamSearchOfflineMixin", "beam_search"),
+            ("generate.beam_search.online", "BeamSearchOnlineMixin", "beam_search"),
+            ("speech_to_text.base.serving", "SpeechToTextBaseServing", "_detect_language"),
         )
     ),
     Patch(

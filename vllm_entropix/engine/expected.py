@@ -27,6 +27,9 @@ FUNCTIONS: Functions = {
     "vllm.v1.engine.output_processor": {
         "RequestState.make_request_output": ("self", "new_token_ids", "finish_reason", "kv_transfer_params"),
     },
+    "vllm.outputs": {
+        "RequestOutput.add": ("self", "next_output"),
+    },
     "vllm.v1.engine.input_processor": {
         "InputProcessor._validate_params": ("self", "params"),
     },
@@ -46,12 +49,46 @@ FUNCTIONS: Functions = {
 # The same for servers: looked at only where vLLM's server is loaded.
 FUNCTIONS_OF_SERVERS: Functions = {
     "vllm.entrypoints.openai.completion.serving": {
-        "OpenAIServingCompletion.completion_stream_generator": ("self", "request", "result_generator"),
-        "OpenAIServingCompletion.request_output_to_completion_response": ("self", "request", "final_res_batch"),
+        "OpenAIServingCompletion.create_completion": ("self", "request", "raw_request"),
     },
     "vllm.entrypoints.openai.chat_completion.serving": {
-        "OpenAIServingChat.chat_completion_stream_generator": ("self", "request", "result_generator"),
-        "OpenAIServingChat.chat_completion_full_generator": ("self", "request", "result_generator"),
+        "OpenAIServingChat.create_chat_completion": ("self", "request", "raw_request"),
+    },
+    "vllm.entrypoints.openai.chat_completion.batch_serving": {
+        "OpenAIServingChatBatch.create_batch_chat_completion": ("self", "request", "raw_request"),
+    },
+    "vllm.entrypoints.openai.responses.serving": {
+        "OpenAIServingResponses.create_responses": ("self", "request", "raw_request"),
+    },
+    "vllm.entrypoints.anthropic.serving": {
+        "AnthropicServingMessages.create_messages": ("self", "request", "raw_request"),
+    },
+    "vllm.entrypoints.scale_out.token_in_token_out.serving": {
+        "ServingTokens.serve_tokens": ("self", "request", "raw_request"),
+    },
+    "vllm.entrypoints.speech_to_text.transcription.serving": {
+        "OpenAIServingTranscription.create_transcription": ("self", "request", "raw_request"),
+    },
+    "vllm.entrypoints.speech_to_text.translation.serving": {
+        "OpenAIServingTranslation.create_translation": ("self", "request", "raw_request"),
+    },
+    "vllm.entrypoints.speech_to_text.base.serving": {
+        "SpeechToTextBaseServing._detect_language": ("self", "request_id"),
+    },
+    "vllm.entrypoints.generate.generative_scoring.serving": {
+        "ServingGenerativeScoring.create_generative_scoring": ("self", "request", "raw_request"),
+    },
+    "vllm.entrypoints.generate.structured_decisions.serving": {
+        "ServingStructuredDecisions.create_decision": ("self", "request", "raw_request"),
+    },
+    "vllm.entrypoints.generate.beam_search.online": {
+        "BeamSearchOnlineMixin.beam_search": ("self", "params"),
+    },
+    "vllm.entrypoints.generate.beam_search.offline": {
+        "BeamSearchOfflineMixin.beam_search": ("self", "params"),
+    },
+    "vllm.v1.engine.async_llm": {
+        "AsyncLLM.generate": ("self", "sampling_params", "request_id"),
     },
 }
 

@@ -1,141 +1,176 @@
-"""Traces in OpenAI responses, for requests that ask for them; all others get vLLM's own bytes.
+"""Endpoints that draw tokens: settings are read or refused, and whoever asks gets traces; all others get vLLM's own bytes.
 
-A choice of a response, or of a stream's chunk, gets a field ``entropix`` (``observability.schema.ChoiceTrace``).
+A handler of vLLM's server is wrapped. What it asks of the engine is noted while it runs, and put as a field ``entropix``
+(``observability.schema.ChoiceTrace``) into each choice of its answer, or into the answer itself if that has no choices.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_entropix.config import ConfigError
-from vllm_entropix.observability.schema import ChoiceTrace
-from vllm_entropix.observability.trace import TokenTrace
-from vllm_entropix.requests import RequestSettings
+from vllm_entropix.engine import answers
+from vllm_entropix.engine.collected import Collected
+from vllm_entropix.engine.engine_config import RESOLVED
+from vllm_entropix.engine.internal import wrap_internal
+from vllm_entropix.engine.placement import is_ours, misplaced, refusal
+from vllm_entropix.requests import PREFIX, RequestSettings
 
-FIELD = "entropix"
-_PREFIX = "data: "
+# Of the request that is being handled, for what the engine is asked meanwhile.
+_COLLECTING: ContextVar[Collected | None] = ContextVar("entropix_collecting", default=None)
 
 
-def asks_for_trace(request: Any) -> bool:
-    """Does an OpenAI request ask for its trace?"""
+@dataclass(frozen=True)
+class Endpoint:
+    """What an endpoint of vLLM's server has for us.
+
+    Attributes:
+        place: dotted path of the table in its requests that settings are read from; None if it has none.
+        carries_traces: can its answers carry a trace?
+    """
+
+    place: str | None = "vllm_xargs"
+    carries_traces: bool = True
+
+
+def wrap_handler(original: Callable[..., Any], endpoint: Endpoint) -> Callable[..., Any]:
+    """A handler of an endpoint, which is given ``request`` and, by vLLM's own server, ``raw_request``."""
+    signature = inspect.signature(original)
+    if endpoint.place is None:  # it makes its requests itself
+        original = wrap_internal(original)
+
+    async def handler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _COLLECTING.get() is not None:  # this handler serves another
+            return await original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        request, raw_request = given["request"], given.get("raw_request")
+        resolved = _resolved(self)
+        try:
+            traced = _is_traced(request, await _body(request, raw_request), endpoint, resolved)
+        except ConfigError as error:
+            return await _refuse(self, error, request, raw_request)
+        if not traced:
+            return await original(self, *args, **kwargs)
+        assert resolved is not None
+        collected = Collected(getattr(request, "n", None) or 1, resolved["config"]["trace"]["response_tokens"])
+        with _collecting(collected):
+            answer = await original(self, *args, **kwargs)
+        if isinstance(answer, AsyncGenerator):
+            return _stream(answer, collected)
+        return await answers.with_traces(answer, collected, of_server=_is_of_server(raw_request))
+
+    return handler
+
+
+def wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The engine's ``generate``, an asynchronous generator."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = original(self, *args, **kwargs)
+        collected = _COLLECTING.get()
+        return outputs if collected is None else collected.noting(outputs)
+
+    return generate
+
+
+@contextmanager
+def _collecting(collected: Collected) -> Iterator[None]:
+    token = _COLLECTING.set(collected)
     try:
-        return RequestSettings.parse(getattr(request, "vllm_xargs", None)).trace is True
-    except ConfigError:
-        return False  # it will be refused where requests are admitted
+        yield
+    finally:
+        _COLLECTING.reset(token)
 
 
-class _Collected:
-    """Traces and token ids of a response's choices, as they come."""
-
-    def __init__(self) -> None:
-        self._traces: dict[int, TokenTrace] = {}
-        self._token_ids: dict[int, list[int]] = {}
-        self._sent: dict[int, int] = {}
-
-    def add(self, choice: int, completion: Any, delta: bool) -> None:
-        trace = getattr(completion, "entropix_trace", None)
-        if trace is None:
-            return
-        self._traces[choice] = trace
-        known = self._token_ids.setdefault(choice, [])
-        if not delta:
-            known.clear()
-        known.extend(completion.token_ids)
-
-    def next_part(self, choice: int) -> dict[str, Any] | None:
-        """What hasn't been sent of a choice's trace; None if there is no trace."""
-        trace = self._traces.get(choice)
-        if trace is None:
-            return None
-        start = self._sent.get(choice, 0)
-        part = ChoiceTrace.of(self._token_ids[choice], trace, start)
-        self._sent[choice] = start + len(part.tokens)
-        return part.model_dump(mode="json")
+async def _stream(chunks: AsyncGenerator[Any, None], collected: Collected) -> AsyncGenerator[Any, None]:
+    """A stream's chunks with their traces; some handlers ask the engine only when the first is wanted."""
+    try:
+        while True:
+            with _collecting(collected):
+                try:
+                    chunk = await anext(chunks)
+                except StopAsyncIteration:
+                    return
+            yield answers.chunk_with_traces(chunk, collected)
+    finally:
+        await chunks.aclose()
 
 
-def wrap_full(original: Callable[..., Any], results: str) -> Callable[..., Any]:
-    """A chat response's maker, which is given a stream of outputs as ``results``."""
-    signature = inspect.signature(original)
-
-    async def full(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(self, *args, **kwargs)
-        if not asks_for_trace(call.arguments["request"]):
-            return await original(*call.args, **call.kwargs)
-        collected = _Collected()
-        call.arguments[results] = _noting(call.arguments[results], collected, 1, delta=False)
-        response = await original(*call.args, **call.kwargs)
-        _attach(response, collected)
-        return response
-
-    return full
+def _resolved(serving: Any) -> dict[str, Any] | None:
+    """Our settings in the configuration of the engine that serves; None if it doesn't run entropix."""
+    additional = serving.engine_client.vllm_config.additional_config
+    return additional.get(RESOLVED) if isinstance(additional, dict) else None
 
 
-def wrap_final(original: Callable[..., Any], results: str) -> Callable[..., Any]:
-    """A completion response's maker, which is given the final outputs as ``results``, one per prompt."""
-    signature = inspect.signature(original)
-
-    def final(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(self, *args, **kwargs)
-        response = original(*call.args, **call.kwargs)
-        request = call.arguments["request"]
-        if asks_for_trace(request):
-            collected = _Collected()
-            for prompt, output in enumerate(call.arguments[results]):
-                for completion in output.outputs:
-                    collected.add(prompt * (request.n or 1) + completion.index, completion, delta=False)
-            _attach(response, collected)
-        return response
-
-    return final
+def _is_of_server(raw_request: Any) -> bool:
+    """Does it come from vLLM's own server? `vllm run-batch` has none and Ray Serve makes one up."""
+    return raw_request is not None and "app" in raw_request.scope
 
 
-def wrap_stream(original: Callable[..., Any], results: str) -> Callable[..., Any]:
-    """A stream's maker, which is given a stream of outputs as ``results``."""
-    signature = inspect.signature(original)
-
-    def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
-        call = signature.bind(self, *args, **kwargs)
-        request = call.arguments["request"]
-        if asks_for_trace(request):
-            collected = _Collected()
-            call.arguments[results] = _noting(call.arguments[results], collected, request.n or 1, delta=True)
-            return _with_traces(original(*call.args, **call.kwargs), collected)
-        made: AsyncGenerator[str, None] = original(*call.args, **call.kwargs)
-        return made
-
-    return stream
+async def _body(request: Any, raw_request: Any) -> Mapping[str, Any]:
+    """A request's body: as it came, if it is there and JSON; otherwise the fields that vLLM made of it."""
+    if _is_of_server(raw_request) and "json" in raw_request.headers.get("content-type", ""):
+        body = await raw_request.json()  # read by now, and kept
+        if isinstance(body, dict):
+            return body
+    return {**(request.model_extra or {}), **{name: getattr(request, name) for name in request.model_fields_set}}
 
 
-async def _noting(outputs: AsyncIterator[Any], collected: _Collected, choices: int, delta: bool) -> AsyncIterator[Any]:
-    """The outputs as they are, noted on their way; those of completions come with the prompt's number."""
-    async for item in outputs:
-        prompt, output = item if isinstance(item, tuple) else (0, item)
-        for completion in output.outputs:
-            collected.add(prompt * choices + completion.index, completion, delta)
-        yield item
+def _is_traced(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: Any) -> bool:
+    """Does a request ask for its trace?
+
+    Raises:
+        ConfigError: it has a setting that is wrong, or that nobody would read.
+    """
+    wrong = misplaced(body, endpoint.place)
+    if wrong is not None:
+        raise ConfigError(refusal(wrong, endpoint.place))
+    given = _table(body, endpoint.place)
+    ours = [name for name in given if is_ours(name)]
+    if not ours:
+        return False
+    read = _table(request, endpoint.place)
+    lost = next((name for name in ours if name not in read), None)
+    if lost is not None:  # the body was of another kind than the request that was made of it
+        raise ConfigError(refusal(f"{endpoint.place}.{lost}", None))
+    settings = RequestSettings.parse(read)
+    if not settings.enabled:
+        if settings.trace:
+            raise ConfigError(f"{PREFIX}_trace is on, but {PREFIX} is off for this request; leave one of them out")
+        return False
+    if resolved is None:
+        raise ConfigError(f"{ours[0]!r} can't be had: this server doesn't run entropix; start it with --sampler entropix")
+    if getattr(request, "use_beam_search", False):
+        raise ConfigError(f"{ours[0]!r} can't be had with beam search, which is vLLM's own; leave it out, or use_beam_search")
+    if settings.trace and not endpoint.carries_traces:
+        raise ConfigError(f"{PREFIX}_trace can't be had on this endpoint, whose answers have no place for it; leave it out")
+    if settings.trace and getattr(request, "background", False):
+        raise ConfigError(
+            f"{PREFIX}_trace can't be had with background, since nobody waits for the answer; leave one of them out"
+        )
+    return settings.trace is True
 
 
-async def _with_traces(chunks: AsyncGenerator[str, None], collected: _Collected) -> AsyncGenerator[str, None]:
-    async for chunk in chunks:
-        body = chunk.removeprefix(_PREFIX).strip()
-        if not chunk.startswith(_PREFIX) or not body.startswith("{"):
-            yield chunk
-            continue
-        data = json.loads(body)
-        found = False
-        for choice in data.get("choices") or ():
-            part = collected.next_part(choice["index"])
-            if part is not None and (part["tokens"] or choice.get("finish_reason")):
-                choice[FIELD] = part
-                found = True
-        yield f"{_PREFIX}{json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n" if found else chunk
+def _table(source: Any, place: str | None) -> Mapping[str, Any]:
+    """The table at a dotted path of a body, or of the request that was made of it."""
+    found = source
+    for name in () if place is None else place.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
+    return found if isinstance(found, Mapping) and place is not None else {}
 
 
-def _attach(response: Any, collected: _Collected) -> None:
-    for choice in getattr(response, "choices", None) or ():  # an error has none
-        part = collected.next_part(choice.index)
-        if part is not None:
-            setattr(choice, FIELD, part)
+async def _refuse(serving: Any, error: ConfigError, request: Any, raw_request: Any) -> Any:
+    """Answer 400; with disaggregated prefill vLLM has to release what waits for the request elsewhere, as when it refuses."""
+
+    async def answer() -> Any:
+        return serving.create_error_response(str(error))
+
+    clean_up = getattr(serving, "_with_kv_transfer_rejection_cleanup", None)
+    if clean_up is None or not hasattr(request, "kv_transfer_params"):
+        return await answer()
+    return await clean_up(answer(), request, raw_request)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from vllm.sampling_params import RequestOutputKind
 
 from vllm_entropix.config import Trace
 from vllm_entropix.engine.engine_config import Resolved
@@ -165,7 +166,37 @@ def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], An
         for completion in result.outputs:
             trace = collected.get(completion.index)
             if trace is not None:
-                completion.entropix_trace = trace
+                completion.entropix_trace = _handed_out(trace, completion, state.output_kind)
+    return result
+
+
+def _handed_out(trace: TokenTrace, completion: Any, kind: RequestOutputKind) -> TokenTrace:
+    """The trace of the tokens that a completion holds: a value, which doesn't grow with the sequence."""
+    if kind != RequestOutputKind.DELTA:
+        return trace[:]
+    tokens = len(completion.token_ids)
+    before = len(trace) + trace.not_kept - tokens
+    part = trace[before:] if before < len(trace) else trace[:0]
+    part.not_kept = tokens - len(part)
+    return part
+
+
+def merge_traces(output: Any, following: Any, merge: Callable[[], Any]) -> Any:
+    """Join the traces of two outputs of a request, whose deltas vLLM joins because nobody has read the first yet.
+
+    Args:
+        output: vLLM's RequestOutput, which gets what the other has.
+        following: the other.
+        merge: does so with all that vLLM knows.
+    """
+    before = {completion.index: completion for completion in output.outputs}
+    result = merge()
+    after = {completion.index: completion for completion in output.outputs}
+    for completion in following.outputs:
+        trace, same = getattr(completion, "entropix_trace", None), before.get(completion.index)
+        # Otherwise it was taken over as it is: a first of its index, or one that holds all tokens so far.
+        if trace is not None and same is not None and same is after[completion.index]:
+            same.entropix_trace.join(trace)
     return result
 
 

@@ -60,16 +60,29 @@ def entries_json(token_ids: Sequence[int], values: np.ndarray) -> Iterator[bytes
         time.sleep(0)
 
 
-def choice_json(token_ids: Sequence[int], trace: TokenTrace) -> Iterator[bytes]:
-    """What :class:`~.schema.ChoiceTrace` describes, as parts of JSON; other threads run in between.
+def choice_values(token_ids: Sequence[int], trace: TokenTrace, bound: str | None = None) -> dict[str, Any]:
+    """What :class:`~.schema.ChoiceTrace` describes, as JSON values.
 
     Args:
         token_ids: at least as many as the trace has records.
         trace: of these tokens, in a stream those since the last chunk.
+        bound: the setting that left tokens out.
+    """
+    tokens = entry_values(token_ids[: len(trace)], trace.values())
+    return {"version": VERSION, "tokens": tokens, "not_kept": trace.not_kept, "bound": bound}
+
+
+def choice_json(token_ids: Sequence[int], trace: TokenTrace, bound: str | None = None) -> Iterator[bytes]:
+    """The same as parts of JSON; other threads run in between.
+
+    Args:
+        token_ids: see :func:`choice_values`.
+        trace: see :func:`choice_values`.
+        bound: see :func:`choice_values`.
     """
     yield b'{"version":%d,"tokens":[' % VERSION
     yield from entries_json(token_ids[: len(trace)], trace.values())
-    yield b'],"not_kept":%d}' % trace.not_kept
+    yield b'],"not_kept":%d,"bound":%b}' % (trace.not_kept, to_json(bound))
 
 
 def _columns(values: np.ndarray) -> list[list[Any]]:

@@ -14,6 +14,8 @@ from vllm_entropix.observability.trace import TokenRecord, TokenTrace
 TokenId = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Number = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
+# Of records per sequence, and of records per response.
+Bound = Literal["trace.max_tokens", "trace.response_tokens"]
 RegimeName = Literal["LELV", "HELV", "LEHV", "HEHV", "ADAPTIVE"]
 
 
@@ -51,7 +53,8 @@ class ChoiceTrace(BaseModel):
 
     version: Annotated[int, Field(description="Version of this format.")] = VERSION
     tokens: list[TokenEntry] = Field(default_factory=list, description="One entry per token, in order.")
-    not_kept: Count = Field(0, description="Tokens so far that came after the server's cap and have no entry.")
+    not_kept: Count = Field(0, description="Tokens so far that a bound of the server left without an entry.")
+    bound: Bound | None = Field(None, description="Setting of the server that left tokens without an entry.")
 
     @classmethod
     def of(cls, token_ids: Sequence[int], trace: TokenTrace, start: int = 0) -> ChoiceTrace:

@@ -89,6 +89,11 @@ class TokenTrace:
         self._data += records[:kept]
         self.not_kept += tokens - kept // self._width
 
+    def join(self, other: TokenTrace) -> None:
+        """Append the trace of the tokens that came next."""
+        self._data += other._data
+        self.not_kept += other.not_kept
+
     def values(self) -> np.ndarray:
         """The wire format's numbers, float32 ``[tokens, fields]``: FIELDS, then ids and probabilities of alternatives."""
         import numpy as np  # here, because reading the traces of a response takes none

@@ -1,0 +1,195 @@
+"""Traces on their way to a response, without an engine: values in parts, bounded, and the bound is told."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+from vllm_entropix.engine import compat
+from vllm_entropix.engine.answers import chunk_with_traces
+from vllm_entropix.engine.collected import Collected
+from vllm_entropix.engine.outputs import TRACED, merge_traces, receive_records
+from vllm_entropix.observability.schema import ChoiceTrace
+from vllm_entropix.observability.trace import FIELDS, TokenTrace
+
+WIDTH = 4 * len(FIELDS)
+
+
+def record(entropy):
+    """A record that is known by its entropy."""
+    values = np.zeros(len(FIELDS), "<f4")
+    values[FIELDS.index("entropy")] = entropy
+    return values.tobytes()
+
+
+def entropies(trace):
+    return [entry.entropy for entry in trace]
+
+
+def completion(index, token_ids, trace=None):
+    made = CompletionOutput(index=index, text="", token_ids=token_ids, cumulative_logprob=None, logprobs=None)
+    if trace is not None:
+        made.entropix_trace = trace
+    return made
+
+
+def traced(index, token_ids, kept=None):
+    """A completion whose tokens' records have the tokens as entropies; the last ones beyond the cap have none."""
+    trace = TokenTrace(WIDTH)
+    trace.extend(b"".join(map(record, token_ids[:kept])), len(token_ids))
+    return completion(index, token_ids, trace)
+
+
+def collected(*completions, choices=1, bound=100):
+    """Collected from one call of the engine per list of completions."""
+
+    async def note():
+        for outputs in completions:
+
+            async def engine(outputs=outputs):
+                for one in outputs:
+                    yield SimpleNamespace(outputs=[one])
+
+            async for _ in found.noting(engine()):
+                pass
+
+    found = Collected(choices, bound)
+    asyncio.run(note())
+    return found
+
+
+def test_choices_of_several_prompts():
+    found = collected([traced(0, [1, 2]), traced(1, [3])], [traced(1, [5]), traced(0, [4])], choices=2)
+    assert [found.take(number).token_ids for number in range(4)] == [[1, 2], [3], [4], [5]]
+    assert found.take(4) is None
+
+
+def test_what_was_told_is_not_told_again():
+    found = collected([traced(0, [1, 2])])
+    assert entropies(found.take(0).trace) == [1, 2]
+    again = found.take(0)
+    assert (again.token_ids, len(again.trace), again.trace.not_kept) == ([], 0, 0)
+
+
+def test_the_bound_of_a_response_is_told_where_it_was_met():
+    found = collected([traced(0, [1, 2, 3]), traced(1, [4, 5, 6])], choices=2, bound=4)
+    first, second = found.take(0), found.take(1)
+    assert (first.token_ids, first.trace.not_kept, first.bound) == ([1, 2, 3], 0, None)
+    assert (second.token_ids, second.trace.not_kept, second.bound) == ([4], 2, "trace.response_tokens")
+    told = ChoiceTrace.model_validate_json(b"".join(second.json()))
+    assert (told.not_kept, told.bound) == (2, "trace.response_tokens")
+    assert told.model_dump(mode="json") == json.loads(json.dumps(second.values()))
+
+
+def test_the_bound_of_a_sequence_is_told_too():
+    part = collected([traced(0, [1, 2, 3], kept=2)]).take(0)
+    assert (part.token_ids, part.trace.not_kept, part.bound) == ([1, 2], 1, "trace.max_tokens")
+
+
+def test_a_stream_goes_on_after_the_bound():
+    async def chunks():
+        found = Collected(1, 2)
+
+        async def engine():
+            for token in range(4):
+                yield SimpleNamespace(outputs=[traced(0, [token])])
+
+        async for _ in found.noting(engine()):
+            data = {"choices": [{"index": 0, "finish_reason": None}]}
+            yield json.loads(chunk_with_traces(f"data: {json.dumps(data)}\n\n", found).removeprefix("data: "))
+        data = {"choices": [{"index": 0, "finish_reason": "length"}]}
+        yield json.loads(chunk_with_traces(f"data: {json.dumps(data)}\n\n", found).removeprefix("data: "))
+
+    async def gather():
+        return [chunk["choices"][0].get("entropix") async for chunk in chunks()]
+
+    told = asyncio.run(gather())
+    assert [len(part["tokens"]) if part else None for part in told] == [1, 1, None, None, 0]
+    assert (told[-1]["not_kept"], told[-1]["bound"]) == (2, "trace.response_tokens")
+
+
+def test_turns_of_a_conversation_follow_one_another():
+    part = collected([traced(0, [1])], [traced(0, [2], kept=0)], [traced(0, [3])]).take_all()
+    assert (part.token_ids, entropies(part.trace), part.trace.not_kept) == ([1, 3], [1, 3], 1)
+    assert collected([completion(0, [1])]).take_all() is None
+
+
+class State(SimpleNamespace):
+    """What ``receive_records`` reads of vLLM's RequestState."""
+
+    def __init__(self, kind):
+        super().__init__(parent_req=None, request_index=0, output_kind=kind)
+
+    def step(self, tokens, all_tokens, kept=None):
+        """A step that draws these tokens; gives the completion that is handed out."""
+        carried = {TRACED: [WIDTH, b"".join(map(record, tokens[:kept]))]}
+        arguments = {"new_token_ids": tokens, "kv_transfer_params": carried, "finish_reason": None}
+        shown = tokens if self.output_kind == RequestOutputKind.DELTA else all_tokens
+        made = SimpleNamespace(outputs=[completion(0, shown)])
+        return receive_records(self, arguments, lambda: made).outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (RequestOutputKind.DELTA, [[1], [2, 3], [4]]),
+        (RequestOutputKind.CUMULATIVE, [[1], [1, 2, 3], [1, 2, 3, 4]]),
+    ],
+)
+def test_what_is_handed_out_goes_with_the_token_ids_and_stays(kind, expected):
+    state, sofar, handed = State(kind), [], []
+    for tokens in ([1], [2, 3], [4]):
+        sofar = [*sofar, *tokens]
+        handed.append(state.step(tokens, sofar))
+    assert [entropies(one.entropix_trace) for one in handed] == expected
+    assert [list(one.token_ids) for one in handed] == expected
+
+
+def test_a_delta_counts_its_own_tokens_without_records():
+    state = State(RequestOutputKind.DELTA)
+    handed = [state.step([1, 2], None), state.step([3, 4, 5], None, kept=1), state.step([6], None, kept=0)]
+    assert [(entropies(one.entropix_trace), one.entropix_trace.not_kept) for one in handed] == [
+        ([1, 2], 0),
+        ([3], 2),
+        ([], 1),
+    ]
+
+
+@pytest.mark.parametrize("aggregate", [True, False])
+def test_outputs_that_vllm_joins(aggregate):
+    """A reader that is slower than the engine gets deltas joined, others the last."""
+
+    def output(*completions):
+        return RequestOutput(
+            request_id="r", prompt=None, prompt_token_ids=[], prompt_logprobs=None, outputs=list(completions), finished=False
+        )
+
+    compat.install()
+    joined = output(traced(0, [1, 2]))
+    later = traced(0, [3])
+    joined.add(output(later, traced(1, [7])), aggregate=aggregate)
+    first, second = joined.outputs
+    assert entropies(first.entropix_trace) == list(first.token_ids) == ([1, 2, 3] if aggregate else [3])
+    assert entropies(second.entropix_trace) == [7]
+    assert entropies(later.entropix_trace) == [3], "what was joined is left as it was"
+    assert merge_traces(joined, output(completion(0, [9])), lambda: "merged") == "merged"
+
+
+def test_chunks_without_traces_are_vllms_own_bytes():
+    found = collected([completion(0, [1])])
+    for chunk in ('data: {"choices": [ {"index":0} ]}\n\n', "data: [DONE]\n\n", ": keep alive\n\n", 'data: {"error":1}\n\n'):
+        assert chunk_with_traces(chunk, found) is chunk
+
+
+def test_events_without_choices():
+    found = collected([traced(0, [1, 2])])
+    kinds = ["message_start", "content_block_delta", "content_block_stop", "message_delta"]
+    told = [
+        json.loads(chunk_with_traces(f'event: {kind}\ndata: {{"type":"{kind}"}}\n\n', found).partition("data: ")[2])
+        for kind in kinds
+    ]
+    assert [len(event["entropix"]["tokens"]) if "entropix" in event else None for event in told] == [None, 2, None, 0]

@@ -363,6 +363,10 @@ def test_a_key_that_nothing_reads_is_refused(tiny, key):
 @contextlib.contextmanager
 def log_of_entropix():
     """Messages that our logger, whose parents don't pass them on to pytest, gets meanwhile."""
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+
+    configure_logging_if_needed(LoggingConfig())  # which takes handlers away; vLLM does it with its first configuration
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -380,9 +384,11 @@ def log_of_entropix():
 def test_what_is_said_when_a_configuration_is_made(tiny):
     from vllm import EngineArgs
 
-    def said(**settings):
+    def said(rank=0, servers=1, **settings):
+        args = EngineArgs(str(tiny), additional_config={"entropix": settings}, async_scheduling=False)
+        args._api_process_count, args._api_process_rank = servers, rank
         with log_of_entropix() as messages:
-            EngineArgs(str(tiny), additional_config={"entropix": settings}, async_scheduling=False).create_engine_config()
+            args.create_engine_config()
         return messages
 
     [scheduler] = said(clarification={"text": "hm?"})
@@ -390,6 +396,9 @@ def test_what_is_said_when_a_configuration_is_made(tiny):
     hint, other = said(clarification={"text": "hm?", "max_per_request": 0}), said(regimes=False)
     assert hint[1:] == ["entropix: the clarification can never be inserted: clarification.max_per_request is 0."]
     assert other == [scheduler]
+    # Of several API servers and the process that starts them only the latter says it.
+    assert said(rank=0, servers=2) == said(rank=1, servers=2) == []
+    assert said(rank=-1, servers=2) == [scheduler]
 
 
 _ASK_TWICE = """

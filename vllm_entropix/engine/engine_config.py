@@ -113,16 +113,22 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
     parallel.worker_cls = qualified_name(WORKER, parallel.worker_cls)
     scheduler_class = scheduler.get_scheduler_cls()
     scheduler.scheduler_cls = qualified_name(SCHEDULER, f"{scheduler_class.__module__}.{scheduler_class.__qualname__}")
+    if parallel._api_process_count == 1 or parallel._api_process_rank < 0:  # otherwise this is one of several API servers
+        _say(vllm_config, config, scheduler_class)
+    return vllm_config
+
+
+def _say(vllm_config: VllmConfig, config: EntropixConfig, scheduler_class: type) -> None:
+    """Log what nobody sees otherwise: what vLLM's own warning means, and a clarification that can't be."""
     logger.info(
         "entropix: the scheduler extends vLLM's own %s, and asynchronous scheduling is %s as without the plugin; "
         "what vLLM says of custom scheduler classes and degraded performance doesn't concern it.",
         scheduler_class.__name__,
-        "on" if scheduler.async_scheduling else "off",
+        "on" if vllm_config.scheduler_config.async_scheduling else "off",
     )
     never = hints.never_forced(config, vllm_config.model_config.get_vocab_size())
     if never is not None:
         logger.warning("entropix: the clarification can never be inserted: %s.", never)
-    return vllm_config
 
 
 def _refuse_odd_keys(additional: Mapping[str, Any]) -> None:

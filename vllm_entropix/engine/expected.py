@@ -94,6 +94,9 @@ FUNCTIONS_OF_SERVERS: Functions = {
 
 # Module → class → attributes.
 ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "vllm.config.parallel": {
+        "ParallelConfig": ("worker_cls", "_api_process_count", "_api_process_rank"),
+    },
     "vllm.sequence": {
         "IntermediateTensors": ("tensors", "items"),
     },

@@ -139,3 +139,12 @@ def test_a_terminal_that_lacks_signs():
     # The frames of rich's tables.
     ended = run("--help", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("missing", ["tomli_w", "rich"])
+def test_a_requirement_that_is_missing(missing):
+    program = f"import sys; sys.modules[{missing!r}] = None; from vllm_entropix.cli.start import main; main()"
+    ended = subprocess.run([sys.executable, "-c", program, "presets"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"vllm-entropix: {missing}")
+    assert len(ended.stderr.splitlines()) == 1

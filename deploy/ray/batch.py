@@ -103,6 +103,27 @@ def _read(path: str) -> Dataset:
     return rows
 
 
+def _object(option: str, text: str) -> dict[str, Any]:
+    """An option's JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} isn't JSON: {error}: {text[:100]}") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{option} has to be an object, as in {{...}}: {text[:100]}")
+    return found
+
+
+def _folder(output: Path) -> Path:
+    """The folder of results, if Ray takes its name for what it is."""
+    name = str(output)
+    if ":/" in name:
+        raise typer.BadParameter(f"results are written to a folder that all nodes see, not to a URL: {name[:100]}")
+    if not name.isprintable():
+        raise typer.BadParameter(f"Ray leaves line breaks and tabs out of a folder's name: {name[:100]!r}")
+    return output.absolute()
+
+
 @application.command()
 def run(
     prompts: Annotated[str, typer.Argument(help="JSONL or parquet file, folder or URL.")],
@@ -126,8 +147,8 @@ def run(
         EntropixConfig.from_dict(settings)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
-    base = json.loads(sampling_params)
-    output = output.absolute()
+    base, more = _object("--sampling-params", sampling_params), _object("--engine-kwargs", engine_kwargs)
+    output = _folder(output)
     _join_or_start(cpus=engines * tensor_parallel_size + 3)
     ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
         id_column=ID,
@@ -156,9 +177,9 @@ def run(
                 "tensor_parallel_size": tensor_parallel_size,
                 # On a CPU vLLM would claim nearly all memory for each engine.
                 **({"kv_cache_memory_bytes": 1 << 28} if cpu else {}),
-                **json.loads(engine_kwargs),
+                **more,
                 # Ray refuses arguments of the engine that it doesn't know, `sampler` among them.
-                "additional_config": {"entropix": settings or True},
+                "additional_config": {**more.get("additional_config", {}), "entropix": settings or True},
             },
             batch_size=part_rows,
             concurrency=engines,

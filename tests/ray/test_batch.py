@@ -78,6 +78,24 @@ def test_killed_and_resumed_no_row_is_lost_or_repeated(prompts, tmp_path):
     assert all(len(line.records) == len(line.token_ids) for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["a.jsonl", "s3://bucket/results"], "not to a URL"),
+        (["a.jsonl", "two\nlines"], "line breaks"),
+        (["a.jsonl", "results", "--sampling-params", "{max_tokens: 2}"], "--sampling-params isn't JSON"),
+        (["a.jsonl", "results", "--sampling-params", "[1]"], "--sampling-params has to be an object"),
+        (["a.jsonl", "results", "--engine-kwargs", "dtype"], "--engine-kwargs isn't JSON"),
+        (["a.jsonl", "results", "--sampler-config", '{"presett": "x"}'], "presett"),
+    ],
+    ids=lambda case: case if isinstance(case, str) else None,
+)
+def test_wrong_arguments_are_refused_before_ray_starts(arguments, problem):
+    ended = CliRunner().invoke(batch.application, ["run", *arguments], env={"COLUMNS": "300", "TERM": "dumb"})
+    assert ended.exit_code == 2
+    assert problem in ended.output
+
+
 READ = """
 import sys, typer
 from deploy.ray import batch

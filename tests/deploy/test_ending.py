@@ -82,7 +82,8 @@ def ended(tmp_path_factory):
             found["health"] = [
                 subprocess.run(
                     [*prefix, *(word.replace("http://127.0.0.1:8000", where) for word in health_command(IMAGE))],
-                    env=server.environment(**variables),
+                    # The image has its virtual environment first in PATH.
+                    env=server.environment(**variables, PATH=f"{server.VLLM.parent}:{os.environ['PATH']}"),
                     check=False,
                     capture_output=True,
                 ).returncode

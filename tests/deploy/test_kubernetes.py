@@ -198,6 +198,7 @@ def test_metrics_and_scaling():
         {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}},
         {"service": {"type": "Ingress", "port": 80}},
         {"samplerConfig": "jax-2024-10"},
+        {"samplerConfig": {"presett": "jax-2024-10"}},
         {"shutdown": {"graceSeconds": 0}},
         {"shutdown": {"graceSeconds": 1.5}},
         {"shutdown": {"drainSeconds": "10"}},
@@ -235,3 +236,6 @@ def test_every_value_is_in_the_schema_and_every_name_of_the_schema_has_a_default
     schema = json.loads((CHART / "values.schema.json").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert set(values) == set(schema["properties"]) - {"global"}
+    assert schema["properties"]["samplerConfig"]["propertyNames"]["enum"] == list(
+        EntropixConfig.model_json_schema()["properties"]
+    )

@@ -115,4 +115,4 @@ def test_what_the_image_installs_is_locked_by_hash():
     everything = locked(ROOT / "requirements" / "cpu.lock")
     for requirement, hashes in requirements.items():
         assert hashes
-        assert requirement in everything
+        assert hashes == everything[requirement]

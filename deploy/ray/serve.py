@@ -13,6 +13,7 @@ Beside what Ray Serve LLM does, this cures what it gets wrong when a replica or 
 - A stream whose replica was killed ended as if it were complete. Here the client is sent an error.
 - A replica whose engine has died went on taking requests for up to a minute, for Ray's controller was blocked while it
   imported vLLM to unpickle the engine's error. Here the replica ends itself, which Ray handles within a second.
+- Ray Serve LLM asks no client for a key. Here it does with ``api_key_file=...``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import sys
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Json
@@ -33,6 +36,8 @@ from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, build_openai_app
 from ray.serve.llm.deployment import LLMServer
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 
 from vllm_entropix.cli.demo import shipped_model
 
@@ -68,6 +73,9 @@ class Arguments(BaseModel):
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of a replica; its workers share a placement group.")
     replica_cpus: float = Field(1, gt=0, description="CPUs that Ray reserves for a replica.")
     engine_kwargs: JsonObject = Field(default_factory=dict, description="Further arguments of vLLM's engine.")
+    api_key_file: str | None = Field(
+        None, description="File on every node with the key that clients have to send as a bearer token; None asks for none."
+    )
     runtime_env: JsonObject = Field(
         default_factory=dict, description="Of replicas, for instance {pip: [vllm-entropix]} where the image doesn't have it."
     )
@@ -100,8 +108,46 @@ class Server(LLMServer):
             raise RuntimeError(f"unhealthy: {type(error).__name__}: {error}") from None
 
 
+class KeyRequired:
+    """Middleware that answers requests without the key with 401, whatever they ask for."""
+
+    def __init__(self, app: Any, key: str) -> None:
+        self._app = app
+        self._key = key.encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve a request of ASGI's."""
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or self._admits(scope):
+            await self._app(scope, receive, send)
+        else:
+            error = {"message": "a valid API key is needed, as a bearer token", "type": "AuthenticationError", "code": 401}
+            await JSONResponse({"error": error}, status_code=401)(scope, receive, send)
+
+    def _admits(self, scope: Any) -> bool:
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and secrets.compare_digest(given.encode(), self._key)
+
+
 class Ingress(OpenAiIngress):
-    """Tells clients when their replica has died."""
+    """Tells clients when their replica has died, and serves only those that have the key, if there is one.
+
+    Args:
+        api_key_file: file of the key.
+        given: what Ray Serve LLM gives its ingress.
+    """
+
+    def __init__(self, *given: Any, api_key_file: str | None = None, **more: Any) -> None:
+        super().__init__(*given, **more)
+        # The file's name is in the application's arguments, which Ray shows and logs; the key never is.
+        self._key = None if api_key_file is None else Path(api_key_file).read_text().strip()
+        if self._key == "":
+            raise ValueError(f"api_key_file {api_key_file} is empty")
+
+    def _set_asgi_app(self, app: Any) -> None:
+        # Ray's hook for the replica's own copy of the FastAPI app, which it makes and adds no middleware of ours to.
+        if self._key is not None:
+            app.add_middleware(KeyRequired, key=self._key)
+        super()._set_asgi_app(app)
 
     async def _get_response(self, *, body: Any, call_method: str, raw_request: Any = None) -> AsyncGenerator[Any, None]:
         streamed = bool(getattr(body, "stream", False))
@@ -158,4 +204,5 @@ def app(given: Arguments | dict[str, Any]) -> Application:
         },
         runtime_env=arguments.runtime_env or None,
     )
-    return build_openai_app({"llm_configs": [config], "ingress_cls_config": {"ingress_cls": Ingress}})
+    ingress = {"ingress_cls": Ingress, "ingress_extra_kwargs": {"api_key_file": arguments.api_key_file}}
+    return build_openai_app({"llm_configs": [config], "ingress_cls_config": ingress})

@@ -1,6 +1,5 @@
 """deploy/observability: Prometheus' own tool takes its files, and every metric they name is exported."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import dashboards
+from tests.support import dashboards, prometheus
 from tests.support.dashboards import ALERTS, DASHBOARD, FOLDER
 
 RULE_TESTS = Path(__file__).with_name("alerts.test.yml")
@@ -17,26 +16,7 @@ RULE_TESTS = Path(__file__).with_name("alerts.test.yml")
 
 @pytest.fixture(scope="session")
 def promtool(tmp_path_factory):
-    """Prometheus' tool: the installed one, or out of Debian's package, unpacked and not installed."""
-    installed = shutil.which("promtool")
-    if installed:
-        return installed
-    folder = tmp_path_factory.mktemp("prometheus")
-
-    def run(*command):
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-
-    if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        pytest.skip("promtool isn't installed, and this is no Debian to get it from")
-    ended = run("apt-get", "download", "prometheus")
-    if ended.returncode and os.geteuid() == 0:
-        run("apt-get", "update")
-        ended = run("apt-get", "download", "prometheus")
-    packages = list(folder.glob("*.deb"))
-    if not packages:
-        pytest.skip(f"promtool isn't installed, and Debian's package can't be had: {ended.stderr.strip()[-200:]}")
-    assert run("dpkg", "-x", str(packages[0]), ".").returncode == 0
-    return str(folder / "usr" / "bin" / "promtool")
+    return prometheus.program("promtool", tmp_path_factory.mktemp("prometheus"))
 
 
 def check(promtool, *arguments, cwd=FOLDER):
@@ -45,7 +25,8 @@ def check(promtool, *arguments, cwd=FOLDER):
 
 
 def test_prometheus_takes_its_files(promtool):
-    check(promtool, "check", "config", "prometheus.yml")
+    for name in ("prometheus.yml", "prometheus-ray.yml"):
+        check(promtool, "check", "config", name)
     check(promtool, "check", "rules", ALERTS.name)
 
 

@@ -1,14 +1,19 @@
-"""A Serve app with two replicas under load, while one replica and then one engine is killed; prints what clients saw."""
+"""A Serve app with two replicas under load, while one replica and then one engine is killed; prints what clients saw.
+
+Before that, what Ray's agent exports of their metrics, and whom the app serves.
+"""
 
 import asyncio
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import ray
@@ -20,13 +25,17 @@ from deploy.ray.serve import app
 
 PROMPT = "Once upon a time"
 STREAMS = 8
+KEY = "a key of this test"
+FILE = yaml.safe_load(Path("deploy/ray/serve.yaml").read_text())
+EXPORT_SECONDS = 60
 
 
-def arguments() -> dict[str, Any]:
+def arguments(api_key_file: str) -> dict[str, Any]:
     """Those of deploy/ray/serve.yaml, but for what a CPU needs; a mapping, as `serve run` gives it."""
-    [application] = yaml.safe_load(Path("deploy/ray/serve.yaml").read_text())["applications"]
+    [application] = FILE["applications"]
     assert application["import_path"] == "deploy.ray.serve:app"
     return {
+        "api_key_file": api_key_file,
         **{name: application["args"][name] for name in ("sampler_config", "target_ongoing_requests")},
         "name": "demo",
         "accelerator": "cpu",
@@ -73,7 +82,7 @@ async def short(client: openai.AsyncOpenAI) -> dict[str, Any]:
     """One short completion: when it was asked, and how it ended."""
     asked = time.monotonic()
     try:
-        answer = await client.completions.create(model="demo", prompt=PROMPT, max_tokens=3, temperature=0)
+        answer = await client.completions.create(model="demo", prompt=PROMPT, max_tokens=3)
     except openai.APIError as error:
         return {"asked": asked, "error": str(error), "seconds": time.monotonic() - asked}
     return {"asked": asked, "error": None, "seconds": time.monotonic() - asked, "text": answer.choices[0].text}
@@ -122,9 +131,49 @@ async def until_both_serve(client: openai.AsyncOpenAI, found: dict[int, psutil.P
     raise TimeoutError("one of the replicas gets no requests")
 
 
+async def exported() -> str:
+    """What Ray's agent on this node exports, once both replicas' tokens are there and all that vLLM counts."""
+    [node] = ray.nodes()
+    deadline, before = time.monotonic() + EXPORT_SECONDS, None
+    async with httpx.AsyncClient() as client:
+        while time.monotonic() < deadline:
+            text = (await client.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics")).text
+            lines = [
+                line
+                for line in text.splitlines()
+                if line.startswith(("ray_entropix_tokens_total", "ray_vllm_generation_tokens"))
+            ]
+            if (
+                lines == before
+                and len({line.split('ReplicaId="')[1].split('"')[0] for line in lines if "entropix" in line}) == 2
+            ):
+                return text
+            before = lines
+            await asyncio.sleep(3)
+    raise TimeoutError(f"metrics of two replicas aren't exported: {before}")
+
+
+async def statuses(url: str) -> dict[str, int]:
+    """What clients get that don't have the key, and one that has it."""
+    headers = {"none": {}, "wrong": {"Authorization": f"Bearer {KEY}s"}, "right": {"Authorization": f"Bearer {KEY}"}}
+    found = {}
+    async with httpx.AsyncClient(base_url=url) as client:
+        for name, sent in headers.items():
+            found[name] = (await client.get("/v1/models", headers=sent)).status_code
+        found["other path"] = (await client.post("/tokenize", json={"model": "demo", "prompt": PROMPT})).status_code
+    return found
+
+
+def addresses(port: int) -> list[str]:
+    """Those that somebody listens on at a port."""
+    return sorted(
+        {at.laddr.ip for at in psutil.net_connections("tcp") if at.status == psutil.CONN_LISTEN and at.laddr.port == port}
+    )
+
+
 async def scenario(url: str) -> dict[str, Any]:
     """Everything, in order."""
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
         expected = await stream(client)
         traced = await client.chat.completions.create(
             model="demo",
@@ -134,6 +183,8 @@ async def scenario(url: str) -> dict[str, Any]:
         )
         found = await until_two(set())
         await until_both_serve(client, found)
+        metrics = await exported()
+        admitted = await statuses(url)
         first = next(iter(found))
         engine = await while_killing(client, lambda: found[first].send_signal(signal.SIGKILL))
         found = await until_two({first})
@@ -141,17 +192,22 @@ async def scenario(url: str) -> dict[str, Any]:
         second = next(iter(found))
         replica = await while_killing(client, lambda: os.kill(second, signal.SIGKILL))
     trace = getattr(traced.choices[0], "entropix", None)
-    return {"expected": expected, "trace": trace, "engine": engine, "replica": replica}
+    told = {"metrics": metrics, "statuses": admitted, "addresses": addresses(int(url.rpartition(":")[2]))}
+    return {"expected": expected, "trace": trace, "engine": engine, "replica": replica, **told}
 
 
 def main() -> None:
     """Start Ray and the app, run the scenario."""
     port = int(json.loads(sys.argv[1]))
-    # The dashboard tells which actors there are.
-    ray.init(num_cpus=8, include_dashboard=True, _node_ip_address="127.0.0.1")
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app(arguments()))
-    print("RESULT " + json.dumps(asyncio.run(scenario(f"http://127.0.0.1:{port}"))), flush=True)
+    # The dashboard tells which actors there are. By default metrics are reported every ten seconds.
+    quickly = {"metrics_report_interval_ms": 1000}
+    ray.init(num_cpus=8, include_dashboard=True, _node_ip_address="127.0.0.1", _system_config=quickly)
+    serve.start(http_options={**FILE["http_options"], "port": port})
+    with tempfile.NamedTemporaryFile("w", suffix=".key") as file:
+        file.write(KEY + "\n")
+        file.flush()
+        serve.run(app(arguments(file.name)))
+        print("RESULT " + json.dumps(asyncio.run(scenario(f"http://127.0.0.1:{port}"))), flush=True)
     os._exit(0)  # what is left dies with this process's namespace
 
 

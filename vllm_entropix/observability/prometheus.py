@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_entropix.observability import ray_metrics
 from vllm_entropix.observability.background import Background
 from vllm_entropix.observability.hints import Watch
 from vllm_entropix.observability.trace import FIELDS, REGIMES
@@ -90,6 +91,7 @@ class _Counting:
         self._waiting: deque[tuple[bytes, int]] = deque()
         self._lock = Lock()
         self.background = Background("entropix-metrics", self.flush, FLUSH_SECONDS)
+        ray_metrics.start_in_actors()
 
     def add(self, records: bytes, tokens: int) -> None:
         self._waiting.append((records, tokens))  # atomic, as is popleft

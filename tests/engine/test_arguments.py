@@ -443,7 +443,8 @@ def test_other_processors_are_named_in_their_order(tiny, tmp_path, monkeypatch):
     (package / "entry_points.txt").write_text("[vllm.logits_processors]\nother = tests.support.processors:Ban\n")
     monkeypatch.syspath_prepend(tmp_path)
     cached_load_custom_logitsprocs.cache_clear()
-    by_request = {"base": {"source": "request"}}
+    # Without regimes every token is drawn with the base parameters.
+    by_request = {"regimes": False, "base": {"source": "request"}}
     with log_of_entropix() as messages:
         llm = engine(
             tiny,
@@ -471,10 +472,10 @@ def test_other_processors_are_named_in_their_order(tiny, tmp_path, monkeypatch):
         for said, base in asked
     ]
     outputs = generate(llm, ["The quick brown fox"] * len(params), params)
-    tokens = [[record.to_dict() for record in output.outputs[0].entropix_trace] for output in outputs]
-    assert tokens[0] == tokens[1]
-    assert tokens[2] == tokens[3]
-    assert tokens[0][0]["temperature"] != tokens[2][0]["temperature"]
+    drawn = [{(record.temperature, record.top_p, record.top_k) for record in o.outputs[0].entropix_trace} for o in outputs]
+    for found, expected in zip(drawn, [(0.4, 0.7, 9)] * 2 + [(0.666, 0.9, 27)] * 2, strict=True):
+        assert len(found) == 1
+        assert found.pop() == pytest.approx(expected)
     cached_load_custom_logitsprocs.cache_clear()
     close_engine()
 

@@ -70,6 +70,9 @@ def test_chat_and_stream_give_the_same(client):
         ({"entropix": "sometimes"}, "entropix is 'sometimes', but it should be on or off"),
         ({"entropix_top_p": 1.5}, "entropix_top_p is 1.5"),
         ({"entropix_top_k": 0}, "entropix_top_k is 0"),
+        ({"entropix_top_k": True}, "entropix_top_k is True, but it should be a number"),
+        ({"entropix.trace": "on"}, "did you mean 'entropix_trace'?"),
+        ({"entropix_preset": "x" * 1_000_000}, "entropix_preset is 'xxx"),
         ({"entropix_preset": "llama"}, "jax-2024-10, torch-2024-10"),
     ],
 )

@@ -138,7 +138,7 @@ def _is_traced(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolv
     lost = next((name for name in ours if name not in read), None)
     if lost is not None:  # the body was of another kind than the request that was made of it
         raise ConfigError(refusal(f"{endpoint.place}.{lost}", None))
-    settings = RequestSettings.parse(read)
+    settings = RequestSettings.parse(given)  # as it was sent: vLLM makes a number of true
     if not settings.enabled:
         if settings.trace:
             raise ConfigError(f"{PREFIX}_trace is on, but {PREFIX} is off for this request; leave one of them out")

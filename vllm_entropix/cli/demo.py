@@ -110,7 +110,7 @@ def demo(
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only the prompt of this name; may be given several times.")] = None,
     sampler_config: Annotated[
-        str | None, typer.Option(help="Preset, JSON, or a .json or .toml file; default: the shipped model's own.")
+        str | None, typer.Option(help="Preset, JSON, or a .json, .toml or .yaml file; default: the shipped model's own.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 160,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,

@@ -90,7 +90,7 @@ def toml(config: EntropixConfig) -> str:
 
 
 def presets(
-    name: Annotated[str | None, typer.Argument(help="Show this preset alone, or a .json or .toml file in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show this preset alone, or a .json, .toml or .yaml file in full.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of all settings as Markdown.")] = False,
     as_toml: Annotated[bool, typer.Option("--toml", help="Print the preset or file in full, as TOML to start from.")] = False,
 ) -> None:

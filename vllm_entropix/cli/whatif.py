@@ -23,7 +23,10 @@ def whatif(
     preset: Annotated[
         str,
         typer.Option(
-            "--preset", "--sampler-config", help="What to try: a preset, JSON, or a .json or .toml file.", show_default=False
+            "--preset",
+            "--sampler-config",
+            help="What to try: a preset, JSON, or a .json, .toml or .yaml file.",
+            show_default=False,
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -90,6 +90,33 @@ def test_a_stream_of_a_chat(tmp_path):
     assert line.finish_reason == "stop"
 
 
+def test_answers_without_choices(tmp_path):
+    """Of /v1/responses and of /v1/messages, whole and streamed."""
+    usage = {"input_tokens": 7, "output_tokens": 3}
+    parts = [{"type": "reasoning", "content": [{"text": "It is"}]}, {"type": "message", "content": [{"text": " 4"}]}]
+    response = {"id": "resp_1", "created_at": 1767323045.0, "model": "demo", "output": parts, "status": "completed"}
+    message = {"id": "msg_1", "type": "message", "content": [{"type": "text", "text": "It is 4"}], "stop_reason": "end_turn"}
+    for body, name, ended in ((response, "resp_1", "completed"), (message, "msg_1", "end_turn")):
+        [line] = read(tmp_path, {**body, "usage": usage, "entropix": trace()})
+        assert (line.request_id, line.texts, line.finish_reason) == (name, ["", "", "It is 4"], ended)
+        assert (line.prompt_tokens, line.token_ids) == (7, [10, 11, 12])
+    events = [{"type": "response.created", "response": response}]
+    events += [
+        {"type": "response.output_text.delta", "delta": piece, "entropix": trace([entry])}
+        for piece, entry in zip(PIECES, ENTRIES, strict=True)
+    ]
+    events.append({"type": "response.completed", "response": response, "entropix": trace([])})
+    [line] = read(tmp_path, "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events))
+    assert (line.texts, line.token_ids) == (PIECES, [10, 11, 12])
+    events = [
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": piece}, "entropix": trace([entry])}
+        for piece, entry in zip(PIECES, ENTRIES, strict=True)
+    ]
+    events.append({"type": "message_delta", "delta": {"stop_reason": "max_tokens"}, "usage": usage, "entropix": trace([])})
+    [line] = read(tmp_path, "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events))
+    assert (line.texts, line.finish_reason, line.prompt_tokens) == (PIECES, "max_tokens", 7)
+
+
 def test_many_responses(tmp_path):
     """Of a batch run, of tools that write a line each, and of a list."""
     batch = {"id": "vllm-1", "custom_id": "a", "response": {"status_code": 200, "body": completion(choice())}, "error": None}

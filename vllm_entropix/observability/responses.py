@@ -1,8 +1,8 @@
 """Traces in saved HTTP responses: what a file of traces would say of them, as far as a response tells it.
 
-Bodies of /v1/completions and /v1/chat/completions are read, saved streams of their chunks, and the lines of ``vllm run-batch``.
-A response doesn't tell its prompt, its preset or the borders of the regimes. It tells the texts of single tokens only if
-``logprobs`` were asked for, or in a stream; otherwise all of an answer's text stands with its last token.
+Bodies of /v1/completions, /v1/chat/completions, /v1/responses and /v1/messages are read, saved streams of them, and the lines
+of ``vllm run-batch``. A response doesn't tell its prompt, its preset or the borders of the regimes. It tells the texts of
+single tokens only if ``logprobs`` were asked for, or in a stream; otherwise all of an answer's text stands with its last token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from vllm_entropix.client import trace_of
+from vllm_entropix.client import FIELD, trace_of
 
 _END = "[DONE]"
 
@@ -20,9 +20,40 @@ def body_of(data: Any) -> Mapping[str, Any] | None:
     """The body of a response in a JSON value, None if it holds none: the value itself, or in a line of ``vllm run-batch``."""
     if not isinstance(data, Mapping):
         return None
+    if FIELD in data:
+        return _with_a_choice(data)
     if isinstance(data.get("response"), Mapping):
-        data = data["response"].get("body")
-    return data if isinstance(data, Mapping) and isinstance(data.get("choices"), list) else None
+        return body_of(data["response"].get("body"))
+    return data if isinstance(data.get("choices"), list) else None
+
+
+def _with_a_choice(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What has no choices (/v1/responses, /v1/messages, an event of their streams), as if it had one."""
+    delta, usage = data.get("delta"), data.get("usage")
+    ended = delta if isinstance(delta, Mapping) else data
+    return {
+        "id": data.get("id") or "answer",
+        "created": data.get("created_at"),
+        "model": data.get("model"),
+        "usage": {"prompt_tokens": usage.get("input_tokens")} if isinstance(usage, Mapping) else None,
+        "choices": [
+            {
+                "text": delta if isinstance(delta, str) else _said([ended]),
+                "finish_reason": ended.get("stop_reason") or data.get("status"),
+                FIELD: data[FIELD],
+            }
+        ],
+    }
+
+
+def _said(parts: Any) -> str:
+    """All text in parts of an answer, which may have parts themselves."""
+    texts = []
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, Mapping):
+            texts += [part[name] for name in ("thinking", "text") if isinstance(part.get(name), str)]
+            texts += [_said(part.get(name)) for name in ("output", "content")]
+    return "".join(texts)
 
 
 def sequences(body: Mapping[str, Any]) -> list[dict[str, Any]]:

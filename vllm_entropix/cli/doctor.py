@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -138,6 +139,9 @@ def _import() -> Iterator[Check]:
 def _hooks() -> Iterator[Check]:
     compat.install()
     for patch in compat.PATCHES:
+        if patch.package is not None and find_spec(patch.package) is None:
+            yield Check(patch.name, "ok", f"not needed without {patch.package}")
+            continue
         missing = patch.missing()
         cure = f"install a vLLM in {compat.SUPPORTED}, without the other plugin" if missing else ""
         yield Check(patch.name, "broken" if missing else "ok", missing or "in place", cure)

@@ -45,6 +45,7 @@ class Patch:
         how: what the replacement does.
         upstream: issue or pull request that would make it unnecessary.
         remove_when: the condition to drop it.
+        package: what the module needs to be imported, where that isn't a requirement of vLLM's.
     """
 
     module: str
@@ -55,6 +56,7 @@ class Patch:
     how: str
     upstream: str
     remove_when: str
+    package: str | None = None
 
     @property
     def name(self) -> str:
@@ -400,6 +402,7 @@ PATCHES = (
         how="If that is why the workers didn't start: raises an error that names the node and the cure.",
         upstream="none known",
         remove_when="vLLM names the node whose worker failed to start",
+        package="ray",
     ),
     Patch(
         module="vllm.triton_utils.dispatcher",

@@ -59,8 +59,18 @@ def test_all_that_grew_is_given_once(exporter, counters):
     assert values["entropix_tokens", "HEHV", None, "r1"] == 5
     assert values["entropix_entropy_bits_count", None, None, "r1"] == 2
     assert values["entropix_entropy_bits_sum", None, None, "r1"] == pytest.approx(7.55)
-    assert ("entropix_entropy_bits_bucket", None, "0.25", "r1") not in values
-    assert [values["entropix_entropy_bits_bucket", None, le, "r1"] for le in ("0.5", "6.0", "8.0", "+Inf")] == [1, 1, 2, 2]
+    borders = ("0.25", "0.5", "6.0", "8.0", "+Inf")
+    buckets = [values["entropix_entropy_bits_bucket", None, le, "r1"] for le in borders]
+    assert buckets == pytest.approx([0, 1, 1, 2, 2])
+
+
+def test_what_counts_nothing_yet_is_there(counters):
+    ray_metrics.Exporter("r2", counters).export()
+    for name in ("trace_lines_dropped", "forced_tokens", "logits_only_tokens", "entropy_bits_count"):
+        assert counters.values[f"entropix_{name}", None, None, "r2"] == pytest.approx(
+            REGISTRY.get_sample_value(f"entropix_{name}" + ("" if name.endswith("count") else "_total"))
+        )
+        assert (f"entropix_{name}", None, None, "r2") in counters.values
 
 
 def test_ours_alone_and_nothing_that_can_fall(exporter):

@@ -16,6 +16,8 @@ PREFIX = "entropix_"
 EXPORT_SECONDS = 1.0
 # As vLLM calls it on the metrics that it gives to Ray, so that both can be told apart, and joined, by replica.
 REPLICA = "ReplicaId"
+# Ray's counters take no increase of 0; this one is lost in whatever follows.
+_NOTHING = sys.float_info.min
 
 # Name of a counter, and its labels.
 Series = tuple[str, tuple[tuple[str, str], ...]]
@@ -58,14 +60,16 @@ class Exporter:
     def export(self) -> None:
         """Export once."""
         for (name, labels), description, value in _numbers():
-            more = value - self._given.get((name, labels), 0.0)
+            series = name, labels
+            # Series that are there before anything is counted, so that rates have a beginning.
+            more = value - self._given[series] if series in self._given else value or _NOTHING
             if more <= 0:
                 continue
             tags = {**dict(labels), REPLICA: self._replica}
             if name not in self._counters:
                 self._counters[name] = self._make(name, description, tuple(tags))
             self._counters[name].inc(more, tags=tags)
-            self._given[name, labels] = value
+            self._given[series] = value
 
 
 def _numbers() -> Iterator[tuple[Series, str, float]]:

@@ -184,7 +184,9 @@ def test_prometheus_knows_rays_metrics_by_the_names_of_the_dashboard(seen, total
             assert value("sum(entropix_tokens_total)") == sum(totals["ray_entropix_tokens_total"].values())
             assert value("count(count by (instance) (entropix_tokens_total))") == 2
             assert 0 < value("histogram_quantile(0.9, sum by (le) (entropix_entropy_bits_bucket))") < 16
-            assert {name for name in dashboards.metric_names() if value(f"count({name})") is None} == set()
+            # Ray's agent may let gauges lapse that nobody sets, as vLLM does while nothing runs.
+            gauges = {"vllm:num_requests_waiting", "vllm:num_requests_running"}
+            assert {name for name in dashboards.metric_names() - gauges if value(f"count({name})") is None} == set()
         finally:
             process.terminate()
             process.wait(20)

@@ -1,6 +1,8 @@
 """The check that vLLM is what the adapters expect, against the sources of the installed version and changed copies of them."""
 
+import ast
 import shutil
+from collections import defaultdict
 from importlib import metadata, util
 from pathlib import Path
 
@@ -8,8 +10,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.support import used_of_vllm
 from vllm_entropix.engine import compat
-from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS
+from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, NAMES
 from vllm_entropix.engine.sources import Sources
 
 ROOT = Path(util.find_spec("vllm").origin).parent.parent
@@ -21,7 +24,7 @@ CONTEXT = "vllm.v1.worker.gpu.sample.logits_processor.interface"
 def copied(tmp_path_factory):
     """The sources that are looked at, copied."""
     folder = tmp_path_factory.mktemp("sources")
-    for module in {**ATTRIBUTES, **FUNCTIONS, **FUNCTIONS_OF_SERVERS}:
+    for module in {**ATTRIBUTES, **FUNCTIONS, **FUNCTIONS_OF_SERVERS, **NAMES}:
         spec = ROOT.joinpath(*module.split("."))
         source = spec.with_suffix(".py") if spec.with_suffix(".py").is_file() else spec / "__init__.py"
         target = folder / source.relative_to(ROOT)
@@ -81,9 +84,72 @@ def test_a_changed_source_is_told(copied, change, module, old, new, problem):
     assert problem in compat.problems_of_sources(copied)
 
 
+# Attributes that look like vLLM's in our sources.
+NOT_LISTED = {
+    "_k_scale": "a buffer that vLLM registers by this name, for which no syntax speaks",
+    "_option_string_actions": "argparse's own",
+    "prog": "argparse's own",
+    "value": "of an enum, where the attribute is one",
+    "all_special_ids": "of transformers' tokenizers",
+    "apply_chat_template": "of transformers' tokenizers",
+}
+
+
+def test_all_that_is_used_of_vllm_is_listed():
+    for module, names in used_of_vllm.imported().items():
+        assert names <= set(NAMES.get(module, ())), f"imported from {module} and not in expected.NAMES"
+    functions = [name for table in (FUNCTIONS, FUNCTIONS_OF_SERVERS) for of_module in table.values() for name in of_module]
+    listed = {name.rpartition(".")[2] for name in functions}
+    listed.update(name for classes in ATTRIBUTES.values() for names in classes.values() for name in names)
+    listed.update(name for names in NAMES.values() for name in names)
+    used = used_of_vllm.attributes()
+    ours = {name for name in used if name.startswith("entropix_")}  # hung on vLLM's objects
+    unknown = {name: files for name, files in used.items() if name not in listed | ours | set(NOT_LISTED)}
+    assert not unknown, "used of vLLM and not in expected.py (or in NOT_LISTED, with the reason)"
+
+
+@pytest.mark.parametrize("patch", compat.PATCHES, ids=lambda patch: patch.name)
+def test_all_that_is_patched_is_listed(patch):
+    functions = {**FUNCTIONS, **FUNCTIONS_OF_SERVERS}.get(patch.module, {})
+    attributes = ATTRIBUTES.get(patch.module, {})
+    for owner in patch.owners:
+        if patch.attribute == "__init__":  # which a dataclass doesn't write down
+            assert owner in NAMES[patch.module]
+        else:
+            assert f"{owner}.{patch.attribute}" in functions or patch.attribute in attributes.get(owner, ())
+    assert patch.owners or patch.attribute in {**functions, **dict.fromkeys(NAMES.get(patch.module, ()))}
+
+
+@pytest.mark.parametrize("module", sorted({*ATTRIBUTES, *FUNCTIONS, *FUNCTIONS_OF_SERVERS, *NAMES}))
+def test_each_listed_name_is_missed_when_it_is_renamed(monkeypatch, module):
+    sources = Sources(ROOT)
+    monkeypatch.setattr(compat, "Sources", lambda root: sources)
+    for name in ("ATTRIBUTES", "FUNCTIONS", "FUNCTIONS_OF_SERVERS", "NAMES"):
+        table = getattr(compat, name)
+        monkeypatch.setattr(compat, name, {module: table[module]} if module in table else {})
+    assert compat.problems_of_sources(ROOT) == []
+    places = defaultdict(list)
+    for node in ast.walk(sources._tree(module)):
+        for field in ("name", "attr", "id", "arg", "asname"):
+            if isinstance(getattr(node, field, None), str):
+                places[getattr(node, field)].append((node, field))
+    wanted = set(compat.NAMES.get(module, ()))
+    wanted.update(name for names in compat.ATTRIBUTES.get(module, {}).values() for name in names)
+    for functions in (compat.FUNCTIONS, compat.FUNCTIONS_OF_SERVERS):
+        for qualified, parameters in functions.get(module, {}).items():
+            wanted.update((*qualified.split("."), *parameters))
+    for name in sorted(wanted - {"self"}):
+        for node, field in places[name]:
+            setattr(node, field, "renamed")
+        assert any(name in problem for problem in compat.problems_of_sources(ROOT)), name
+        for node, field in places[name]:
+            setattr(node, field, name)
+
+
 def test_missing_sources_are_told(tmp_path):
     problems = compat.problems_of_sources(tmp_path)
-    assert len(problems) == sum(map(len, (*ATTRIBUTES.values(), *FUNCTIONS.values(), *FUNCTIONS_OF_SERVERS.values())))
+    tables = (*ATTRIBUTES.values(), *FUNCTIONS.values(), *FUNCTIONS_OF_SERVERS.values())
+    assert len(problems) == len(NAMES) + sum(map(len, tables))
     assert all(problem.endswith(" is missing") for problem in problems)
 
 

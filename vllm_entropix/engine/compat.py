@@ -19,7 +19,7 @@ from typing import Any
 import wrapt
 
 from vllm_entropix._version import __version__
-from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS
+from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, NAMES
 from vllm_entropix.engine.plugin import DISABLE, disabled
 from vllm_entropix.engine.sources import Sources
 
@@ -477,6 +477,9 @@ def _version_problems(version: str) -> list[str]:
 
 def _attribute_problems(sources: Sources) -> list[str]:
     found = []
+    for module, names in NAMES.items():
+        has = sources.names(module)
+        found += [f"{module} is missing"] if has is None else _without(module, "name", names, has)
     for module, classes in ATTRIBUTES.items():
         for name, attributes in classes.items():
             has = sources.attributes(module, name)

@@ -1,6 +1,7 @@
-"""What the adapters use of vLLM: functions with the parameters that must be there, and attributes of classes.
+"""What this package uses of vLLM: functions with the parameters that must be there, attributes of classes, names of modules.
 
-``compat.problems`` checks it before an engine starts. Whoever makes an adapter use something new writes it down here.
+``compat.problems`` checks it before an engine starts. Whoever makes an adapter use something new writes it down here, and
+tests/test_compat.py fails until then.
 """
 
 from __future__ import annotations
@@ -33,13 +34,19 @@ FUNCTIONS: Functions = {
     "vllm.v1.engine.input_processor": {
         "InputProcessor._validate_params": ("self", "params"),
     },
+    "vllm.engine.arg_utils": {
+        "EngineArgs.add_cli_args": ("parser",),
+        "EngineArgs.create_engine_config": ("self",),
+    },
+    "vllm.triton_utils.dispatcher": {
+        "_rebind_kernels": (),
+    },
     "vllm.v1.sample.sampler": {
         "Sampler.sample": ("self", "logits", "sampling_metadata"),
         "Sampler.forward": ("self", "logits", "sampling_metadata"),
     },
     # The interface of Model Runner V2's logits processors.
     "vllm.v1.worker.gpu.sample.logits_processor.interface": {
-        "LogitsProcessor.__init__": ("self", "vllm_config", "req_states"),
         "LogitsProcessor.add_request": ("self", "req_idx", "sampling_params"),
         "LogitsProcessor.apply_staged_writes": ("self",),
         "LogitsProcessor.apply": ("self", "logits", "ctx"),
@@ -92,13 +99,108 @@ FUNCTIONS_OF_SERVERS: Functions = {
     },
 }
 
+# Module → names that are imported from it, or looked up in it.
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm": ("LLM", "SamplingParams"),
+    "vllm.config": ("VllmConfig", "set_current_vllm_config"),
+    "vllm.distributed.parallel_state": ("get_pp_group", "get_tp_group"),
+    "vllm.engine.arg_utils": ("EngineArgs", "AsyncEngineArgs"),
+    "vllm.envs": ("VLLM_USE_RUST_FRONTEND",),
+    "vllm.exceptions": ("VLLMValidationError",),
+    "vllm.logger": ("init_logger",),
+    "vllm.sampling_params": ("SamplingParams",),
+    "vllm.sequence": ("IntermediateTensors",),
+    "vllm.tokenizers": ("cached_tokenizer_from_config",),
+    "vllm.utils.argparse_utils": ("FlexibleArgumentParser",),
+    "vllm.v1.attention.selector": ("get_attn_backend",),
+    "vllm.v1.worker.gpu.buffer_utils": ("UvaBackedTensor",),
+    "vllm.v1.worker.gpu.sample.logits_processor": ("LogitsContext", "LogitsProcessor"),
+}
+
 # Module → class → attributes.
 ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "vllm.config.vllm": {
+        "VllmConfig": (
+            "additional_config",
+            "cache_config",
+            "model_config",
+            "num_speculative_tokens",
+            "parallel_config",
+            "scheduler_config",
+            "speculative_config",
+            "use_v2_model_runner",
+            "watermark_config",
+        ),
+    },
+    "vllm.config.cache": {
+        "CacheConfig": ("cache_dtype",),
+    },
+    "vllm.config.model": {
+        "ModelConfig": (
+            "architectures",
+            "dtype",
+            "enable_trace_replay",
+            "get_head_size",
+            "get_total_num_hidden_layers",
+            "get_vocab_size",
+            "is_attention_free",
+            "is_diffusion",
+            "logits_processors",
+            "max_model_len",
+            "runner_type",
+            "served_model_name",
+            "skip_tokenizer_init",
+            "use_mla",
+        ),
+    },
     "vllm.config.parallel": {
-        "ParallelConfig": ("worker_cls", "_api_process_count", "_api_process_rank"),
+        "ParallelConfig": (
+            "_api_process_count",
+            "_api_process_rank",
+            "decode_context_parallel_size",
+            "enable_batch_sharded_sampling",
+            "enable_dbo",
+            "prefill_context_parallel_size",
+            "ubatch_size",
+            "worker_cls",
+        ),
+    },
+    "vllm.config.scheduler": {
+        "SchedulerConfig": ("async_scheduling", "get_scheduler_cls", "max_num_seqs", "scheduler_cls"),
+    },
+    "vllm.config.speculative": {
+        "SpeculativeConfig": ("rejection_sample_method",),
+    },
+    "vllm.distributed.parallel_state": {
+        "GroupCoordinator": ("all_gather", "cpu_group", "is_last_rank", "rank_in_group", "world_size"),
+    },
+    "vllm.engine.arg_utils": {
+        "EngineArgs": ("additional_config", "disable_log_stats"),
+    },
+    "vllm.logger": {
+        "_VllmLogger": ("warning_once",),
+    },
+    "vllm.entrypoints.llm": {
+        "LLM": ("llm_engine",),
+    },
+    "vllm.v1.engine.llm_engine": {
+        "LLMEngine": ("add_request", "get_tokenizer", "has_unfinished_requests", "step"),
+    },
+    "vllm.outputs": {
+        "CompletionOutput": ("index", "token_ids"),
+        "RequestOutput": ("finished", "outputs"),
+    },
+    "vllm.sampling_params": {
+        "SamplingParams": ("clone", "extra_args", "min_p", "temperature", "top_k", "top_p"),
     },
     "vllm.sequence": {
         "IntermediateTensors": ("tensors", "items"),
+    },
+    "vllm.v1.core.sched.scheduler": {
+        "Scheduler": ("requests", "vllm_config"),
+    },
+    "vllm.v1.request": {
+        "Request": ("sampling_params",),
     },
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": ("finished_req_ids", "scheduled_new_reqs", "total_num_scheduled_tokens"),
@@ -106,9 +208,34 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "vllm.v1.engine": {
         "EngineCoreOutput": ("request_id", "new_token_ids", "kv_transfer_params"),
+        "EngineCoreOutputs": ("outputs",),
+    },
+    "vllm.v1.engine.detokenizer": {
+        "IncrementalDetokenizer": ("output_token_ids",),
+        "FastIncrementalDetokenizer": ("tokenizer",),
+    },
+    "vllm.v1.engine.input_processor": {
+        "InputProcessor": ("vllm_config",),
+    },
+    "vllm.v1.engine.output_processor": {
+        "RequestState": (
+            "detokenizer",
+            "external_req_id",
+            "output_kind",
+            "parent_req",
+            "prompt",
+            "prompt_token_ids",
+            "request_index",
+        ),
+    },
+    "vllm.v1.executor.ray_executor_v2": {
+        "RayExecutorV2": ("_init_executor",),
     },
     "vllm.v1.outputs": {
         "AsyncModelRunnerOutput": ("get_output",),
+    },
+    "vllm.v1.worker.worker_base": {
+        "WorkerBase": ("model_runner", "rank", "vllm_config"),
     },
     "vllm.v1.worker.utils": {
         "AttentionGroup": ("layer_names", "metadata_builders"),
@@ -122,7 +249,18 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "block_table_tensor",
             "num_reqs",
         ),
+        "AttentionBackend": ("get_name",),
         "AttentionMetadataBuilder": ("build", "update_block_table"),
+    },
+    "vllm.v1.attention.backends.cpu_attn": {
+        "CPUAttentionBackendImpl": ("alibi_slopes", "forward", "logits_soft_cap", "scale", "sinks"),
+        "CPUAttentionMetadataBuilder": ("isa",),  # which it gives its layers
+    },
+    "vllm.v1.attention.backends.flash_attn": {
+        "FlashAttentionImpl": ("alibi_slopes", "forward", "logits_soft_cap", "scale", "sinks"),
+    },
+    "vllm.v1.attention.backends.triton_attn": {
+        "TritonAttentionImpl": ("alibi_slopes", "forward", "logits_soft_cap", "scale", "sinks"),
     },
     "vllm.model_executor.layers.attention.attention": {
         "Attention": (
@@ -130,8 +268,10 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "kv_cache",
             "attn_backend",
             "attn_type",
+            "kv_cache_dtype",
             "layer_name",
             "sliding_window",
+            "use_alibi_sqrt",
             "num_heads",
             "head_size",
         ),
@@ -152,7 +292,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "vllm.v1.worker.gpu_input_batch": {
-        "InputBatch": ("req_ids", "num_reqs", "logitsprocs", "logitsprocs_need_output_token_ids"),
+        "InputBatch": ("generators", "logitsprocs", "num_reqs", "req_ids"),
     },
     "vllm.v1.sample.logits_processor.state": {
         "LogitsProcessors": ("argmax_invariant", "non_argmax_invariant"),
@@ -190,6 +330,5 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "vllm.v1.worker.gpu.sample.logits_processor.interface": {
         "LogitsContext": ("expanded_idx_mapping", "idx_mapping_np", "expanded_local_pos", "input_ids", "pos"),
-        "LogitsProcRequestState": ("max_num_reqs", "prefill_len"),
     },
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_pp_group
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.sequence import IntermediateTensors
 
 from vllm_entropix.attention import AttentionObserver

@@ -56,6 +56,25 @@ class Sources:
                 names.update(target.id for target in statement.targets if isinstance(target, ast.Name))
         return names
 
+    def names(self, module: str) -> set[str] | None:
+        """What a module defines or imports at its top, whatever the condition; None if there is no such module."""
+        tree = self._tree(module)
+        if tree is None:
+            return None
+        names: set[str] = set()
+        waiting: list[ast.AST] = list(tree.body)
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, _Definition):
+                names.add(node.name)
+                continue
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            waiting += ast.iter_child_nodes(node)
+        return names
+
     def parameters(self, module: str, qualified: str) -> set[str] | None:
         """Names of a function's parameters; None if there is no such function."""
         found = self._find(module, qualified)

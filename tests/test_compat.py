@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from tests.support import used_of_vllm
 from vllm_entropix.engine import compat
-from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, NAMES
+from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
 from vllm_entropix.engine.sources import Sources
 
 ROOT = Path(util.find_spec("vllm").origin).parent.parent
@@ -87,6 +87,8 @@ def test_a_changed_source_is_told(copied, change, module, old, new, problem):
 # Attributes that look like vLLM's in our sources.
 NOT_LISTED = {
     "_k_scale": "a buffer that vLLM registers by this name, for which no syntax speaks",
+    "strategy": "of 0.33's endpoint of decisions alone",
+    "context": "of 0.33's endpoint of decisions alone",
     "_option_string_actions": "argparse's own",
     "prog": "argparse's own",
     "value": "of an enum, where the attribute is one",
@@ -149,7 +151,7 @@ def test_each_listed_name_is_missed_when_it_is_renamed(monkeypatch, module):
 def test_missing_sources_are_told(tmp_path):
     problems = compat.problems_of_sources(tmp_path)
     tables = (*ATTRIBUTES.values(), *FUNCTIONS.values(), *FUNCTIONS_OF_SERVERS.values())
-    assert len(problems) == len(NAMES) + sum(map(len, tables))
+    assert len(problems) == len(NAMES) + sum(map(len, tables)) - len(LATER)
     assert all(problem.endswith(" is missing") for problem in problems)
 
 

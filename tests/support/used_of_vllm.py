@@ -29,13 +29,14 @@ FOLDERS = ("engine", "attention", "cli")
 CLOSE = ("engine", "attention")
 APART = "engine/sources.py"
 # Libraries whose objects these files get of others, without importing them.
-_ALWAYS = ("logging", "pydantic", "torch.distributed")
+_ALWAYS = ("logging", "pydantic.main", "torch.distributed")
 # Variables, parameters and attributes of ours that hold an object of vLLM's, by the file they do so in.
 HOLDERS = {
     "engine/adapter.py": ("runner", "vllm_config", "scheduler_output", "request", "params", "group", "groups", "pipeline"),
     "engine/admission.py": ("processor", "params"),
     "engine/compat.py": ("self", "vllm_config"),
     "engine/engine_config.py": ("vllm_config", "model", "parallel", "scheduler", "envs"),
+    "engine/http.py": ("serving",),
     "engine/outputs.py": ("scheduler_output", "model_runner_output", "output", "outputs", "state", "completion", "result"),
     "engine/pipeline.py": ("runner", "intermediate_tensors", "received", "output", "group"),
     "engine/runner_v1.py": ("runner", "scheduler_output", "sampler"),

@@ -19,7 +19,7 @@ from typing import Any
 import wrapt
 
 from vllm_entropix._version import __version__
-from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, NAMES
+from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
 from vllm_entropix.engine.plugin import DISABLE, disabled
 from vllm_entropix.engine.sources import Sources
 
@@ -72,6 +72,8 @@ class Patch:
         try:
             module = importlib.import_module(self.module)
         except ImportError as error:
+            if self.module in LATER:
+                return None  # this vLLM has nothing to patch
             return f"{self.module} can't be imported: {error}"
         for name in self.owners or (None,):
             owner = module if name is None else getattr(module, name, None)
@@ -459,6 +461,8 @@ def problems_of_sources(root: Path) -> list[str]:
     sources = Sources(root)
     found = _attribute_problems(sources)
     for module, functions in {**FUNCTIONS, **FUNCTIONS_OF_SERVERS}.items():
+        if module in LATER and sources.names(module) is None:
+            continue
         for qualified, parameters in functions.items():
             has = sources.parameters(module, qualified)
             found += (

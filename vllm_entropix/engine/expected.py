@@ -99,16 +99,24 @@ FUNCTIONS_OF_SERVERS: Functions = {
     },
 }
 
+# Endpoints that came after the first version of vLLM in our range, which has no such module.
+LATER = frozenset({"vllm.entrypoints.generate.structured_decisions.serving"})
+
 # Module → names that are imported from it, or looked up in it.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm": ("LLM", "SamplingParams"),
     "vllm.config": ("VllmConfig", "set_current_vllm_config"),
     "vllm.distributed.parallel_state": ("get_pp_group", "get_tp_group"),
     "vllm.engine.arg_utils": ("EngineArgs", "AsyncEngineArgs"),
+    "vllm.entrypoints.anthropic.api_router": ("JSONResponse",),
+    "vllm.entrypoints.openai.chat_completion.api_router": ("JSONResponse",),
+    "vllm.entrypoints.openai.completion.api_router": ("JSONResponse",),
+    "vllm.entrypoints.openai.responses.api_router": ("JSONResponse",),
+    "vllm.entrypoints.scale_out.token_in_token_out.api_router": ("JSONResponse",),
     "vllm.envs": ("VLLM_USE_RUST_FRONTEND",),
     "vllm.exceptions": ("VLLMValidationError",),
     "vllm.logger": ("init_logger",),
-    "vllm.sampling_params": ("SamplingParams",),
+    "vllm.sampling_params": ("RequestOutputKind", "SamplingParams"),
     "vllm.sequence": ("IntermediateTensors",),
     "vllm.tokenizers": ("cached_tokenizer_from_config",),
     "vllm.utils.argparse_utils": ("FlexibleArgumentParser",),
@@ -180,6 +188,12 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "vllm.logger": {
         "_VllmLogger": ("warning_once",),
     },
+    "vllm.entrypoints.generate.base.serving": {
+        "GenerateBaseServing": ("_with_kv_transfer_rejection_cleanup", "engine_client"),
+    },
+    "vllm.entrypoints.serve.engine.serving": {
+        "BaseServing": ("create_error_response",),
+    },
     "vllm.entrypoints.llm": {
         "LLM": ("llm_engine",),
     },
@@ -191,6 +205,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "RequestOutput": ("finished", "outputs"),
     },
     "vllm.sampling_params": {
+        "RequestOutputKind": ("DELTA",),
         "SamplingParams": ("clone", "extra_args", "min_p", "temperature", "top_k", "top_p"),
     },
     "vllm.sequence": {

@@ -103,7 +103,9 @@ async def _stream(chunks: AsyncGenerator[Any, None], collected: Collected) -> As
 
 def _resolved(serving: Any) -> dict[str, Any] | None:
     """Our settings in the configuration of the engine that serves; None if it doesn't run entropix."""
-    additional = serving.engine_client.vllm_config.additional_config
+    # vLLM 0.33 keeps the client of the decisions' endpoint further down.
+    client = serving.engine_client if hasattr(serving, "engine_client") else serving.strategy.context.engine_client
+    additional = client.vllm_config.additional_config
     return additional.get(RESOLVED) if isinstance(additional, dict) else None
 
 

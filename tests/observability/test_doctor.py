@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,8 @@ from vllm_entropix._version import __version__
 from vllm_entropix.cli import checks, doctor, repairs
 from vllm_entropix.cli.demo import shipped_model
 from vllm_entropix.cli.main import app
-from vllm_entropix.engine import compat
+from vllm_entropix.config import ConfigError
+from vllm_entropix.engine import compat, expected
 
 
 def run(*arguments):
@@ -285,3 +287,18 @@ def test_settings_that_cant_be_had(given):
     assert status == 1
     assert "✗ --sampler-config: " in told
     assert "1 broken" in told
+
+
+def test_another_vllm_is_checked_by_its_sources(tmp_path):
+    import vllm
+
+    status, told = run("--vllm-sources", str(Path(vllm.__file__).parents[1]))
+    assert (status, told) == (0, f"{len(expected.MODULES)} modules have what this package uses.\n")
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("from vllm.entrypoints.llm import LLM\n")
+    status, told = run("--vllm-sources", str(tmp_path))
+    assert status == 1
+    assert "vllm has no name SamplingParams\n" in told
+    assert all("is missing" in line or "has no" in line for line in told.splitlines())
+    with pytest.raises(ConfigError, match=r"has no vllm/__init__\.py; give the folder of an unpacked wheel or of a checkout$"):
+        CliRunner().invoke(app, ["doctor", "--vllm-sources", str(tmp_path / "vllm")], catch_exceptions=False)

@@ -46,7 +46,7 @@ HOLDERS = {
     "attention/paged_keys.py": ("layer",),
     "cli/calibrate.py": ("llm",),
     "cli/demo.py": ("llm",),
-    "cli/doctor.py": ("plain", "config"),
+    "cli/doctor.py": ("plain",),
 }
 # Of tensors, arrays, containers and modules, as which vLLM's objects end.
 _PLAIN = {name for kind in (torch.Tensor, torch.nn.Module, np.ndarray, dict, list, str, set, bytes, type) for name in dir(kind)}

@@ -347,3 +347,5 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "LogitsContext": ("expanded_idx_mapping", "idx_mapping_np", "expanded_local_pos", "input_ids", "pos"),
     },
 }
+
+MODULES = frozenset({*FUNCTIONS, *FUNCTIONS_OF_SERVERS, *NAMES, *ATTRIBUTES})

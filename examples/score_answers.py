@@ -28,9 +28,9 @@ def scores(line: TraceLine) -> dict[str, float]:
     """Scores of an answer; all of them grow with uncertainty.
 
     Returns:
-        ``mean_entropy`` and ``max_entropy`` in bits, ``unsure`` (share of tokens outside LELV), and ``surprise``: mean
-        surprisal in bits of the tokens whose probability is known, because they are among the recorded alternatives. Forced tokens
-        don't count, the model didn't choose them. NaN where nothing was recorded.
+        ``mean_entropy`` and ``max_entropy`` in bits; ``unsure``, the share of tokens outside LELV; ``surprise``, the mean
+        surprisal in bits of the tokens whose probability is known, because they are among the recorded alternatives. Forced
+        tokens don't count, the model didn't choose them. NaN where nothing was recorded.
     """
     records = [record for record in line.records if not record.forced]
     entropies = [record.entropy for record in records if record.entropy is not None]

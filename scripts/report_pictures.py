@@ -15,11 +15,13 @@ from playwright.sync_api import Page, sync_playwright
 
 
 def photograph(page: Page, report: Path, picture: Path, sequence: str, token: str) -> None:
-    """The report with a sequence chosen and the details of its first token of this text shown."""
+    """The report with the sequence of this id chosen and the details of its first token of this text shown."""
     page.goto(report.resolve().as_uri())
     page.wait_for_selector("html[data-ready]")
-    page.locator("#sequences [role=option]", has=page.get_by_text(sequence, exact=True)).click()
-    page.locator(".pane h2", has_text=sequence).wait_for()
+    page.locator("#filter").fill(sequence)
+    page.locator("#sequences [role=option]").first.click()
+    page.locator(".pane .id", has_text=sequence).wait_for()
+    page.locator("#filter").fill("")
     page.wait_for_selector(".along .main-svg")
     page.locator(".text bdi", has_text=token).first.hover()
     page.wait_for_timeout(500)

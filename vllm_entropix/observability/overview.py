@@ -46,6 +46,18 @@ def first_words(text: str) -> str:
     return (whole if len(whole) > TITLE_CHARACTERS // 2 else words[: TITLE_CHARACTERS - 2]) + " …"
 
 
+def _last_words(text: str, characters: int) -> str:
+    """The end of a text, from a space on where it is cut."""
+    end = text[-characters:]
+    return end if len(text) <= characters else end[max(0, end.find(" ")) :]
+
+
+def _next_words(text: str, characters: int) -> str:
+    """The beginning of a text, up to a space where it is cut."""
+    begin = text[:characters]
+    return begin if len(text) <= characters else begin[: begin.rfind(" ")] if " " in begin else begin
+
+
 def answer_start(line: TraceLine, characters: int = 8 * TITLE_CHARACTERS) -> str:
     """How the generated text begins."""
     return "".join(line.texts)[:characters]
@@ -119,8 +131,8 @@ class Overview:
                     regime=REGIMES.index(entry.regime),
                     varentropy=entry.varentropy,
                     text="".join(line.texts[place : place + 1]),
-                    before="".join(line.texts[max(0, place - before) : place])[-before:],
-                    behind="".join(line.texts[place + 1 : place + 1 + behind])[:behind],
+                    before=_last_words("".join(line.texts[max(0, place - before) : place]), before),
+                    behind=_next_words("".join(line.texts[place + 1 : place + 1 + behind]), behind),
                 )
             )
         return found

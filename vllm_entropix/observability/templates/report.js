@@ -717,7 +717,7 @@
   function drawUncertain() {
     const rows = report.uncertain.map(({ sequence, token, regime, entropy, varentropy, text, before, behind }) => {
       const shown = make("b", { className: `tinted ${regimes[regime].name}` }, make("bdi", {}, ...visible(text)));
-      const link = make("a", { href: `#s${sequence + 1}t${token + 1}` }, make("bdi", {}, ...visible(before)), shown, make("bdi", {}, ...visible(behind)));
+      const link = make("a", { href: `#s${sequence + 1}t${token + 1}` }, before && make("bdi", {}, ...visible(before)), shown, behind && make("bdi", {}, ...visible(behind)));
       return make("tr", {}, make("td", { className: "number", textContent: shownNumber(entropy) }), make("td", { className: "number", textContent: shownNumber(varentropy) }),
         make("td", {}, make("b", { className: `tinted ${regimes[regime].name}`, textContent: regimes[regime].name })), make("td", { className: "context" }, link),
         make("td", { className: "title" }, make("bdi", {}, ...visible(nameOf(sequences[sequence])))));

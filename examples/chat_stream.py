@@ -11,6 +11,7 @@ Needs the openai client, which comes with vLLM.
 
 import argparse
 import sys
+from typing import Any
 
 import openai
 from rich.console import Console
@@ -20,11 +21,11 @@ from vllm_entropix.client import ASK, StreamTraces, trace_of
 from vllm_entropix.observability.terminal import FORCED_STYLE, STYLES, legend, printable
 
 
-def stream(client: openai.OpenAI, model: str, question: str, max_tokens: int, console: Console) -> StreamTraces:
+def stream(client: openai.OpenAI, question: str, console: Console, **parameters: Any) -> StreamTraces:
     """Print the answer as it comes, each piece in the colour of its last token's regime; returns its records."""
     traces = StreamTraces()
     chunks = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], max_tokens=max_tokens, stream=True, extra_body=ASK
+        messages=[{"role": "user", "content": question}], stream=True, extra_body=ASK, **parameters
     )
     for chunk in chunks:
         traces.add(chunk)
@@ -46,12 +47,13 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of the server (default: %(default)s)")
     parser.add_argument("--model", help="default: the first that the server has")
     parser.add_argument("--max-tokens", type=int, default=160)
+    parser.add_argument("--seed", type=int, help="of the draws (default: another each time)")
     options = parser.parse_args()
     client = openai.OpenAI(base_url=options.url, api_key="none", max_retries=0)
     console = Console(highlight=False)
     try:
         model = options.model or client.models.list().data[0].id
-        traces = stream(client, model, options.question, options.max_tokens, console)
+        traces = stream(client, options.question, console, model=model, max_tokens=options.max_tokens, seed=options.seed)
     except openai.APIConnectionError:
         sys.exit(f"no server answers at {options.url}; `python {sys.argv[0]} --help` shows how to start one")
     except openai.APIStatusError as error:

@@ -120,8 +120,7 @@ def summary_table(sequences: Sequence[TracedText], width: int) -> Table:
     )
     table.add_column("sequence", no_wrap=True, width=max(2, min(longest, _NAME_COLUMNS, room)))
     for heading, values in (columns | metrics | forced).items():
-        least = _needed((heading, values), 0) - 1
-        table.add_column(heading, justify="right", style=STYLES.get(heading, ""), no_wrap=True, min_width=least)
+        table.add_column(heading, justify="right", style=STYLES.get(heading, ""), no_wrap=True)
     for row in zip(names, *(columns | metrics | forced).values(), strict=True):
         table.add_row(*row)
     return table

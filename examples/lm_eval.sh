@@ -26,11 +26,12 @@ done
 command -v lm_eval >/dev/null || { echo "lm_eval isn't installed: pip install \"lm-eval[api]\"" >&2; exit 1; }
 listed=$(curl -fsS --max-time 10 "$url/v1/models") || { echo "no server answers at $url; $0 -h shows how to start one" >&2; exit 1; }
 [ -n "$model" ] || model=$(printf %s "$listed" | sed -n 's/.*"data":\[{"id":"\([^"]*\)".*/\1/p')
-here=$(cd "$(dirname "$0")" && pwd)
+case $output in /*) ;; *) output=$PWD/$output ;; esac
+cd "$(dirname "$0")/lm_eval_tasks" # where the task's file of problems is looked for
 
 for sampler in on off; do
     echo "== entropix $sampler"
-    lm_eval run --model local-chat-completions --apply_chat_template --tasks "$tasks" --include_path "$here/lm_eval_tasks" \
+    lm_eval --model local-chat-completions --apply_chat_template --tasks "$tasks" --include_path . \
         --model_args "base_url=$url/v1/chat/completions,model=$model,num_concurrent=8,max_retries=1,tokenized_requests=False" \
         --gen_kwargs "{\"temperature\": 0.666, \"top_p\": 0.9, \"vllm_xargs\": {\"entropix\": \"$sampler\"}}" \
         ${limit:+--limit "$limit"} --output_path "$output/entropix-$sampler"

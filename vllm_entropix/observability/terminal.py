@@ -119,7 +119,7 @@ def summary_table(sequences: Sequence[TracedText], width: int) -> Table:
         title="Regimes and metrics per sequence", title_justify="left", title_style="bold", padding=(0, 1, 0, padding - 1)
     )
     table.add_column("sequence", no_wrap=True, width=max(2, min(longest, _NAME_COLUMNS, room)))
-    for heading, values in (columns | metrics | forced).items():
+    for heading in columns | metrics | forced:
         table.add_column(heading, justify="right", style=STYLES.get(heading, ""), no_wrap=True)
     for row in zip(names, *(columns | metrics | forced).values(), strict=True):
         table.add_row(*row)

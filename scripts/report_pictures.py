@@ -22,6 +22,7 @@ def photograph(page: Page, report: Path, picture: Path, sequence: str, token: st
     page.locator("#sequences [role=option]").first.click()
     page.locator(".pane .id", has_text=sequence).wait_for()
     page.locator("#filter").fill("")
+    page.locator("#filter").blur()
     page.wait_for_selector(".along .main-svg")
     page.locator(".text bdi", has_text=token).first.hover()
     page.wait_for_timeout(500)
@@ -39,7 +40,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for scheme in ("light", "dark"):
-            page = browser.new_page(viewport={"width": 1360, "height": 900}, color_scheme=scheme)
+            page = browser.new_page(viewport={"width": 1360, "height": 1020}, color_scheme=scheme)
             photograph(page, arguments.report, arguments.folder / f"report-{scheme}.png", arguments.sequence, arguments.token)
         browser.close()
 

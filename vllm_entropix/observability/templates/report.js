@@ -221,7 +221,7 @@
   /** How probable the token was, in words. */
   function drawnFrom(data, token) {
     if (isNumber(data.probability[token])) return `probability ${percent(data.probability[token])}`;
-    if (isNumber(data.bound[token])) return `below the smallest shown (${percent(data.bound[token])})`;
+    if (isNumber(data.bound[token])) return `probability below the smallest shown (${percent(data.bound[token])})`;
     return "probability not recorded";
   }
 

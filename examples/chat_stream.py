@@ -56,7 +56,7 @@ def main() -> None:
         traces = stream(client, options.question, console, model=model, max_tokens=options.max_tokens, seed=options.seed)
     except openai.APIConnectionError:
         sys.exit(f"no server answers at {options.url}; `python {sys.argv[0]} --help` shows how to start one")
-    except openai.APIStatusError as error:
+    except openai.APIError as error:
         sys.exit(f"the server refused: {error.message}")
     tokens = traces[0].tokens
     if not tokens:

@@ -86,7 +86,7 @@ def main() -> None:
                 print(f"  greedy goes on after token {place}")
     except openai.APIConnectionError:
         sys.exit(f"no server answers at {options.url}; `python {sys.argv[0]} --help` shows how to start one")
-    except openai.APIStatusError as error:
+    except openai.APIError as error:
         sys.exit(f"the server refused: {error.message}")
     print(f"\n{same} of {len(prompts)} answers are the same")
 

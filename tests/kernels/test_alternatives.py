@@ -8,7 +8,7 @@ from vllm_entropix.kernels.cpu.alternatives import largest_of_rows
 
 def largest(logits, count):
     values, token_ids = torch.empty(len(logits), count), torch.empty(len(logits), count, dtype=torch.int64)
-    largest_of_rows(logits.numpy(), values.numpy(), token_ids.numpy(), 0, len(logits))
+    largest_of_rows(logits.numpy(), logits.logsumexp(-1).numpy(), values.numpy(), token_ids.numpy(), 0, len(logits))
     return values, token_ids
 
 

@@ -24,7 +24,8 @@ PRESETS = EntropixConfig.preset_names()
 def decision_of(logits, parameters):
     nothing = torch.full((len(logits),), torch.nan)
     metrics = Metrics(*[nothing] * 6)
-    return Decision(torch.full((len(logits),), 4), parameters, nothing, metrics, nothing, logits, "corrected")
+    log_normaliser = LogitsMetrics.from_logits(logits).log_normaliser
+    return Decision(torch.full((len(logits),), 4), parameters, nothing, metrics, log_normaliser, logits, "corrected")
 
 
 @PROPERTY
@@ -63,7 +64,7 @@ def test_draws(data, logits, forcing):
 @given(strange_rows.logits(), st.integers(1, 20))
 def test_alternatives(logits, count):
     count = min(count, logits.shape[1])
-    values, token_ids = batch._largest_by_cpu_kernel(logits, count)
+    values, token_ids = batch._largest_by_cpu_kernel(logits, LogitsMetrics.from_logits(logits).log_normaliser, count)
     want = filters.candidates(logits, count)
     torch.testing.assert_close(values, want.logits, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(token_ids, want.token_ids)

@@ -248,6 +248,7 @@ def _write_by_cpu_kernel(logits: Tensor, decision: Decision, forced: Tensor, sam
         parameters.top_k.numpy(),
         parameters.min_p.numpy(),
         parameters.samples.numpy(),
+        decision.log_normaliser.numpy(),
         forced.numpy(),
         sampled.numpy(),
     )
@@ -271,20 +272,20 @@ def _alternatives(logits: Tensor, decision: Decision, count: int, kernels: bool)
     if not count:
         return None
     if kernels and kernels_for(logits.device) == "numba" and logits.dtype == torch.float32:
-        values, token_ids = _largest_by_cpu_kernel(logits, count)
+        values, token_ids = _largest_by_cpu_kernel(logits, decision.log_normaliser, count)
     else:
         values, token_ids = logits.topk(count, dim=-1)
     return token_ids, (values.to(decision.log_normaliser.dtype) - decision.log_normaliser.unsqueeze(-1)).exp()
 
 
-def _largest_by_cpu_kernel(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _largest_by_cpu_kernel(logits: Tensor, log_normaliser: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The same as ``topk``."""
     from vllm_entropix.kernels.cpu.alternatives import largest_of_rows
     from vllm_entropix.kernels.cpu.threads import share_rows
 
     rows, vocabulary = logits.shape
     values, token_ids = logits.new_empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
-    arguments = logits.numpy(), values.numpy(), token_ids.numpy()
+    arguments = logits.numpy(), log_normaliser.numpy(), values.numpy(), token_ids.numpy()
     share_rows(np.full(rows, vocabulary), lambda first, last: largest_of_rows(*arguments, first, last))
     return values, token_ids
 

@@ -11,12 +11,14 @@ from vllm_entropix.kernels.cpu.distribute import largest_beside_nan, largest_tok
 
 
 @compiled()
-def largest_of_rows(logits: Any, values: Any, token_ids: Any, first_row: int, last_row: int) -> None:
+def largest_of_rows(logits: Any, log_normaliser: Any, values: Any, token_ids: Any, first_row: int, last_row: int) -> None:
     """Fill ``values`` float32 and ``token_ids`` int64, both ``[rows, count]``, of rows ``first_row`` to ``last_row - 1``.
 
-    Descending, NaN first, equal ones by ascending id.
+    Descending, NaN first, equal ones by ascending id. ``log_normaliser`` ``[rows]`` isn't finite where there is NaN.
     """
     count = values.shape[1]
     for row in range(first_row, last_row):
-        if largest_tokens(logits[row], count, np.float32(-np.inf), values[row], token_ids[row]) == 0:
+        if np.isfinite(log_normaliser[row]):
+            largest_tokens(logits[row], count, np.float32(-np.inf), values[row], token_ids[row])
+        else:
             largest_beside_nan(logits[row], count, values[row], token_ids[row])

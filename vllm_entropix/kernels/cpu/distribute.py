@@ -48,17 +48,14 @@ def _rise(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
 def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: Any) -> int:
     """The ``count`` largest logits of at least ``threshold``, descending, equal ones by ascending id; how many there are.
 
-    Tokens are seen by ascending id, so of equal ones at the border the first seen stay. None if a logit is NaN.
+    Tokens are seen by ascending id, so of equal ones at the border the first seen stay. No logit is NaN.
     """
     size = 0
     for start in range(0, logits.shape[0], _STRETCH):
         stop = min(start + _STRETCH, logits.shape[0])
         # Most have nothing to offer, and their largest is found by vector instructions.
-        highest = largest(logits[start:stop])
-        if highest < threshold:
+        if largest(logits[start:stop]) < threshold:
             continue
-        if highest != highest:
-            return 0
         for token in range(start, stop):
             value = logits[token]
             if not value >= threshold:
@@ -82,7 +79,7 @@ def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: An
 
 @compiled()
 def largest_beside_nan(logits: Any, count: int, values: Any, ids: Any) -> None:
-    """The ``count`` largest logits of a row that may have NaN, which counts as larger than all else; as ``largest_tokens``."""
+    """As ``largest_tokens``, of a row that may have NaN, which counts as larger than all else; there are ``count``."""
     taken = np.zeros(logits.shape[0], dtype=np.bool_)
     for place in range(count):
         best = -1
@@ -114,6 +111,7 @@ def distribute_rows(
     top_k: Any,
     min_p: Any,
     samples: Any,
+    log_normaliser: Any,
     forced: Any,
     sampled: Any,
     first_row: int,
@@ -128,6 +126,7 @@ def distribute_rows(
         top_k: int64 ``[rows]``.
         min_p: float32 ``[rows]``.
         samples: int64 ``[rows]``, draws of which the most probable is kept.
+        log_normaliser: float32 ``[rows]``; not finite where the largest logit isn't, or one is NaN.
         forced: int64 ``[rows]``, token forced here, or -1.
         sampled: bool ``[rows]``; other rows are left alone.
         first_row: where to begin.
@@ -149,20 +148,19 @@ def distribute_rows(
             line[:] = -np.inf
             line[forced[row]] = 0.0
             continue
+        if not np.isfinite(log_normaliser[row]):
+            largest_beside_nan(line, 1, value, token)
+            line[:] = -np.inf
+            line[token[0]] = 0.0
+            continue
         t = np.float64(temperature[row]) if temperature[row] > 0 else 1.0
         # What min_p drops needn't be looked at. A little lower, so that rounding here decides nothing.
         threshold = np.float32(-np.inf)
         if min_p[row] > 0.0:
             highest = np.float64(largest(line))
-            if np.isfinite(highest):
-                slack = 1e-3 * (1.0 + np.abs(highest))
-                threshold = np.float32(highest + t * np.log(np.float64(min_p[row])) - slack)
+            slack = 1e-3 * (1.0 + np.abs(highest))
+            threshold = np.float32(highest + t * np.log(np.float64(min_p[row])) - slack)
         count = largest_tokens(line, min(top_k[row], vocabulary), threshold, value, token)
-        if count == 0 or not np.isfinite(value[0]):
-            largest_beside_nan(line, 1, value, token)
-            line[:] = -np.inf
-            line[token[0]] = 0.0
-            continue
         total = weights[0] = 1.0
         kept = 1
         # Descending, so whatever min_p drops stands at the end.

@@ -27,9 +27,7 @@ _P0, _P1, _P2, _P3, _P4, _P5 = (
     for p in (5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4)
 )
 _ABOVE_SIGN = np.int32(0x7FFFFFFF)
-_SMALLEST, _LARGEST = np.int32(-(2**31)), np.int32(2**31 - 1)
-# As `_ordered` gives -inf: below it are the NaN whose sign is set, above +inf the others.
-_LOWEST_NUMBER = np.int32(-0x7F800001)
+_SMALLEST = np.int32(-(2**31))
 
 
 # No reassociation here: adding and subtracting the rounder would cancel.
@@ -53,10 +51,8 @@ def _ordered(bits: Any) -> Any:
 
 @compiled()
 def largest(numbers: Any) -> Any:
-    """The largest of float32 ``[n]``, at least one; NaN if one is."""
-    found, least = _SMALLEST, _LARGEST
+    """The largest of float32 ``[n]``, at least one; if some are NaN, NaN or the largest of the others."""
+    found = _SMALLEST
     for i in range(numbers.shape[0]):
-        order = _ordered(np.float32(numbers[i]).view(np.int32))
-        found = max(found, order)
-        least = min(least, order)
-    return np.float32(np.nan) if least < _LOWEST_NUMBER else np.int32(_ordered(found)).view(np.float32)
+        found = max(found, _ordered(np.float32(numbers[i]).view(np.int32)))
+    return np.int32(_ordered(found)).view(np.float32)

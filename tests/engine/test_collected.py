@@ -2,15 +2,17 @@
 
 import asyncio
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fastapi.responses import JSONResponse
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_entropix.engine import compat
-from vllm_entropix.engine.answers import chunk_with_traces
+from vllm_entropix.engine.answers import chunk_with_traces, with_traces, wrap_json_response
 from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.outputs import TRACED, merge_traces, receive_records
 from vllm_entropix.observability.schema import ChoiceTrace
@@ -193,3 +195,46 @@ def test_events_without_choices():
         for kind in kinds
     ]
     assert [len(event["entropix"]["tokens"]) if "entropix" in event else None for event in told] == [None, 2, None, 0]
+
+
+def test_a_large_answer_leaves_the_event_loop_to_others():
+    """64 choices of 900 tokens: whoever else is served waits for less than a second."""
+    choices, tokens, alternatives = 64, 900, 5
+    one = record(0.5) + np.arange(2 * alternatives, dtype="<f4").tobytes()
+    trace = TokenTrace(len(one))
+    trace.extend(one * tokens, tokens)
+    gaps, sent = [], []
+
+    async def send(message):
+        sent.append(message)
+
+    async def others(answered):
+        while not answered.is_set():
+            start = time.perf_counter()
+            await asyncio.sleep(0.01)
+            gaps.append(time.perf_counter() - start)
+
+    async def serve():
+        found = Collected(choices, choices * tokens)
+
+        async def engine():
+            outputs = [completion(index, list(range(tokens)), trace[:]) for index in range(choices)]
+            yield SimpleNamespace(outputs=outputs)
+
+        async for _ in found.noting(engine()):
+            pass
+        answered = asyncio.Event()
+        watch = asyncio.create_task(others(answered))
+        await with_traces(None, found, of_server=True)
+        content = {"choices": [{"index": index, "text": ""} for index in range(choices)]}
+        await wrap_json_response(JSONResponse)(content)({"type": "http"}, None, send)
+        answered.set()
+        await watch
+
+    asyncio.run(serve())
+    body = b"".join(message.get("body", b"") for message in sent)
+    assert dict(sent[0]["headers"])[b"content-length"] == str(len(body)).encode()
+    told = json.loads(body)["choices"]
+    assert [len(choice["entropix"]["tokens"]) for choice in told] == [tokens] * choices
+    assert told[5]["entropix"]["tokens"][7]["alternatives"][1] == [1, 6.0]
+    assert max(gaps) < 1, max(gaps)

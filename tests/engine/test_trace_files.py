@@ -1,16 +1,23 @@
 """Traces on disk of real engines: offline, over HTTP, on a disk that is full."""
 
 import concurrent.futures
+import copy
+import dataclasses
+import json
+import pickle
 import resource
 import stat
+import subprocess
 import sys
 import time
 import tracemalloc
 import urllib.request
 
+import cloudpickle
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoTokenizer
 
 from tests.support.dashboards import metric_names
 from tests.support.engine import close_engine, engine, generate, scheduler_of
@@ -38,7 +45,9 @@ def written(path):
 def traced(tiny, tmp_path_factory):
     """An engine that writes traces, and where."""
     path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
-    return engine(tiny, sampler="entropix", sampler_config={"trace": {"path": str(path), "max_tokens": 20}}), path
+    return engine(
+        tiny, sampler="entropix", sampler_config={"trace": {"path": str(path), "max_tokens": 20, "prompts": True}}
+    ), path
 
 
 def test_a_line_per_traced_sequence(traced):
@@ -63,6 +72,7 @@ def test_a_line_per_traced_sequence(traced):
         assert line.finish_reason == completion.finish_reason == "length"
         assert line.prompt_hash == prompt_hash(output.prompt_token_ids)
         assert line.prompt_tokens == len(output.prompt_token_ids)
+        assert line.prompt == output.prompt
         assert [entry.model_dump() for entry in line.records] == [
             {**record.to_dict(), "token_id": token, "alternatives": list(record.alternatives)}
             for token, record in zip(completion.token_ids, completion.entropix_trace, strict=False)
@@ -76,6 +86,64 @@ def test_a_line_per_traced_sequence(traced):
     assert lines[outputs[3].request_id, 0].not_kept == 10
     assert set(lines[outputs[4].request_id, 0].texts) == {""}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def nothing_allowed(tokenizer):
+    """What a client can ask for that leaves no token a finite logit."""
+    token = tokenizer.encode("a", add_special_tokens=False)[0]
+    return [
+        {"allowed_token_ids": [token], "bad_words": [tokenizer.decode([token])], "ignore_eos": True},
+        {"allowed_token_ids": [tokenizer.eos_token_id], "min_tokens": 4},
+    ]
+
+
+def test_rows_without_a_finite_logit_spoil_no_file(traced):
+    from vllm import SamplingParams
+
+    llm, path = traced
+    before = len(written(path))
+    params = [SamplingParams(max_tokens=5, extra_args=TRACED, **asked) for asked in nothing_allowed(llm.get_tokenizer())]
+    outputs = generate(llm, ["a"] * len(params), params)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    lines = {line.request_id: line for line in written(path)[before:]}
+    for output in outputs:
+        [completion] = output.outputs
+        first, *_ = completion.entropix_trace
+        assert first.entropy is None
+        assert json.loads(json.dumps(first.to_dict(), allow_nan=False))["entropy"] is None
+        assert [entry.entropy for entry in lines[output.request_id].records] == [
+            record.entropy for record in completion.entropix_trace
+        ]
+    assert all(line.records for line in lines.values())
+
+
+def test_outputs_are_values(traced, tmp_path):
+    """They go through pickle, copies and other processes, and what comes out is equal."""
+    from vllm import SamplingParams
+
+    llm, _ = traced
+    params = SamplingParams(max_tokens=30, n=2, ignore_eos=True, seed=1, extra_args=TRACED)
+    [output] = generate(llm, ["abc"], [params])
+    for again in (
+        pickle.loads(pickle.dumps(output)),
+        cloudpickle.loads(cloudpickle.dumps(output)),
+        copy.deepcopy(output),
+        copy.copy(output),
+    ):
+        assert again.outputs == output.outputs
+        for one, other in zip(again.outputs, output.outputs, strict=True):
+            assert list(one.entropix_trace) == list(other.entropix_trace)
+            assert (len(one.entropix_trace), one.entropix_trace.not_kept) == (20, 10)
+    changed = dataclasses.replace(output.outputs[0], text="changed")
+    assert changed.entropix_trace == output.outputs[0].entropix_trace
+    assert changed != output.outputs[0]
+    assert repr(output.outputs[0]).startswith("CompletionOutput(index=0")
+    path = tmp_path / "output"
+    path.write_bytes(cloudpickle.dumps(output))
+    script = "import pickle, sys; [print(*c.entropix_trace, sep='\\n') for c in pickle.load(open(sys.argv[1], 'rb')).outputs]"
+    told = subprocess.run([sys.executable, "-c", script, path], check=True, timeout=180, capture_output=True, text=True).stdout
+    assert told.splitlines()[-40:] == [str(record) for completion in output.outputs for record in completion.entropix_trace]
 
 
 def test_a_full_disk_doesnt_stop_the_engine(traced):
@@ -227,6 +295,29 @@ def test_a_server_may_take_base_parameters_from_its_clients(two_servers):
     assert drawn(0.3, 0.6) != drawn(0.6, 0.6)
     assert drawn(0.3, 0.6, entropix_base="preset") == drawn(1.2, 1.0, entropix_base="preset")
     assert drawn(0.3, 0.6) != drawn(0.3, 0.6, entropix_base="preset")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_without_a_finite_logit_are_json(two_servers, stream):
+    url, folder = two_servers
+    for asked in nothing_allowed(AutoTokenizer.from_pretrained(shipped_model())):
+        body = {"model": "demo", "prompt": "a", "max_tokens": 5, "stream": stream, **ASK, **asked}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        text = urllib.request.urlopen(request).read().decode()
+        events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")] if stream else [text]
+        answers = [json.loads(event, parse_constant=pytest.fail) for event in events]
+        entries = [entry for answer in answers for choice in answer["choices"] for entry in choice["entropix"]["tokens"]]
+        assert entries[0]["entropy"] is None
+        saved = folder.parent / "answer"
+        saved.write_text(text, encoding="utf-8")
+        [line] = read_traces(saved)
+        assert [entry.token_id for entry in line.records] == [entry["token_id"] for entry in entries]
+    time.sleep(1.5)  # written a few times a second
+    for path in folder.iterdir():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            json.loads(line, parse_constant=pytest.fail)
 
 
 def test_every_metric_of_the_dashboard_and_the_alerts_is_exported(two_servers):

@@ -116,6 +116,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.envs": ("VLLM_USE_RUST_FRONTEND",),
     "vllm.exceptions": ("VLLMValidationError",),
     "vllm.logger": ("init_logger",),
+    "vllm.outputs": ("CompletionOutput",),
     "vllm.sampling_params": ("RequestOutputKind", "SamplingParams"),
     "vllm.sequence": ("IntermediateTensors",),
     "vllm.tokenizers": ("cached_tokenizer_from_config",),

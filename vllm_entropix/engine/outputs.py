@@ -8,9 +8,11 @@ when the sequence is finished, if the server's settings name a path.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_entropix.config import Trace
@@ -122,6 +124,13 @@ class EntropixSchedulerMixin:
         return carried
 
 
+@dataclass(repr=False)
+class TracedCompletion(CompletionOutput):  # type: ignore[misc]  # vLLM isn't typed here
+    """vLLM's CompletionOutput with its trace as a field, which ``dataclasses.replace`` keeps and ``==`` compares."""
+
+    entropix_trace: TokenTrace | None = None
+
+
 def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], Any]) -> Any:
     """Collect what came with a request's new tokens, and hang it on the outputs that are made of them.
 
@@ -166,6 +175,7 @@ def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], An
         for completion in result.outputs:
             trace = collected.get(completion.index)
             if trace is not None:
+                completion.__class__ = TracedCompletion
                 completion.entropix_trace = _handed_out(trace, completion, state.output_kind)
     return result
 

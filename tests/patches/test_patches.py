@@ -20,7 +20,8 @@ ROWS = dict(re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", (FOLDER / "README.md")
 
 
 def test_every_runtime_patch_has_its_source_patch():
-    assert set(ROWS) == {patch.name for patch in compat.PATCHES}
+    # An endpoint of 0.33 has no source in 0.32.
+    assert set(ROWS) == {patch.name for patch in compat.PATCHES if patch.module != "vllm.entrypoints.openai.decisions.serving"}
     files = {path.name for path in PATCHES}
     assert set(ROWS.values()) | {PATCHES[0].name} == files
 

@@ -257,6 +257,7 @@ _HANDLERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("speech_to_text.translation.serving", "OpenAIServingTranslation", "create_translation", {"carries_traces": False}),
     ("generate.generative_scoring.serving", "ServingGenerativeScoring", "create_generative_scoring", {"place": None}),
     ("generate.structured_decisions.serving", "ServingStructuredDecisions", "create_decision", {"place": None}),
+    ("openai.decisions.serving", "OpenAIServingDecisions", "create_decisions", {"place": None}),  # 0.33
 )
 
 PATCHES = (

@@ -88,6 +88,9 @@ FUNCTIONS_OF_SERVERS: Functions = {
     "vllm.entrypoints.generate.structured_decisions.serving": {
         "ServingStructuredDecisions.create_decision": ("self", "request", "raw_request"),
     },
+    "vllm.entrypoints.openai.decisions.serving": {
+        "OpenAIServingDecisions.create_decisions": ("self", "request", "raw_request"),
+    },
     "vllm.entrypoints.generate.beam_search.online": {
         "BeamSearchOnlineMixin.beam_search": ("self", "params"),
     },
@@ -100,7 +103,12 @@ FUNCTIONS_OF_SERVERS: Functions = {
 }
 
 # Endpoints that came after the first version of vLLM in our range, which has no such module.
-LATER = frozenset({"vllm.entrypoints.generate.structured_decisions.serving"})
+LATER = frozenset(
+    {
+        "vllm.entrypoints.generate.structured_decisions.serving",  # 0.32
+        "vllm.entrypoints.openai.decisions.serving",  # 0.33
+    }
+)
 
 # Module → names that are imported from it, or looked up in it.
 NAMES: Mapping[str, tuple[str, ...]] = {

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import chain, permutations
+from types import SimpleNamespace
 
 import pytest
 
@@ -503,3 +504,24 @@ def test_the_process_ends_in_one_line_and_status_1(tiny):
     assert ended.returncode == 1
     assert ended.stderr.strip().splitlines()[-1].startswith("vllm-entropix: sampler config: base.top_p is 7")
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "refused"),
+    [
+        ({"entropix_trace": "on"}, "'entropix_trace' can't be had: this engine doesn't run entropix"),
+        ({"other": 1, "entropix_temprature": 1}, "entropix_temprature"),
+        ({"entropix": "off", "other": 1}, None),
+        ({"other": 1}, None),
+        (None, None),
+    ],
+)
+def test_settings_that_nobody_would_read_are_refused(extra_args, refused):
+    from vllm import SamplingParams
+
+    from vllm_entropix.engine.admission import admit
+
+    plain = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))
+    refusal = pytest.raises(ValueError, match=re.escape(refused)) if refused else contextlib.nullcontext()
+    with refusal:
+        assert admit(plain, lambda: "validated", SamplingParams(extra_args=extra_args)) == "validated"

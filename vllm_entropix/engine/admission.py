@@ -7,10 +7,11 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_entropix.config import ConfigError
+from vllm_entropix.config import ConfigError, quoted
 from vllm_entropix.engine.engine_config import RESOLVED
 from vllm_entropix.engine.internal import is_internal
 from vllm_entropix.engine.outputs import COUNTED, TRACED, WRITTEN
+from vllm_entropix.engine.placement import is_ours
 from vllm_entropix.observability import prometheus
 from vllm_entropix.requests import GREEDY_BELOW, PREFIX, RequestSettings
 
@@ -35,15 +36,15 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
     _refuse_our_names(params)
     additional = processor.vllm_config.additional_config
     resolved = additional.get(RESOLVED) if isinstance(additional, dict) else None
-    if resolved is None or not hasattr(params, "extra_args"):
+    if resolved is None:
+        _refuse_unread(getattr(params, "extra_args", None))
+        return validate()
+    if not hasattr(params, "extra_args"):
         return validate()
     if is_internal():
         params.extra_args = {**(params.extra_args or {}), PREFIX: "off"}
         return validate()
-    try:
-        settings = RequestSettings.parse(params.extra_args)
-    except ConfigError as error:
-        raise RequestSettingsError(str(error)) from None
+    settings = _settings(params.extra_args)
     result = validate()
     if resolved["counted"]:
         preset = settings.preset or resolved["config"]["preset"]
@@ -51,6 +52,22 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
         if resolved["clarification"] is not None:
             prometheus.watch_clarification()
     return result
+
+
+def _settings(extra_args: Any) -> RequestSettings:
+    try:
+        return RequestSettings.parse(extra_args)
+    except ConfigError as error:
+        raise RequestSettingsError(str(error)) from None
+
+
+def _refuse_unread(extra_args: Any) -> None:
+    """Ask nothing of entropix where it doesn't run, but that it be off."""
+    asked = next((name for name in extra_args if is_ours(name)), None) if isinstance(extra_args, dict) else None
+    if asked is not None and _settings(extra_args).enabled:
+        raise RequestSettingsError(
+            f"{quoted(asked)} can't be had: this engine doesn't run entropix; give LLM(...) sampler='entropix', or leave it out"
+        )
 
 
 def _refuse_our_names(params: Any) -> None:

@@ -15,6 +15,7 @@ REQUESTS = [
     [PROMPTS[1], {**SAMPLED, "temperature": 0.8, "top_k": 20, "extra_args": {"entropix": "off"}}],
     [PROMPTS[2], GREEDY],
 ]
+SILENT = [[prompt, {name: value for name, value in params.items() if name != "extra_args"}] for prompt, params in REQUESTS]
 CONFIG = {"clarification": {"text": "hm?"}, "attention": {"layers": "all"}}
 
 
@@ -51,8 +52,8 @@ def test_switched_off_or_not_asked_for_nothing_differs(tiny):
         VLLM_ENTROPIX_DISABLE="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
     )
-    not_asked = generate_in_process(tiny, {}, REQUESTS, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    without = generate_in_process(tiny, {}, REQUESTS, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS="")
+    not_asked = generate_in_process(tiny, {}, SILENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    without = generate_in_process(tiny, {}, SILENT, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS="")
     assert asked_and_off == not_asked == without
     assert all(result["trace"] is None for result in without)
 

@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from tests.support.odd_values import LARGE, anything
 from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig, as_mapping
 
 PRESETS = ("jax-2024-10", "torch-2024-10")
@@ -424,12 +425,6 @@ def test_a_refused_setting_of_a_file_is_reported_with_the_file(tmp_path):
         EntropixConfig.from_file(path)
 
 
-HUGE = 10**5000  # Python writes no number as long as this
-
-
-LARGE = ["x" * 20_000_000, ["y" * 1_000_000] * 100, {"z" * 1_000_000: 1}, b"w" * 1_000_000, HUGE]
-
-
 @pytest.mark.parametrize("value", LARGE, ids=["text", "list", "table", "bytes", "number"])
 def test_an_error_repeats_no_more_than_a_hundred_characters_of_a_value(value):
     for settings in (
@@ -451,19 +446,6 @@ def test_an_error_repeats_no_more_than_a_hundred_characters_of_a_value(value):
         assert len(refusal(value)) < 350
         assert len(refusal(f"{value}/x.toml")) < 350
         assert len(refusal(f"{value}.yaml")) < 350
-
-
-anything = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.none().map(lambda _: HUGE)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 @hypothesis.settings(max_examples=300, deadline=None)

@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.odd_values import HUGE, LARGE, anything
 from vllm_entropix.config import ConfigError, EntropixConfig
 from vllm_entropix.requests import RequestSettings
 
 KEYS = [str(field.alias) for field in RequestSettings.model_fields.values()]
-HUGE = 10**5000  # Python writes no number as long as this
-LARGE = ["x" * 20_000_000, ["y" * 1_000_000] * 100, {"z" * 1_000_000: 1}, b"w" * 1_000_000, HUGE]
 
 OWN = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125}
 
@@ -102,19 +101,6 @@ def test_an_error_repeats_no_more_than_a_hundred_characters_of_a_value(key, valu
     message = refusal({key: value})
     assert message.startswith(f"{key} is ")
     assert len(message) < 100 + 150
-
-
-anything = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.none().map(lambda _: HUGE)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 @settings(max_examples=300, deadline=None)

@@ -99,7 +99,7 @@ def main() -> None:
     add_out(parser)
     options = parser.parse_args()
     if options.model is None:
-        from vllm_entropix.cli.demo import shipped_model
+        from vllm_entropix.demo_model import shipped_model
 
         options.model = str(shipped_model())
     common = {

@@ -26,7 +26,7 @@ def main() -> None:
     quiet()
     from vllm import LLM, SamplingParams
 
-    from vllm_entropix.cli.demo import shipped_model
+    from vllm_entropix.demo_model import shipped_model
 
     llm = LLM(
         str(shipped_model()),

@@ -110,7 +110,7 @@ def run(llm: Any, requests: int, options: argparse.Namespace, extra: dict[str, A
 
 def main() -> None:
     """Parse, measure, print."""
-    from vllm_entropix.cli.demo import shipped_model
+    from vllm_entropix.demo_model import shipped_model
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
     parser.add_argument("--model", default=str(shipped_model()), help="model folder or name (default: the shipped one)")

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from vllm_entropix.cli.demo import shipped_model
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.trace import traces
 
 

@@ -50,7 +50,7 @@ def answers_of_the_shipped_model(samples: int) -> Iterator[TraceLine]:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "TORCHDYNAMO_DISABLE": "1"}
     from vllm import LLM, SamplingParams
 
-    from vllm_entropix.cli.demo import shipped_model
+    from vllm_entropix.demo_model import shipped_model
 
     settings = as_mapping(str(shipped_model() / "entropix.toml"))
     llm = LLM(

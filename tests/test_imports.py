@@ -99,6 +99,11 @@ def test_importing_the_science_does_not_load_vllm(module):
     assert "vllm" not in loaded
 
 
+def test_asking_for_the_shipped_model_loads_no_terminal():
+    # Ray replicas do, and workers.
+    assert not loaded_by("from vllm_entropix.demo_model import shipped_model") & {*HEAVY, "typer", "rich"}
+
+
 def test_public_names_are_there_and_load_what_they_need():
     for name in vllm_entropix.__all__:
         assert getattr(vllm_entropix, name) is not None

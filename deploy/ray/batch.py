@@ -28,7 +28,7 @@ from ray.data.checkpoint import CheckpointBackend, CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
-from vllm_entropix.cli.demo import shipped_model
+from vllm_entropix.demo_model import shipped_model
 
 # Workers get the functions below with their definitions, so that no node but the driver's needs this file.
 if __name__ != "__main__":

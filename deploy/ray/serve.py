@@ -39,7 +39,7 @@ from ray.serve.llm.deployment import LLMServer
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-from vllm_entropix.cli.demo import shipped_model
+from vllm_entropix.demo_model import shipped_model
 
 # Replicas get the classes below with their definitions, so that no node but the one that deploys needs this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

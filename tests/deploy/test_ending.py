@@ -18,7 +18,7 @@ import pytest
 from tests.support import confined, server
 from tests.support.deployments import DEPLOY, environment, health_command, rendered, replica
 from tests.support.engine import close_engine
-from vllm_entropix.cli.demo import shipped_model
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.tracefile import read_traces
 
 pytestmark = pytest.mark.engine

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.engine import close_engine, engine, generate
-from vllm_entropix.cli.demo import shipped_model
 from vllm_entropix.config import EntropixConfig
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.trace import REGIMES
 
 pytestmark = pytest.mark.engine

@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.engine import close_engine, engine
 from tests.support.server import run_vllm, serve
-from vllm_entropix.cli.demo import shipped_model
 from vllm_entropix.client import ASK, StreamTraces, trace_of
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.tracefile import read_traces
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # read when it is imported; otherwise it asks the network for prices

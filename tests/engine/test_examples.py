@@ -12,7 +12,7 @@ import pytest
 from tests.support import ray_cluster
 from tests.support.engine import close_engine
 from tests.support.server import environment, result_of, serve
-from vllm_entropix.cli.demo import shipped_model
+from vllm_entropix.demo_model import shipped_model
 
 pytestmark = pytest.mark.engine
 

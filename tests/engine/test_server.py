@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.engine import close_engine
 from tests.support.server import serve
-from vllm_entropix.cli.demo import shipped_model
 from vllm_entropix.client import ASK, StreamTraces, trace_of
+from vllm_entropix.demo_model import shipped_model
 
 pytestmark = pytest.mark.engine
 

@@ -27,7 +27,7 @@ SURE = {"thresholds": {"lelv": {"entropy_below": 64.0, "varentropy_below": 4096.
 SPREAD = {"thresholds": {"lelv": {"entropy_below": 0.0}}, "adaptive": {"samples": 2}}
 LOST = {"lelv": {"entropy_below": 0.0}, "helv": {"entropy_above": 0.0, "varentropy_below": 4096.0}}
 DEMO = Path(vllm_entropix.__file__).parent / "demo_model"
-# Its small sibling, hardly trained (examples/demo_model/train.py --size draft): often wrong.
+# Its small sibling, hardly trained (tools/demo_model/train.py --size draft): often wrong.
 DRAFT = Path(__file__).parents[1] / "data" / "draft_model"
 DRAFT_MODEL = {
     "method": "draft_model",

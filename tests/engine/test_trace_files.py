@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 from tests.support.dashboards import metric_names
 from tests.support.engine import close_engine, engine, generate, scheduler_of
 from tests.support.server import generate_in_process, serve
-from vllm_entropix.cli.demo import shipped_model
 from vllm_entropix.client import ASK, StreamTraces, trace_of
 from vllm_entropix.config import ConfigError
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import disk
 from vllm_entropix.observability.trace import FIELDS
 from vllm_entropix.observability.tracefile import prompt_hash, read_traces

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_entropix.cli.demo import shipped_model
 from vllm_entropix.config import ConfigError, EntropixConfig, Trace
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import background, disk
 from vllm_entropix.observability.trace import FIELDS, REGIMES, TokenTrace
 from vllm_entropix.observability.tracefile import TraceLine, read_traces

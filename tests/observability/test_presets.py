@@ -17,10 +17,10 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from vllm_entropix.cli.demo import shipped_model
 from vllm_entropix.cli.main import app
 from vllm_entropix.cli.presets import settings, toml
 from vllm_entropix.config import ConfigError, EntropixConfig
+from vllm_entropix.demo_model import shipped_model
 
 COMMAND = [sys.executable, "-m", "vllm_entropix", "presets"]
 NAMES = [name for name, _, _ in settings(EntropixConfig())]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from deploy.ray import batch
 from tests.support import ray_cluster
 from tests.support.engine import close_engine
-from vllm_entropix.cli.demo import shipped_model
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.tracefile import read_traces
 
 pytestmark = pytest.mark.engine

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from vllm_entropix.cli.demo import Prompt, load_prompts, shipped_model
+from vllm_entropix.cli.demo import Prompt, load_prompts
 from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.terminal import MEANINGS, STYLES, printable
 from vllm_entropix.observability.trace import FIELDS, REGIMES, traces
 

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +20,7 @@ from rich.text import Text
 
 from vllm_entropix._version import __version__
 from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.report import Source, write_report
 from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table
 from vllm_entropix.observability.tokens import token_texts
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
 MODES = ("entropix", "greedy", "plain")
-
-
-def shipped_model() -> Path:
-    """Folder of the model that comes with this package."""
-    return Path(str(files("vllm_entropix") / "demo_model"))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from vllm_entropix.cli import checks
 from vllm_entropix.cli.checks import Check, State
-from vllm_entropix.cli.demo import shipped_model
 from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping, quoted
+from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.engine import compat, expected
 
 _SIGNS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "note": ("•", "yellow"), "broken": ("✗", "bold red")}

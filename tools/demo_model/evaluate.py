@@ -1,6 +1,6 @@
 """Measures a trained demo model on held-out text: perplexity, accuracy, regimes, and the designed places.
 
-python examples/demo_model/evaluate.py --model vllm_entropix/demo_model --output examples/demo_model/evaluation.json
+python tools/demo_model/evaluate.py --model vllm_entropix/demo_model --output tools/demo_model/evaluation.json
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Run it to read a few documents::
 
-    python examples/demo_model/corpus.py --family story --count 3
+    python tools/demo_model/corpus.py --family story --count 3
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trains the demo model (or its small sibling) from nothing: corpus, tokenizer, model.
 
-python examples/demo_model/train.py --output vllm_entropix/demo_model
+python tools/demo_model/train.py --output vllm_entropix/demo_model
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes the model card and the showcase prompts of the shipped model from what was measured.
 
-python examples/demo_model/card.py --model vllm_entropix/demo_model --evaluation examples/demo_model/evaluation.json
+python tools/demo_model/card.py --model vllm_entropix/demo_model --evaluation tools/demo_model/evaluation.json
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ knows nothing of the world.
 Every figure below is as measured on {date}, {machine}, {computed_in}, by
 
 ```
-python examples/demo_model/evaluate.py --model vllm_entropix/demo_model --output examples/demo_model/evaluation.json
+python tools/demo_model/evaluate.py --model vllm_entropix/demo_model --output tools/demo_model/evaluation.json
 ```
 
 ## Shape
@@ -122,7 +122,7 @@ python examples/demo_model/evaluate.py --model vllm_entropix/demo_model --output
 `LlamaForCausalLM`, {layers} layers, hidden size {hidden}, {heads} query heads and {kv_heads} key/value heads of
 {head_dim}, vocabulary {vocabulary} (byte-level BPE, single digits), up to {length} tokens, tied embeddings, bfloat16.
 Trained on {tokens:.1f} million tokens ({steps} steps; Muon for matrices, AdamW for the rest;
-bfloat16 autocast). How: `examples/demo_model/README.md`.
+bfloat16 autocast). How: `tools/demo_model/README.md`.
 
 ## Held-out worked problems, greedy decoding
 

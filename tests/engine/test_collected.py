@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_entropix.engine import compat
+from vllm_entropix.engine import patches
 from vllm_entropix.engine.answers import chunk_with_traces, with_traces, wrap_json_response
 from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.outputs import TRACED, merge_traces, receive_records
@@ -170,7 +170,7 @@ def test_outputs_that_vllm_joins(aggregate):
             request_id="r", prompt=None, prompt_token_ids=[], prompt_logprobs=None, outputs=list(completions), finished=False
         )
 
-    compat.install()
+    patches.install()
     joined = output(traced(0, [1, 2]))
     later = traced(0, [3])
     joined.add(output(later, traced(1, [7])), aggregate=aggregate)

@@ -15,7 +15,8 @@ from vllm_entropix.cli import checks, doctor, repairs
 from vllm_entropix.cli.main import app
 from vllm_entropix.config import ConfigError
 from vllm_entropix.demo_model import shipped_model
-from vllm_entropix.engine import compat, expected
+from vllm_entropix.engine import expected, patches
+from vllm_entropix.engine.patching import Patch
 
 
 def run(*arguments):
@@ -35,7 +36,7 @@ def test_here_all_is_well():
     status, told = run("demo", "--sampler-config", '{"attention": {"layers": "all"}}')
     assert status == 0, told
     assert "Nothing is broken" in told
-    for patch in compat.PATCHES:
+    for patch in patches.PATCHES:
         assert patch.name in told
     for words in ("vllm-entropix", "model runner", "attention backend", "CPU_ATTN", "supported with these settings"):
         assert words in told
@@ -46,7 +47,7 @@ def test_hooks_that_dont_hold(monkeypatch):
     from vllm.v1.engine.output_processor import RequestState
 
     monkeypatch.setattr(RequestState, "make_request_output", lambda self: None)
-    monkeypatch.setattr(compat.Patch, "install", lambda self: None)
+    monkeypatch.setattr(Patch, "install", lambda self: None)
     monkeypatch.setattr(checks, "installed", lambda fix: iter(()))
     status, told = run()
     assert status == 1

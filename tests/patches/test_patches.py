@@ -12,7 +12,7 @@ import pytest
 from tests.support.engine import close_engine, engine, generate
 from tests.support.models import tiny_llama
 from tests.support.server import environment, generate_in_process, run_vllm
-from vllm_entropix.engine import compat
+from vllm_entropix.engine import patches
 
 FOLDER = Path(__file__).resolve().parents[2] / "patches"
 PATCHES = sorted((FOLDER / "0.32").glob("*.patch"))
@@ -22,7 +22,7 @@ OF_033 = "vllm.entrypoints.openai.decisions.serving"
 
 
 def test_every_runtime_patch_has_its_source_patch():
-    assert set(ROWS) == {patch.name for patch in compat.PATCHES if patch.module != OF_033}
+    assert set(ROWS) == {patch.name for patch in patches.PATCHES if patch.module != OF_033}
     files = {path.name for path in PATCHES}
     assert set(ROWS.values()) | {PATCHES[0].name} == files
 
@@ -64,8 +64,8 @@ _NOTHING_REPLACED = f"""
 import importlib
 import vllm_entropix
 import vllm
-from vllm_entropix.engine import compat
-for patch in compat.PATCHES:
+from vllm_entropix.engine import patches
+for patch in patches.PATCHES:
     if patch.module == {OF_033!r}:
         continue
     module = importlib.import_module(patch.module)

@@ -34,7 +34,7 @@ _ALWAYS = ("logging", "pydantic.main", "torch.distributed")
 HOLDERS = {
     "engine/adapter.py": ("runner", "vllm_config", "scheduler_output", "request", "params", "group", "groups", "pipeline"),
     "engine/admission.py": ("processor", "params"),
-    "engine/compat.py": ("self", "vllm_config"),
+    "engine/patches.py": ("self", "vllm_config"),
     "engine/engine_config.py": ("vllm_config", "model", "parallel", "scheduler", "envs"),
     "engine/http.py": ("serving",),
     "engine/outputs.py": ("scheduler_output", "model_runner_output", "output", "outputs", "state", "completion", "result"),

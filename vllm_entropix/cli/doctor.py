@@ -18,7 +18,7 @@ from vllm_entropix.cli import checks
 from vllm_entropix.cli.checks import Check, State
 from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping, quoted
 from vllm_entropix.demo_model import shipped_model
-from vllm_entropix.engine import compat, expected
+from vllm_entropix.engine import expected, patches, vllm_check
 
 _SIGNS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "note": ("•", "yellow"), "broken": ("✗", "bold red")}
 
@@ -88,7 +88,7 @@ def _sources(folder: Path) -> None:
         raise ConfigError(
             f"{quoted(str(folder))} has no vllm/__init__.py; give the folder of an unpacked wheel or of a checkout"
         )
-    missing = compat.problems_of_sources(folder)
+    missing = vllm_check.problems_of_sources(folder)
     for problem in missing:
         typer.echo(problem)
     if missing:
@@ -163,18 +163,18 @@ def _import() -> Iterator[Check]:
 
 
 def _hooks() -> Iterator[Check]:
-    compat.install()
-    for patch in compat.PATCHES:
+    patches.install()
+    for patch in patches.PATCHES:
         if patch.package is not None and find_spec(patch.package) is None:
             yield Check(patch.name, "ok", f"not needed without {patch.package}")
             continue
         missing = patch.missing()
-        cure = f"install a vLLM in {compat.SUPPORTED}, without the other plugin" if missing else ""
+        cure = f"install a vLLM in {vllm_check.SUPPORTED}, without the other plugin" if missing else ""
         yield Check(patch.name, "broken" if missing else "ok", missing or "in place", cure)
     # After the servers' modules were imported, so that these are looked at, too.
-    mismatches = compat.problems()
+    mismatches = vllm_check.problems()
     for mismatch in mismatches:
-        yield Check("expected of vLLM", "broken", mismatch, f"install a vLLM in {compat.SUPPORTED}")
+        yield Check("expected of vLLM", "broken", mismatch, f"install a vLLM in {vllm_check.SUPPORTED}")
     if not mismatches:
         yield Check("expected of vLLM", "ok", f"{len(expected.MODULES)} modules have what the adapters use")
 

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 
 from vllm_entropix._version import __version__
 from vllm_entropix.config import MAX_CLARIFICATION_TOKENS, ConfigError, EntropixConfig, as_mapping, quoted
-from vllm_entropix.engine import compat
+from vllm_entropix.engine import vllm_check
 from vllm_entropix.engine.arguments import KEY, FromCommandLine
 from vllm_entropix.engine.subclasses import SCHEDULER, WORKER, qualified_name
 from vllm_entropix.observability import disk, hints
@@ -141,10 +141,10 @@ def _refuse_odd_keys(additional: Mapping[str, Any]) -> None:
 
 
 def _refuse_unsupported(vllm_config: VllmConfig, config: EntropixConfig) -> None:
-    mismatches = compat.problems()
+    mismatches = vllm_check.problems()
     if mismatches:
         raise ConfigError(
-            f"vllm-entropix {__version__} works with vLLM {compat.SUPPORTED}, but of this one {'; '.join(mismatches)}; "
+            f"vllm-entropix {__version__} works with vLLM {vllm_check.SUPPORTED}, but of this one {'; '.join(mismatches)}; "
             "install a version in this range, or start without --sampler entropix"
         )
     for unsupported, feature, way_out in _gate(vllm_config):

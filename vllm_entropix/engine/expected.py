@@ -1,7 +1,7 @@
 """What this package uses of vLLM: functions with the parameters that must be there, attributes of classes, names of modules.
 
-``compat.problems`` checks it before an engine starts. Whoever makes an adapter use something new writes it down here, and
-tests/test_compat.py fails until then.
+``vllm_check.problems`` checks it before an engine starts. Whoever makes an adapter use something new writes it down here, and
+tests/test_vllm_check.py fails until then.
 """
 
 from __future__ import annotations

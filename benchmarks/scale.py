@@ -146,8 +146,8 @@ def fleet(options: argparse.Namespace) -> dict[str, Any]:
     from prometheus_client import REGISTRY, generate_latest
 
     from vllm_entropix.observability import prometheus
-    from vllm_entropix.observability.schema import TokenEntry
-    from vllm_entropix.observability.trace import TokenRecord
+    from vllm_entropix.records.schema import TokenEntry
+    from vllm_entropix.records.trace import TokenRecord
 
     prometheus._counting()
     ours = [family for family in REGISTRY.collect() if family.name.startswith("entropix_")]

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from vllm_entropix.demo_model import shipped_model
-from vllm_entropix.observability.trace import traces
+from vllm_entropix.records.trace import traces
 
 
 class Engine:

@@ -12,13 +12,14 @@ import vllm_entropix
 
 PACKAGE = Path(vllm_entropix.__file__).parent
 ROOT = PACKAGE.name
-WITHOUT_VLLM = ("sampling", "kernels", "attention")
+WITHOUT_VLLM = ("sampling", "kernels", "attention", "records", "observability")
 HEAVY = ("torch", "vllm", "numpy", "pydantic", "transformers", "triton")
 
 # engine → attention, sampling → kernels: what the modules of a folder may import of the package.
 SETTINGS = {"config", "_version"}
 MAY_IMPORT = {
     "config": SETTINGS,
+    "records": SETTINGS | {"records"},
     "kernels": SETTINGS | {"kernels"},
     "sampling": SETTINGS | {"kernels", "sampling"},
     "attention": SETTINGS | {"kernels", "sampling", "attention"},
@@ -162,3 +163,42 @@ def test_no_arrow_points_back(folder):
         if parts[0] == ROOT and (len(parts) == 1 or parts[1] not in MAY_IMPORT[folder]):
             forbidden.append((module, name))
     assert forbidden == []
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next, and the last the first; empty if there are none such.
+
+    Args:
+        arrows: module → modules that it imports.
+    """
+    left = dict(arrows)
+    while True:
+        # Whoever imports none of those that are left is in no circle.
+        done = {module for module, targets in left.items() if not targets & left.keys()}
+        if not done:
+            break
+        left = {module: targets for module, targets in left.items() if module not in done}
+    found: list[str] = []
+    module = next(iter(left), None)
+    while module is not None and module not in found:
+        found.append(module)
+        module = next(iter(sorted(left[module] & left.keys())))
+    return found[found.index(module) :] if module is not None else []
+
+
+def test_circles_are_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": {"b"}, "d": set()}) in (["b", "c"], ["c", "b"])
+
+
+@pytest.mark.parametrize("folders", [("records", "observability", "client")])
+def test_there_is_no_circle(folders):
+    """Not even one that a late import cuts."""
+    known = {module for folder in folders for module, _ in modules(folder)}
+    arrows: dict[str, set[str]] = {module: set() for module in known}
+    for module, name in (pair for folder in folders for pair in imported(folder)):
+        # A name in a module is an import of the module.
+        target = name if name in known else name.rpartition(".")[0]
+        if target in known and target != module:
+            arrows[module].add(target)
+    assert circle(arrows) == []

@@ -10,7 +10,7 @@ from vllm_entropix.engine.plugin import register as _register
 
 if TYPE_CHECKING:
     from vllm_entropix.config import ConfigError, EntropixConfig
-    from vllm_entropix.observability.trace import TokenRecord, TokenTrace, traces
+    from vllm_entropix.records.trace import TokenRecord, TokenTrace, traces
 
 __all__ = ["ConfigError", "EntropixConfig", "TokenRecord", "TokenTrace", "__version__", "traces"]
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(config, name)
     if name in ("TokenRecord", "TokenTrace", "traces"):
-        from vllm_entropix.observability import trace
+        from vllm_entropix.records import trace
 
         return getattr(trace, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

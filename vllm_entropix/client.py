@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_entropix.observability.schema import ChoiceTrace, TokenEntry
+from vllm_entropix.records.schema import ChoiceTrace, TokenEntry
 
 __all__ = ["ASK", "ChoiceTrace", "StreamTraces", "TokenEntry", "trace_of"]
 

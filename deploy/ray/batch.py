@@ -66,7 +66,7 @@ class Stage(vLLMEngineStageUDF):
     def _of_output(self, output: Any) -> dict[str, Any]:
         from vllm_entropix import EntropixConfig
         from vllm_entropix.config import as_mapping
-        from vllm_entropix.observability.tracefile import TraceLine
+        from vllm_entropix.records.line import TraceLine
 
         [completion] = output.outputs
         trace = getattr(completion, "entropix_trace", None)

@@ -15,8 +15,8 @@ from vllm_entropix.engine import patches
 from vllm_entropix.engine.answers import chunk_with_traces, with_traces, wrap_json_response
 from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.outputs import TRACED, merge_traces, receive_records
-from vllm_entropix.observability.schema import ChoiceTrace
-from vllm_entropix.observability.trace import FIELDS, TokenTrace
+from vllm_entropix.records.schema import ChoiceTrace
+from vllm_entropix.records.trace import FIELDS, TokenTrace
 
 WIDTH = 4 * len(FIELDS)
 

@@ -26,8 +26,9 @@ from vllm_entropix.client import ASK, StreamTraces, trace_of
 from vllm_entropix.config import ConfigError
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import disk
-from vllm_entropix.observability.trace import FIELDS
-from vllm_entropix.observability.tracefile import prompt_hash, read_traces
+from vllm_entropix.observability.tracefile import read_traces
+from vllm_entropix.records.line import prompt_hash
+from vllm_entropix.records.trace import FIELDS
 
 pytestmark = pytest.mark.engine
 

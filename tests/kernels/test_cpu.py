@@ -18,7 +18,7 @@ from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_p
 from vllm_entropix.kernels import cpu
 from vllm_entropix.kernels.cpu import threads
 from vllm_entropix.kernels.cpu.elementary import exponential, largest
-from vllm_entropix.observability.trace import FIELDS
+from vllm_entropix.records.trace import FIELDS
 from vllm_entropix.sampling import AttentionStatistics, EntropixSampler
 from vllm_entropix.sampling.batch import BatchSampler, Rows
 from vllm_entropix.sampling.constants import Constants

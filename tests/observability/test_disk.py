@@ -19,8 +19,9 @@ import pytest
 from vllm_entropix.config import ConfigError, EntropixConfig, Trace
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import background, disk
-from vllm_entropix.observability.trace import FIELDS, REGIMES, TokenTrace
-from vllm_entropix.observability.tracefile import TraceLine, read_traces
+from vllm_entropix.observability.tracefile import read_traces
+from vllm_entropix.records.line import TraceLine
+from vllm_entropix.records.trace import FIELDS, REGIMES, TokenTrace
 
 ALTERNATIVES = 3
 

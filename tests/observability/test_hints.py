@@ -7,7 +7,7 @@ import pytest
 
 from vllm_entropix.config import EntropixConfig
 from vllm_entropix.observability.hints import WATCHED, Watch, never_forced
-from vllm_entropix.observability.trace import FIELDS, REGIMES
+from vllm_entropix.records.trace import FIELDS, REGIMES
 
 VOCABULARY = 512  # 9 bits
 CLARIFICATION = {"text": "hm?"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_entropix.observability import background, prometheus
-from vllm_entropix.observability.trace import FIELDS
+from vllm_entropix.records.trace import FIELDS
 
 
 class Panic(BaseException):

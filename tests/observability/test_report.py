@@ -21,7 +21,7 @@ from vllm_entropix.config import ConfigError
 from vllm_entropix.observability import terminal
 from vllm_entropix.observability.report import COLOURS, Source, report, write_report
 from vllm_entropix.observability.terminal import TracedText, summary_table
-from vllm_entropix.observability.trace import REGIMES
+from vllm_entropix.records.trace import REGIMES
 
 WORDS = ["Once", " upon", " a", " time", ",", "\n", "there", " lived", " a", " fox"]
 ATTACKS = [

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.traces import line, varied, written
-from vllm_entropix.observability.tracefile import TraceFileError, prompt_hash, read_traces
+from vllm_entropix.observability.tracefile import TraceFileError, read_traces
+from vllm_entropix.records.line import prompt_hash
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from tests.support.traces import CONFIG, line, varied, written
 from vllm_entropix.cli.main import app
 from vllm_entropix.config import ConfigError, EntropixConfig
-from vllm_entropix.observability.trace import REGIMES
 from vllm_entropix.observability.whatif import transitions
+from vllm_entropix.records.trace import REGIMES
 
 WIDER = EntropixConfig.preset(thresholds={"helv": {"varentropy_below": 4.5}, "lelv": {"varentropy_below": 0.01}})
 

@@ -21,7 +21,7 @@ from vllm_entropix.cli.demo import Prompt, load_prompts
 from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.terminal import MEANINGS, STYLES, printable
-from vllm_entropix.observability.trace import FIELDS, REGIMES, traces
+from vllm_entropix.records.trace import FIELDS, REGIMES, traces
 
 if TYPE_CHECKING:
     from vllm import LLM

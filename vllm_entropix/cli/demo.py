@@ -23,9 +23,9 @@ from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.report import Source, write_report
 from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table
-from vllm_entropix.observability.tokens import token_texts
-from vllm_entropix.observability.trace import traces
-from vllm_entropix.observability.tracefile import TraceLine
+from vllm_entropix.records.line import TraceLine
+from vllm_entropix.records.tokens import token_texts
+from vllm_entropix.records.trace import traces
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams

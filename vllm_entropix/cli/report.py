@@ -15,7 +15,7 @@ from rich.text import Text
 from vllm_entropix.observability.overview import sequence_title
 from vllm_entropix.observability.report import Source, write_report
 from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table
-from vllm_entropix.observability.tracefile import TraceLine
+from vllm_entropix.records.line import TraceLine
 
 PROMPT_CHARACTERS = 1200  # of a prompt in the terminal
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel
 
-from vllm_entropix.observability.schema import ChoiceTrace
-from vllm_entropix.observability.tracefile import TraceLine
+from vllm_entropix.records.line import TraceLine
+from vllm_entropix.records.schema import ChoiceTrace
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

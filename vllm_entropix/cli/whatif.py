@@ -13,9 +13,9 @@ from rich.table import Table
 
 from vllm_entropix.config import EntropixConfig
 from vllm_entropix.observability.terminal import STYLES
-from vllm_entropix.observability.trace import REGIMES
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.observability.whatif import Transitions, transitions
+from vllm_entropix.records.trace import REGIMES
 
 
 def whatif(

@@ -7,9 +7,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_entropix.observability.encoding import choice_json, choice_values
-from vllm_entropix.observability.schema import Bound
-from vllm_entropix.observability.trace import TokenTrace
+from vllm_entropix.records.choice import choice_json, choice_values
+from vllm_entropix.records.schema import Bound
+from vllm_entropix.records.trace import TokenTrace
 
 
 @dataclass(frozen=True)

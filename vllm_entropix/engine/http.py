@@ -1,7 +1,7 @@
 """Endpoints that draw tokens: settings are read or refused, and whoever asks gets traces; all others get vLLM's own bytes.
 
 A handler of vLLM's server is wrapped. What it asks of the engine is noted while it runs, and put as a field ``entropix``
-(``observability.schema.ChoiceTrace``) into each choice of its answer, or into the answer itself if that has no choices.
+(``records.schema.ChoiceTrace``) into each choice of its answer, or into the answer itself if that has no choices.
 """
 
 from __future__ import annotations

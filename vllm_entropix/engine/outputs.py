@@ -18,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm_entropix.config import Trace
 from vllm_entropix.engine.engine_config import Resolved
 from vllm_entropix.observability import disk, prometheus
-from vllm_entropix.observability.trace import RECORD_BYTES, TokenTrace
+from vllm_entropix.records.trace import RECORD_BYTES, TokenTrace
 from vllm_entropix.requests import RequestSettings
 
 # Request id → (is it traced?, rows, their records one after the other).

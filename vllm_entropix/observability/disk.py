@@ -1,8 +1,8 @@
 """Writes traces to disk from the frontend, in a thread of its own: whatever the disk does, no step waits for it.
 
-A sequence that finished is queued as it is, in bytes; the thread makes a line of it (the JSON of ``tracefile.TraceLine``) and
-writes what has gathered a few times a second. Lines that can't be written are dropped and counted. So are those that find more
-than ``trace.queue_megabytes`` waiting.
+A sequence that finished is queued as it is, in bytes; the thread makes a line of it (the JSON of ``records.line.TraceLine``)
+and writes what has gathered a few times a second. Lines that can't be written are dropped and counted. So are those that find
+more than ``trace.queue_megabytes`` waiting.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pydantic_core import to_json
 from vllm_entropix.config import ConfigError, Trace
 from vllm_entropix.observability import prometheus
 from vllm_entropix.observability.background import Background
-from vllm_entropix.observability.encoding import PART, entries_json
-from vllm_entropix.observability.tokens import token_texts
-from vllm_entropix.observability.trace import FIELDS, TokenTrace
-from vllm_entropix.observability.tracefile import VERSION, prompt_hash
+from vllm_entropix.records.encoding import PART, entries_json
+from vllm_entropix.records.line import VERSION, prompt_hash
+from vllm_entropix.records.tokens import token_texts
+from vllm_entropix.records.trace import FIELDS, TokenTrace
 
 FLUSH_SECONDS = 0.5
 # How long the end of a process waits for a disk that takes nothing.
@@ -56,7 +56,7 @@ class Prompt:
     """What a line tells of a prompt, and what it takes to tell it.
 
     Attributes:
-        hash: see ``tracefile.prompt_hash``.
+        hash: see ``records.line.prompt_hash``.
         tokens: their number.
         text: None unless ``trace.prompts`` is on.
         token_ids: where there is no text, to make it of; None unless ``trace.prompts`` is on.
@@ -86,7 +86,7 @@ class Finished:
     """A sequence that finished, in few bytes.
 
     Attributes:
-        label: what a line says of the engine and the settings, as :class:`~.tracefile.TraceLine` names it.
+        label: what a line says of the engine and the settings, as :class:`~vllm_entropix.records.line.TraceLine` names it.
         request_id: of the request.
         index: number of the sequence in its request.
         prompt: what is told of it.

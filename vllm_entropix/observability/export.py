@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_entropix.config import ConfigError
-from vllm_entropix.observability.schema import TokenEntry
-from vllm_entropix.observability.trace import REGIMES, traces
-from vllm_entropix.observability.tracefile import TraceLine, read_traces
+from vllm_entropix.observability.tracefile import read_traces
+from vllm_entropix.records.line import TraceLine
+from vllm_entropix.records.schema import TokenEntry
+from vllm_entropix.records.trace import REGIMES, traces
 
 if TYPE_CHECKING:
     import pandas

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from vllm_entropix.config import EntropixConfig
-from vllm_entropix.observability.trace import FIELDS, REGIMES
+from vllm_entropix.records.trace import FIELDS, REGIMES
 
 # Tokens after which it is said that none was forced.
 WATCHED = 1000

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_entropix.observability.fields import REGIMES
-from vllm_entropix.observability.tracefile import TraceLine
+from vllm_entropix.records.fields import REGIMES
+from vllm_entropix.records.line import TraceLine
 
 TITLE_CHARACTERS = 64
 UNCERTAIN_TOKENS = 40

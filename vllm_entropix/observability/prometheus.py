@@ -16,7 +16,7 @@ import numpy as np
 from vllm_entropix.observability import ray_metrics
 from vllm_entropix.observability.background import Background
 from vllm_entropix.observability.hints import Watch
-from vllm_entropix.observability.trace import FIELDS, REGIMES
+from vllm_entropix.records.trace import FIELDS, REGIMES
 
 FLUSH_SECONDS = 0.2
 ENTROPY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)

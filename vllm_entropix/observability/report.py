@@ -24,11 +24,12 @@ import numpy as np
 
 from vllm_entropix._version import __version__
 from vllm_entropix.config import ConfigError
-from vllm_entropix.observability.fields import REGIMES
 from vllm_entropix.observability.overview import Overview, answer_start, interest, sequence_title
-from vllm_entropix.observability.schema import TokenEntry
 from vllm_entropix.observability.terminal import MEANINGS
-from vllm_entropix.observability.tracefile import TraceLine, read_traces
+from vllm_entropix.observability.tracefile import read_traces
+from vllm_entropix.records.fields import REGIMES
+from vllm_entropix.records.line import TraceLine
+from vllm_entropix.records.schema import TokenEntry
 
 # The charts are plotly.js's smallest bundle: the one that Python's plotly brings takes a browser a second longer to start.
 TEMPLATES = ("report.html.j2", "report.css", "report.js", "plotly/plotly-basic.min.js")

@@ -11,8 +11,8 @@ from statistics import fmean
 from rich.table import Table
 from rich.text import Text
 
-from vllm_entropix.observability.schema import TokenEntry
-from vllm_entropix.observability.trace import REGIMES, TokenRecord
+from vllm_entropix.records.schema import TokenEntry
+from vllm_entropix.records.trace import REGIMES, TokenRecord
 
 # Colours that differ in lightness as well as in hue, for the colour-blind and for terminals with few colours.
 STYLES = {

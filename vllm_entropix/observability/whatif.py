@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_entropix.config import ConfigError, EntropixConfig
-from vllm_entropix.observability.trace import REGIMES
-from vllm_entropix.observability.tracefile import TraceLine
+from vllm_entropix.records.line import TraceLine
+from vllm_entropix.records.trace import REGIMES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_entropix.observability.fields import ALTERNATIVES, DESCRIPTIONS, MAX_FLOAT32, VERSION
-from vllm_entropix.observability.trace import TokenRecord, TokenTrace
+from vllm_entropix.records.fields import ALTERNATIVES, DESCRIPTIONS, MAX_FLOAT32, VERSION
+from vllm_entropix.records.trace import TokenRecord, TokenTrace
 
 # What every reader of JSON takes as a whole number, and what a float32 holds.
 TokenId = Annotated[int, Field(ge=0, le=2**53 - 1)]

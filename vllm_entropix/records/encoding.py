@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic_core import to_json
 
-from vllm_entropix.observability.fields import FIELDS, REGIMES, TABLE, VERSION
-
-if TYPE_CHECKING:
-    from vllm_entropix.observability.trace import TokenTrace
+from vllm_entropix.records.fields import FIELDS, REGIMES, TABLE
 
 # Tokens that are encoded without letting other threads run: about a millisecond.
 PART = 128
@@ -58,31 +55,6 @@ def entries_json(token_ids: Sequence[int], values: np.ndarray) -> Iterator[bytes
         part = to_json(entry_values(token_ids[start : start + PART], values[start : start + PART]))[1:-1]
         yield b"," + part if start else part
         time.sleep(0)
-
-
-def choice_values(token_ids: Sequence[int], trace: TokenTrace, bound: str | None = None) -> dict[str, Any]:
-    """What :class:`~.schema.ChoiceTrace` describes, as JSON values.
-
-    Args:
-        token_ids: at least as many as the trace has records.
-        trace: of these tokens, in a stream those since the last chunk.
-        bound: the setting that left tokens out.
-    """
-    tokens = entry_values(token_ids[: len(trace)], trace.values())
-    return {"version": VERSION, "tokens": tokens, "not_kept": trace.not_kept, "bound": bound}
-
-
-def choice_json(token_ids: Sequence[int], trace: TokenTrace, bound: str | None = None) -> Iterator[bytes]:
-    """The same as parts of JSON; other threads run in between.
-
-    Args:
-        token_ids: see :func:`choice_values`.
-        trace: see :func:`choice_values`.
-        bound: see :func:`choice_values`.
-    """
-    yield b'{"version":%d,"tokens":[' % VERSION
-    yield from entries_json(token_ids[: len(trace)], trace.values())
-    yield b'],"not_kept":%d,"bound":%b}' % (trace.not_kept, to_json(bound))
 
 
 def _columns(values: np.ndarray) -> list[list[Any]]:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from vllm_entropix.engine.outputs import by_request
-from vllm_entropix.observability.encoding import choice_json, record_values
-from vllm_entropix.observability.fields import FIELDS, REGIMES, TABLE
-from vllm_entropix.observability.schema import ChoiceTrace, TokenEntry
-from vllm_entropix.observability.trace import RECORD_BYTES, TokenRecord, TokenTrace
+from vllm_entropix.records.choice import choice_json
+from vllm_entropix.records.encoding import record_values
+from vllm_entropix.records.fields import FIELDS, REGIMES, TABLE
+from vllm_entropix.records.schema import ChoiceTrace, TokenEntry
+from vllm_entropix.records.trace import RECORD_BYTES, TokenRecord, TokenTrace
 from vllm_entropix.sampling.batch import RECORD_FIELDS
 
 ALTERNATIVES = 5

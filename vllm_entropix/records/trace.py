@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
-from vllm_entropix.observability.fields import FIELDS, REGIMES
+from vllm_entropix.records.fields import FIELDS, REGIMES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +128,7 @@ class TokenTrace:
         return record
 
     def __iter__(self) -> Iterator[TokenRecord]:
-        from vllm_entropix.observability.encoding import record_values  # numpy, as above
+        from vllm_entropix.records.encoding import record_values  # numpy, as above
 
         for start in range(0, len(self), _CHUNK):
             for record in record_values(self[start : start + _CHUNK].values()):

@@ -11,8 +11,8 @@ from tests.observability.test_disk import records, sequence
 from vllm_entropix.cli.main import app
 from vllm_entropix.cli.schema import Format, schema_text
 from vllm_entropix.observability.disk import line_of
-from vllm_entropix.observability.schema import ChoiceTrace
-from vllm_entropix.observability.trace import TokenTrace
+from vllm_entropix.records.schema import ChoiceTrace
+from vllm_entropix.records.trace import TokenTrace
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

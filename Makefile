@@ -32,7 +32,7 @@ lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 site: setup ## build the documentation into site/
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache

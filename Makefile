@@ -7,11 +7,17 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BUILD ?= auto
 # extra arguments of pytest, as in: make test ARGS="-k golden"
 ARGS ?=
+# Tests that run side by side, on a CPU: one a core, up to four
+WORKERS ?= auto
 
-.PHONY: help setup demo test lint site clean
+# A file's tests share engines and servers. The order is that of tests/conftest.py, not by the number of tests in a file.
+side_by_side = -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+on_a_gpu = $(VENV)/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+
+.PHONY: help setup demo test test-fast lint site clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
 
 setup: ## make the virtual environment, if it isn't there
 	@$(PYTHON) scripts/set_up.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)" --build $(BUILD)
@@ -20,13 +26,16 @@ demo: setup ## run the shipped model in a real engine and show its tokens by reg
 	@$(VENV)/bin/vllm-entropix demo
 
 # On a CPU Model Runner V2 runs with interpreted kernels, in a pytest of its own; status 5 is "nothing selected by ARGS".
+# On a GPU one test at a time has its memory.
 test: setup ## run all tests
-	@status=0; \
-	if $(VENV)/bin/python -c "import sys, torch; sys.exit(torch.cuda.is_available())"; then \
-	  ENTROPIX_TEST_RUNNER=v2 $(VENV)/bin/python -m pytest -m both_runners $(ARGS) || [ $$? -eq 5 ] || status=1; \
-	fi; \
-	$(VENV)/bin/python -m pytest $(ARGS) || status=$$?; \
+	@if $(on_a_gpu); then exec $(VENV)/bin/python -m pytest $(ARGS); fi; \
+	status=0; \
+	ENTROPIX_TEST_RUNNER=v2 $(VENV)/bin/python -m pytest -m both_runners $(side_by_side) $(ARGS) || [ $$? -eq 5 ] || status=1; \
+	$(VENV)/bin/python -m pytest $(side_by_side) $(ARGS) || status=$$?; \
 	exit $$status
+
+test-fast: setup ## run the tests that start no engine
+	@$(VENV)/bin/python -m pytest -m "not engine and not gpu" $(side_by_side) $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -1,11 +1,14 @@
-"""What every test process needs before vLLM is imported."""
+"""What every test process needs before vLLM is imported, which tests run first, and which may start an engine."""
 
 import os
 
-from tests.support import runners
+import pytest
+
+from tests.support import fast, runners
 
 # Model Runner V2 with ENTROPIX_TEST_RUNNER=v2.
 runners.choose()
+fast.prepare()
 
 # In process: the tests look into the engine, and three imports less per engine.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -15,3 +18,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A thread for each of the tests that run side by side; vLLM would bind those of all engines to the same core.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def pytest_collection_modifyitems(items):
+    # Files with engines are the long ones; the others fill in at the end what is left of the cores.
+    long = {item.path for item in items if fast.may_start_an_engine(item)}
+    items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    fast.refuse_engines(not fast.may_start_an_engine(item))

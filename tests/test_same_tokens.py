@@ -128,5 +128,5 @@ def test_another_checkout_is_imported_with_its_own_entry_points(tmp_path: Path) 
     env = {**os.environ, **environment(PARTS["v1"], folder)}
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert json.loads(found.stdout) == [True, ["vllm_entropix:old"]]
-    (checkout / "vllm_entropix" / "__init__.py").write_text("old = False\n")
+    (checkout / "vllm_entropix" / "__init__.py").write_text("old = None\n")
     assert digest(checkout) != before

@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from tools.same_tokens.checkout import ROOT, CheckoutError, digest, environment, install
 from tools.same_tokens.parts import PARTS, Part
@@ -104,7 +104,7 @@ def _record(file: Path, checkout: Path, names: Sequence[str]) -> Recording:
 
 
 def _show(recording: Recording) -> None:
-    table = Table("part", "requests", "tokens", "records", "forced", "regimes", "digest")
+    table = Table("part", "requests", "tokens", "records", "forced", "regimes", Column("digest", no_wrap=True))
     for name, answers in recording.parts.items():
         one = Summary.of(answers)
         regimes = ", ".join(f"{regime} {count}" for regime, count in one.regimes.items())

@@ -155,7 +155,7 @@ def fleet(options: argparse.Namespace) -> dict[str, Any]:
     series = sum(len(family.samples) for family in ours) + 5 + options.presets
     scrape = len(b"".join(line + b"\n" for line in generate_latest().splitlines() if b"entropix_" in line))
     tokens = options.tokens_per_second * options.replicas
-    record = TokenRecord(**dict.fromkeys(TokenRecord.__dataclass_fields__) | EXAMPLE)
+    record = TokenRecord(**EXAMPLE)
     line = len(TokenEntry.of(12345, record).model_dump_json()) + len('"text",12345,')
     return {
         "replicas": options.replicas,

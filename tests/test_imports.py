@@ -21,8 +21,8 @@ MAY_IMPORT = {
     "config": SETTINGS,
     "records": SETTINGS | {"records"},
     "kernels": SETTINGS | {"kernels"},
-    "sampling": SETTINGS | {"kernels", "sampling"},
-    "attention": SETTINGS | {"kernels", "sampling", "attention"},
+    "sampling": SETTINGS | {"records", "kernels", "sampling"},
+    "attention": SETTINGS | {"records", "kernels", "sampling", "attention"},
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support.engine import close_engine, engine, generate
 from vllm_entropix.config import EntropixConfig
 from vllm_entropix.demo_model import shipped_model
-from vllm_entropix.records.trace import REGIMES
+from vllm_entropix.records.regimes import REGIMES
 
 pytestmark = pytest.mark.engine
 

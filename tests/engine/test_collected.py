@@ -15,16 +15,17 @@ from vllm_entropix.engine import patches
 from vllm_entropix.engine.answers import chunk_with_traces, with_traces, wrap_json_response
 from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.outputs import TRACED, merge_traces, receive_records
+from vllm_entropix.records.fields import names
 from vllm_entropix.records.schema import ChoiceTrace
-from vllm_entropix.records.trace import FIELDS, TokenTrace
+from vllm_entropix.records.trace import TokenTrace
 
-WIDTH = 4 * len(FIELDS)
+WIDTH = 4 * len(names())
 
 
 def record(entropy):
     """A record that is known by its entropy."""
-    values = np.zeros(len(FIELDS), "<f4")
-    values[FIELDS.index("entropy")] = entropy
+    values = np.zeros(len(names()), "<f4")
+    values[names().index("entropy")] = entropy
     return values.tobytes()
 
 

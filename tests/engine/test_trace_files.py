@@ -27,8 +27,8 @@ from vllm_entropix.config import ConfigError
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import disk
 from vllm_entropix.observability.tracefile import read_traces
+from vllm_entropix.records.fields import names
 from vllm_entropix.records.line import prompt_hash
-from vllm_entropix.records.trace import FIELDS
 
 pytestmark = pytest.mark.engine
 
@@ -193,7 +193,7 @@ def test_memory_per_traced_token(traced):
         tracemalloc.stop()
         return taken / (16 * requests)
 
-    record = 4 * (len(FIELDS) + 2 * 5)
+    record = 4 * (len(names()) + 2 * 5)
     assert record <= held(200) <= 1.5 * record
     # Nothing of requests that ended stays in the engine.
     assert len(scheduler_of(llm)._entropix_sent) <= 200

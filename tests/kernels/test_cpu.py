@@ -18,7 +18,7 @@ from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_p
 from vllm_entropix.kernels import cpu
 from vllm_entropix.kernels.cpu import threads
 from vllm_entropix.kernels.cpu.elementary import exponential, largest
-from vllm_entropix.records.trace import FIELDS
+from vllm_entropix.records.fields import names
 from vllm_entropix.sampling import AttentionStatistics, EntropixSampler
 from vllm_entropix.sampling.batch import BatchSampler, Rows
 from vllm_entropix.sampling.constants import Constants
@@ -128,7 +128,7 @@ def apply(logits, kernels, sampled, clarification=None, base=None, fidelity="cor
 
 def assert_records_close(got, want, logits):
     """Equal but for rounding, and for which of equal logits is told as an alternative."""
-    first = 1 + len(FIELDS)
+    first = 1 + len(names())
     count = (got.shape[1] - first) // 2
     ids = slice(first, first + count)
     assert torch.equal(logits.gather(1, got[:, ids].long()), logits.gather(1, want[:, ids].long()))

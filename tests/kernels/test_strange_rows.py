@@ -13,8 +13,8 @@ from tests.kernels.test_cpu import apply
 from tests.support import strange_rows
 from tests.support.strange_rows import assert_same_draws, has_softmax
 from vllm_entropix import EntropixConfig
+from vllm_entropix.records.fields import names
 from vllm_entropix.sampling import Decision, EntropixSampler, LogitsMetrics, Metrics, Regime, batch, filters, sampler
-from vllm_entropix.sampling.batch import RECORD_FIELDS
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,12 +110,12 @@ def test_a_step_draws_nothing_that_is_masked(base, fidelity, logits):
     found = [apply(logits, kernels, sampled, (0,), base, fidelity) for kernels in (True, False)]
     for written, records in found:
         assert_same_draws(written, written, logits)
-        record = dict(zip(("slot", *RECORD_FIELDS), records[strange].T, strict=False))
+        record = dict(zip(("slot", *names()), records[strange].T, strict=False))
         assert not record["forced"].any()
         for name in ("regime", "temperature", "top_p", "top_k", "min_p"):
             assert record[name].isfinite().all()
         for name in ("entropy", "varentropy"):
             assert record[name].isnan().all()
     (_, by_kernels), (_, by_pytorch) = found
-    ids = slice(len(RECORD_FIELDS) + 1, None)
+    ids = slice(len(names()) + 1, None)
     torch.testing.assert_close(by_kernels[strange, : ids.start], by_pytorch[strange, : ids.start], equal_nan=True)

@@ -18,7 +18,7 @@ from vllm_entropix.observability.calibration import (
     propose,
     regimes_of,
 )
-from vllm_entropix.records.trace import REGIMES
+from vllm_entropix.records.regimes import REGIMES
 
 
 def distributions(tokens, seed, sure=0.8):

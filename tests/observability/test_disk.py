@@ -20,8 +20,10 @@ from vllm_entropix.config import ConfigError, EntropixConfig, Trace
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import background, disk
 from vllm_entropix.observability.tracefile import read_traces
+from vllm_entropix.records.fields import all_fields, column
 from vllm_entropix.records.line import TraceLine
-from vllm_entropix.records.trace import FIELDS, REGIMES, TokenTrace
+from vllm_entropix.records.regimes import REGIMES
+from vllm_entropix.records.trace import TokenTrace
 
 ALTERNATIVES = 3
 
@@ -46,18 +48,18 @@ def writer_at(tmp_path, monkeypatch):
 
 def records(tokens, seed=0, unmeasured=False):
     """Random records of a trace with alternatives."""
-    values = np.random.default_rng(seed).random((tokens, len(FIELDS) + 2 * ALTERNATIVES)).astype("<f4")
-    values[:, FIELDS.index("regime")] = np.arange(tokens) % len(REGIMES)
-    values[:, FIELDS.index("top_k")] = 27
-    values[:, FIELDS.index("forced")] = np.arange(tokens) % 2
-    values[:, len(FIELDS) : len(FIELDS) + ALTERNATIVES] = np.arange(ALTERNATIVES) + 10
+    values = np.random.default_rng(seed).random((tokens, len(all_fields()) + 2 * ALTERNATIVES)).astype("<f4")
+    values[:, column("regime")] = np.arange(tokens) % len(REGIMES)
+    values[:, column("top_k")] = 27
+    values[:, column("forced")] = np.arange(tokens) % 2
+    values[:, len(all_fields()) : len(all_fields()) + ALTERNATIVES] = np.arange(ALTERNATIVES) + 10
     if unmeasured:
-        values[:, FIELDS.index("attention_entropy") : FIELDS.index("temperature")] = np.nan
+        values[:, column("attention_entropy") : column("temperature")] = np.nan
     return values
 
 
 def sequence(tokens=4, name="request", tokenizer=None, kept=None, **changed):
-    trace = TokenTrace(4 * (len(FIELDS) + 2 * ALTERNATIVES))
+    trace = TokenTrace(4 * (len(all_fields()) + 2 * ALTERNATIVES))
     trace.extend(records(tokens if kept is None else kept).tobytes(), tokens)
     config = EntropixConfig()
     label = {
@@ -87,7 +89,7 @@ def names(path):
 @pytest.mark.parametrize("unmeasured", [False, True])
 @pytest.mark.parametrize(("tokens", "kept"), [(1, 1), (300, 300), (10, 4)])
 def test_a_line_is_what_the_format_says(tokenizer, tokens, kept, unmeasured):
-    trace = TokenTrace(4 * (len(FIELDS) + 2 * ALTERNATIVES))
+    trace = TokenTrace(4 * (len(all_fields()) + 2 * ALTERNATIVES))
     trace.extend(records(kept, unmeasured=unmeasured).tobytes(), tokens)
     finished = sequence(tokens, tokenizer=tokenizer, trace=trace)
     line = disk.line_of(finished)

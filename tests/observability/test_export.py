@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tests.support.traces import line, varied, written
 from vllm_entropix.cli.main import app
 from vllm_entropix.config import ConfigError
-from vllm_entropix.observability.export import COLUMNS, to_csv, to_pandas, to_parquet
+from vllm_entropix.observability.export import columns, to_csv, to_pandas, to_parquet
 
 LINES = [
     line(["a", "\n", "é"], forced=[1], not_kept=1),
@@ -27,7 +27,7 @@ def traces(tmp_path):
 def test_a_row_per_record(traces):
     table = to_pandas(traces)
     pd.testing.assert_frame_equal(table, to_pandas(LINES))
-    assert tuple(table.columns) == COLUMNS
+    assert tuple(table.columns) == columns()
     assert len(table) == sum(len(line.records) for line in LINES)
     row = table.iloc[1]
     entry = LINES[0].records[1]
@@ -46,7 +46,7 @@ def test_parquet_gives_the_table_back(traces, tmp_path):
     table = to_pandas(traces)
     assert to_parquet(traces, path) == len(table)
     again = pd.read_parquet(path)
-    for name in COLUMNS:
+    for name in columns():
         assert [str(value) for value in again[name]] == [str(value) for value in table[name]] or name.startswith("alternative")
     assert [list(ids) for ids in again.alternative_ids] == list(table.alternative_ids)
 
@@ -117,5 +117,5 @@ def test_what_is_missing_is_named(traces, tmp_path, monkeypatch, missing):
 
 def test_nothing_gives_an_empty_table():
     table = to_pandas([])
-    assert tuple(table.columns) == COLUMNS
+    assert tuple(table.columns) == columns()
     assert table.empty

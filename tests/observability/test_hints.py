@@ -7,7 +7,8 @@ import pytest
 
 from vllm_entropix.config import EntropixConfig
 from vllm_entropix.observability.hints import WATCHED, Watch, never_forced
-from vllm_entropix.records.trace import FIELDS, REGIMES
+from vllm_entropix.records.fields import names
+from vllm_entropix.records.regimes import REGIMES
 
 VOCABULARY = 512  # 9 bits
 CLARIFICATION = {"text": "hm?"}
@@ -38,9 +39,9 @@ def test_what_the_settings_tell(settings, named):
 
 
 def records(number: int, regime: str, forced: int = 0) -> np.ndarray:
-    rows = np.zeros((number, len(FIELDS)), dtype=np.float32)
-    rows[:, FIELDS.index("regime")] = REGIMES.index(regime)
-    rows[:forced, FIELDS.index("forced")] = 1
+    rows = np.zeros((number, len(names())), dtype=np.float32)
+    rows[:, names().index("regime")] = REGIMES.index(regime)
+    rows[:forced, names().index("forced")] = 1
     return rows
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_entropix.observability import background, prometheus
-from vllm_entropix.records.trace import FIELDS
+from vllm_entropix.records.fields import names
 
 
 class Panic(BaseException):
@@ -35,7 +35,7 @@ def test_the_thread_of_the_counters_survives(counting, monkeypatch, error):
     metrics.error = error
     told = []
     monkeypatch.setattr(background.logger, "error", lambda text, *values: told.append(text % values))
-    record = np.zeros((1, len(FIELDS)), dtype="<f4").tobytes()
+    record = np.zeros((1, len(names())), dtype="<f4").tobytes()
     for expected in range(1, 5):
         counters.add(record, 1)
         deadline = time.monotonic() + 20
@@ -52,11 +52,11 @@ def test_records_that_are_no_records_cost_their_own_count(counting, monkeypatch)
     given += [0, 0]  # nothing else fails
     monkeypatch.setattr(background.logger, "error", lambda *_: None)
     counters.add(b"123", 1)
-    counters.add(np.zeros((2, len(FIELDS)), dtype="<f4").tobytes(), 2)
+    counters.add(np.zeros((2, len(names())), dtype="<f4").tobytes(), 2)
     deadline = time.monotonic() + 20
     while not counters.background.failures and time.monotonic() < deadline:
         time.sleep(0.005)
-    counters.add(np.zeros((3, len(FIELDS)), dtype="<f4").tobytes(), 3)
+    counters.add(np.zeros((3, len(names())), dtype="<f4").tobytes(), 3)
     while len(given) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
     assert sum(given) == 5

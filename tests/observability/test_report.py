@@ -18,10 +18,9 @@ from tests.support.browser import chromium, opened, until
 from tests.support.traces import CENTRES, line, varied, written
 from vllm_entropix.cli.main import app
 from vllm_entropix.config import ConfigError
-from vllm_entropix.observability import terminal
-from vllm_entropix.observability.report import COLOURS, Source, report, write_report
+from vllm_entropix.observability.report import Source, report, write_report
 from vllm_entropix.observability.terminal import TracedText, summary_table
-from vllm_entropix.records.trace import REGIMES
+from vllm_entropix.records.regimes import REGIMES, Regime
 
 WORDS = ["Once", " upon", " a", " time", ",", "\n", "there", " lived", " a", " fox"]
 ATTACKS = [
@@ -358,7 +357,7 @@ def test_light_dark_and_narrow(browser, plain, scheme, width):
         assert (brightness[0] > brightness[1]) == (scheme == "light")
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the window"
         colours = page.evaluate("document.querySelector('.plane').data.map((trace) => trace.marker.color)")
-        assert colours == [pair[scheme == "dark"] for pair in COLOURS.values()]
+        assert colours == [regime.dark if scheme == "dark" else regime.light for regime in Regime]
 
 
 # --- what a text can do -----------------------------------------------------------------------------------------------
@@ -542,7 +541,3 @@ def test_headings_and_numbers_are_whole_at_any_width(width):
     ):
         assert heading in shown
     assert shown.count("1234") == 3
-
-
-def test_colours_are_of_all_regimes():
-    assert tuple(COLOURS) == REGIMES == tuple(terminal.STYLES)

@@ -134,7 +134,7 @@ def test_many_responses(tmp_path):
         (completion(), "a response without a trace"),
         ({"error": {"message": "no"}}, "request_id: Field required"),
         ({"choices": [3]}, "choices: not objects"),
-        (completion(choice(entropix={"tokens": [{"token_id": 1}]})), r"tokens\.0\.regime: Field required"),
+        (completion(choice(entropix={"tokens": [{"token_id": 1}]})), r"tokens\.0\.entropy: Field required"),
         (completion(choice(entropix="[/red]")), "valid dictionary"),
         (completion(choice(entropix=trace([{**ENTRIES[0], "token_id": -1}]))), r"token_id: .*greater than or equal to 0"),
         ({"response": {"body": None}}, "request_id: Field required"),

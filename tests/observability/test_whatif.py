@@ -9,7 +9,7 @@ from tests.support.traces import CONFIG, line, varied, written
 from vllm_entropix.cli.main import app
 from vllm_entropix.config import ConfigError, EntropixConfig
 from vllm_entropix.observability.whatif import transitions
-from vllm_entropix.records.trace import REGIMES
+from vllm_entropix.records.regimes import REGIMES
 
 WIDER = EntropixConfig.preset(thresholds={"helv": {"varentropy_below": 4.5}, "lelv": {"varentropy_below": 0.01}})
 

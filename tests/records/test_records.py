@@ -16,10 +16,10 @@ from hypothesis.extra.numpy import arrays
 from vllm_entropix.engine.outputs import by_request
 from vllm_entropix.records.choice import choice_json
 from vllm_entropix.records.encoding import record_values
-from vllm_entropix.records.fields import FIELDS, REGIMES, TABLE
+from vllm_entropix.records.fields import all_fields, names, record_bytes
+from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.records.schema import ChoiceTrace, TokenEntry
-from vllm_entropix.records.trace import RECORD_BYTES, TokenRecord, TokenTrace
-from vllm_entropix.sampling.batch import RECORD_FIELDS
+from vllm_entropix.records.trace import TokenTrace
 
 ALTERNATIVES = 5
 REQUESTS = {1: ("a", True), 2: ("b", False), 3: ("c", True), 5: ("gone before", True)}
@@ -27,7 +27,7 @@ REQUESTS = {1: ("a", True), 2: ("b", False), 3: ("c", True), 5: ("gone before", 
 
 def step(slots: list[int]) -> np.ndarray:
     """A record of numbers that occur once, for each of these slots."""
-    columns = 1 + len(RECORD_FIELDS) + 2 * ALTERNATIVES
+    columns = 1 + len(names()) + 2 * ALTERNATIVES
     values = np.arange(len(slots) * columns, dtype=np.float32).reshape(len(slots), columns) / 7
     values[:, 0] = slots
     return values
@@ -37,14 +37,14 @@ def test_each_sequence_gets_the_bytes_of_its_rows():
     values = step([3, 0, 1, 2, 3, 4, 3])  # c has three rows, two rows are nobody's
     records = by_request(values, REQUESTS)
     assert list(records) == ["c", "a", "b"]
-    counted = slice(1, 1 + len(RECORD_FIELDS))
+    counted = slice(1, 1 + len(names()))
     assert records["a"] == (True, 1, values[2, 1:].tobytes())
     assert records["b"] == (False, 1, values[3, counted].tobytes()), "what is only counted has no alternatives"
     assert records["c"] == (True, 3, values[[0, 4, 6], 1:].tobytes())
 
 
 def test_a_step_without_alternatives():
-    values = np.ascontiguousarray(step([2, 1])[:, : 1 + len(RECORD_FIELDS)])
+    values = np.ascontiguousarray(step([2, 1])[:, : 1 + len(names())])
     records = by_request(values, REQUESTS)
     assert records == {"b": (False, 1, values[0, 1:].tobytes()), "a": (True, 1, values[1, 1:].tobytes())}
 
@@ -62,43 +62,42 @@ def trace_of_values(values: np.ndarray, not_kept: int = 0) -> TokenTrace:
 
 def plain_values(tokens: int) -> np.ndarray:
     """Finite numbers, all different."""
-    values = np.arange(tokens * (len(FIELDS) + 2 * ALTERNATIVES), dtype=np.float32).reshape(tokens, -1) / 8
-    values[:, FIELDS.index("regime")] = np.arange(tokens) % len(REGIMES)
-    values[:, len(FIELDS) : len(FIELDS) + ALTERNATIVES] = np.arange(ALTERNATIVES) + 100
+    values = np.arange(tokens * (len(names()) + 2 * ALTERNATIVES), dtype=np.float32).reshape(tokens, -1) / 8
+    values[:, names().index("regime")] = np.arange(tokens) % len(REGIMES)
+    values[:, len(names()) : len(names()) + ALTERNATIVES] = np.arange(ALTERNATIVES) + 100
     return values
 
 
-def test_the_table_is_the_engines_the_pythons_and_the_schemas():
-    assert FIELDS == RECORD_FIELDS
-    assert TokenRecord.__slots__ == (*FIELDS, "alternatives")
-    assert tuple(TokenEntry.model_fields) == ("token_id", *FIELDS, "alternatives")
-    kinds = {"regime": str, "number": float, "count": int, "flag": bool}
-    for field in TABLE:
+def test_the_models_are_made_of_the_table():
+    assert tuple(TokenEntry.model_fields) == ("token_id", *names(), "alternatives")
+    assert {*names(), "alternatives"} <= set(dir(trace_of_values(plain_values(1))[0]))
+    kinds = {"float": float, "int": int, "bool": bool}
+    for field in all_fields():
         described = TokenEntry.model_fields[field.name]
-        assert described.description == field.description
-        if field.kind in ("number", "count"):
+        assert described.description == field.described
+        if field.is_number:
             bounded, nothing = get_args(described.annotation)
-            assert (get_args(bounded)[0], nothing) == (kinds[field.kind], NoneType)
+            assert (get_args(bounded)[0], nothing) == (kinds[field.dtype], NoneType)
 
 
 def test_a_record_of_finite_numbers_is_these_numbers():
     values = plain_values(3)
     for token, record in enumerate(trace_of_values(values)):
-        for place, name in enumerate(FIELDS):
+        for place, name in enumerate(names()):
             if name not in ("regime", "forced", "top_k"):
                 assert getattr(record, name) == values[token, place]
         assert record.regime == REGIMES[token]
-        assert (record.top_k, record.forced) == (int(values[token, FIELDS.index("top_k")]), True)
-        ids, probabilities = values[token, len(FIELDS) :].reshape(2, -1)
+        assert (record.top_k, record.forced) == (int(values[token, names().index("top_k")]), True)
+        ids, probabilities = values[token, len(names()) :].reshape(2, -1)
         assert record.alternatives == tuple(zip(map(int, ids), probabilities, strict=True))
 
 
 SPECIAL = st.sampled_from([np.nan, np.inf, -np.inf, -0.0, -1.0, 2.0**63, 3.4e38, 1e-45])
 
 
-@given(arrays(np.float32, (3, len(FIELDS) + 2 * ALTERNATIVES), elements=st.floats(width=32) | SPECIAL), st.integers(0, 2))
+@given(arrays(np.float32, (3, len(names()) + 2 * ALTERNATIVES), elements=st.floats(width=32) | SPECIAL), st.integers(0, 2))
 def test_any_numbers_become_json_that_the_schema_takes(values, not_kept):
-    values[:, len(FIELDS) : len(FIELDS) + ALTERNATIVES] = np.arange(ALTERNATIVES)  # ids are whole numbers, come what may
+    values[:, len(names()) : len(names()) + ALTERNATIVES] = np.arange(ALTERNATIVES)  # ids are whole numbers, come what may
     trace = trace_of_values(values, not_kept)
     ids = [7, 8, 9, 10, 11]
     read = json.loads(b"".join(choice_json(ids, trace)), parse_constant=pytest.fail)
@@ -107,8 +106,8 @@ def test_any_numbers_become_json_that_the_schema_takes(values, not_kept):
     assert read["not_kept"] == not_kept
     for entry, record, row in zip(read["tokens"], trace, values.tolist(), strict=True):
         assert json.loads(json.dumps({"token_id": entry["token_id"], **record.to_dict()}, allow_nan=False)) == entry
-        for field, value in zip(TABLE, row, strict=False):
-            if field.kind == "number":
+        for field, value in zip(all_fields(), row, strict=False):
+            if field.dtype == "float":
                 assert entry[field.name] == (value if np.isfinite(value) else None)
 
 
@@ -155,7 +154,7 @@ def test_slices_of_a_trace_are_traces():
 
 def test_a_trace_without_alternatives():
     trace = TokenTrace()
-    trace.extend(plain_values(2)[:, : len(FIELDS)].tobytes(), 2)
-    assert 4 * len(FIELDS) == RECORD_BYTES
+    trace.extend(plain_values(2)[:, : len(names())].tobytes(), 2)
+    assert 4 * len(names()) == record_bytes()
     assert [record.alternatives for record in trace] == [(), ()]
     assert record_values(trace.values()[:0]) == []

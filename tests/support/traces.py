@@ -8,8 +8,8 @@ import torch
 
 from vllm_entropix.config import EntropixConfig
 from vllm_entropix.records.line import TraceLine, prompt_hash, write_traces
+from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.records.schema import TokenEntry
-from vllm_entropix.records.trace import REGIMES
 from vllm_entropix.sampling.constants import Constants
 from vllm_entropix.sampling.regimes import classify
 

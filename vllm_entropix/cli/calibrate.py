@@ -20,8 +20,10 @@ from rich.text import Text
 from vllm_entropix.cli.demo import Prompt, load_prompts
 from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig
 from vllm_entropix.demo_model import shipped_model
-from vllm_entropix.observability.terminal import MEANINGS, STYLES, printable
-from vllm_entropix.records.trace import FIELDS, REGIMES, traces
+from vllm_entropix.observability.terminal import printable
+from vllm_entropix.records.fields import names
+from vllm_entropix.records.regimes import Regime
+from vllm_entropix.records.trace import traces
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -136,7 +138,7 @@ def _measure(llm: LLM, prompts: list[Prompt], chat: bool, max_tokens: int) -> li
         params = SamplingParams(max_tokens=max_tokens, extra_args={"entropix_trace": "on"})
         engine.add_request(str(number), {"prompt_token_ids": ids}, params)
     found: dict[int, Measured] = {}
-    entropy, varentropy = FIELDS.index("entropy"), FIELDS.index("varentropy")
+    entropy, varentropy = (names().index(name) for name in ("entropy", "varentropy"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task("prompts", total=len(prompts))
@@ -194,21 +196,22 @@ def _plane(measured: Measured, config: EntropixConfig) -> Text:
     regimes = regimes_of(grid, config).reshape(_ROWS, _COLUMNS)
     shades = np.ceil(np.log1p(counts) / max(math.log1p(counts.max()), 1e-9) * (len(_SHADES) - 1)).astype(int)
     text = Text("Tokens by entropy (→) and varentropy (↑), logarithmic; colours are the proposed regimes\n", style="bold")
+    kinds = list(Regime)
     for row in reversed(range(_ROWS)):
         label = f"{up[row + 1]:8.3g} " if (row - _ROWS + 1) % 4 == 0 or row == 0 else " " * 9
         text.append(f"{label}│", style="not bold dim")
         for column in range(_COLUMNS):
-            shade, style = int(shades[row, column]), STYLES[REGIMES[regimes[row, column]]]
+            shade, style = int(shades[row, column]), kinds[regimes[row, column]].style
             # An empty cell still tells whose it is.
             text.append(_SHADES[shade] if shade else "╌", style=f"not bold {style.split()[-1]}{'' if shade else ' dim'}")
         text.append("\n")
     ticks = "".join(f"{across[column]:<16.3g}" for column in range(0, _COLUMNS, 16))
     text.append(f"{' ' * 9}└{'─' * _COLUMNS}\n{' ' * 10}{ticks}\n{' ' * 10}", style="not bold dim")
-    for regime in REGIMES:
-        if regime == "ADAPTIVE":
+    for regime in Regime:
+        if regime is Regime.ADAPTIVE:
             text.append("\n" + " " * 10)
-        text.append(f"{regime} ", style=f"not bold {STYLES[regime].split()[-1]}")
-        text.append(f"{MEANINGS[regime]}   ", style="not bold dim")
+        text.append(f"{regime.name} ", style=f"not bold {regime.style.split()[-1]}")
+        text.append(f"{regime.meaning}   ", style="not bold dim")
     return text
 
 
@@ -217,12 +220,12 @@ def _shares_table(found: Calibration) -> Table:
     table.add_column("regime")
     for header in ("asked for", f"fitting half\n{found.tokens[0]} tokens", f"checking half\n{found.tokens[1]} tokens", "95 %"):
         table.add_column(header, justify="right")
-    for regime in REGIMES:
-        check = found.checking[regime]
+    for regime in Regime:
+        check = found.checking[regime.name]
         table.add_row(
-            Text(regime, style=STYLES[regime]),
-            f"{found.targets[regime]:.1%}",
-            f"{found.fitting[regime].value:.1%}",
+            Text(regime.name, style=regime.style),
+            f"{found.targets[regime.name]:.1%}",
+            f"{found.fitting[regime.name].value:.1%}",
             f"{check.value:.1%}",
             f"{check.low:.1%} to {check.high:.1%}",
         )

@@ -27,7 +27,9 @@ _MODELS: dict[Format, type[BaseModel]] = {Format.HTTP: ChoiceTrace, Format.FILE:
 
 def schema_text(kind: Format) -> str:
     """The schema of a format, as it lies in ``docs/``."""
-    return json.dumps({"$schema": _DIALECT, **_MODELS[kind].model_json_schema()}, indent=2, ensure_ascii=False)
+    return json.dumps(
+        {"$schema": _DIALECT, **_MODELS[kind].model_json_schema(mode="serialization")}, indent=2, ensure_ascii=False
+    )
 
 
 def schema(

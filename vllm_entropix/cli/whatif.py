@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_entropix.config import EntropixConfig
-from vllm_entropix.observability.terminal import STYLES
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.observability.whatif import Transitions, transitions
-from vllm_entropix.records.trace import REGIMES
+from vllm_entropix.records.regimes import Regime
 
 
 def whatif(
@@ -45,6 +44,8 @@ def whatif(
         f"[dim]{found.changed:,} of {found.tokens:,} tokens change their regime. The tokens stay as they were drawn: "
         "what would be generated instead, only a run can tell.[/dim]"
     )
+    if found.without_regime:
+        console.print(f"[dim]{found.without_regime:,} tokens of samplers without regimes are left out.[/dim]")
 
 
 def shares_table(found: Transitions) -> Table:
@@ -53,11 +54,11 @@ def shares_table(found: Transitions) -> Table:
     table.add_column("regime")
     for header in ("tokens as recorded", "share", "tokens then", "share", "change"):
         table.add_column(header, justify="right")
-    for regime in REGIMES:
-        before, after = found.before[regime], found.after[regime]
+    for regime in Regime:
+        before, after = found.before[regime.name], found.after[regime.name]
         change = (after - before) / found.tokens
         table.add_row(
-            f"[{STYLES[regime]}]{regime}[/]",
+            f"[{regime.style}]{regime.name}[/]",
             f"{before:,}",
             f"{before / found.tokens:.1%}",
             f"{after:,}",
@@ -71,11 +72,11 @@ def transitions_table(found: Transitions) -> Table:
     """Tokens by regime before (rows) and after (columns)."""
     table = Table(title="From (rows) to (columns)", title_justify="left", title_style="bold")
     table.add_column("from")
-    for regime in REGIMES:
-        table.add_column(regime, justify="right", header_style=STYLES[regime])
-    for before, (regime, row) in enumerate(zip(REGIMES, found.counts, strict=True)):
+    for regime in Regime:
+        table.add_column(regime.name, justify="right", header_style=regime.style)
+    for before, (regime, row) in enumerate(zip(Regime, found.counts, strict=True)):
         cells = [f"[dim]{count:,}[/]" if after == before else f"[bold]{count:,}[/]" for after, count in enumerate(row)]
         table.add_row(
-            f"[{STYLES[regime]}]{regime}[/]", *(cell if count else "·" for cell, count in zip(cells, row, strict=True))
+            f"[{regime.style}]{regime.name}[/]", *(cell if count else "·" for cell, count in zip(cells, row, strict=True))
         )
     return table

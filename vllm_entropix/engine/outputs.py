@@ -18,7 +18,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm_entropix.config import Trace
 from vllm_entropix.engine.engine_config import Resolved
 from vllm_entropix.observability import disk, prometheus
-from vllm_entropix.records.trace import RECORD_BYTES, TokenTrace
+from vllm_entropix.records.fields import record_bytes
+from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.requests import RequestSettings
 
 # Request id → (is it traced?, rows, their records one after the other).
@@ -42,7 +43,7 @@ def by_request(values: np.ndarray, requests: dict[int, tuple[str, bool]]) -> Rec
     """
     # Cut out of one string: an array's own indexing takes longer than all else here, and this runs in every step.
     data = values[:, 1:].tobytes()
-    width = 4 * (values.shape[1] - 1)
+    width, counted_width = 4 * (values.shape[1] - 1), record_bytes()
     found: Records = {}
     for row, slot in enumerate(values[:, 0].tolist()):
         known = requests.get(slot) if slot else None  # a whole number as a float finds the integer's entry
@@ -50,7 +51,7 @@ def by_request(values: np.ndarray, requests: dict[int, tuple[str, bool]]) -> Rec
             continue
         request_id, traced = known
         begin = row * width
-        record = data[begin : begin + (width if traced else RECORD_BYTES)]
+        record = data[begin : begin + (width if traced else counted_width)]
         before = found.get(request_id)
         found[request_id] = (traced, 1, record) if before is None else (traced, before[1] + 1, before[2] + record)
     return found

@@ -22,7 +22,7 @@ import torch
 
 from vllm_entropix.config import ConfigError, EntropixConfig, Thresholds
 from vllm_entropix.observability.terminal import printable
-from vllm_entropix.records.trace import REGIMES
+from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.sampling.constants import Constants
 from vllm_entropix.sampling.regimes import classify
 

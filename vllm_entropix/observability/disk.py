@@ -32,9 +32,10 @@ from vllm_entropix.config import ConfigError, Trace
 from vllm_entropix.observability import prometheus
 from vllm_entropix.observability.background import Background
 from vllm_entropix.records.encoding import PART, entries_json
+from vllm_entropix.records.fields import all_fields
 from vllm_entropix.records.line import VERSION, prompt_hash
 from vllm_entropix.records.tokens import token_texts
-from vllm_entropix.records.trace import FIELDS, TokenTrace
+from vllm_entropix.records.trace import TokenTrace
 
 FLUSH_SECONDS = 0.5
 # How long the end of a process waits for a disk that takes nothing.
@@ -423,6 +424,7 @@ def line_parts(sequence: Finished) -> Iterator[bytes]:
     token_ids = sequence.token_ids
     kept = min(len(sequence.trace), len(token_ids))
     values = sequence.trace.values()[:kept]
+    alternatives = values[:, len(all_fields()) :]
     decoder = _Decoder(sequence.tokenizer)
     head = {
         "version": VERSION,
@@ -442,7 +444,7 @@ def line_parts(sequence: Finished) -> Iterator[bytes]:
     yield b'],"texts":['
     yield from _joined(_parts(decoder.texts(token_ids)))
     yield b'],"alternative_texts":{'
-    yield from _joined(decoder.new_texts(values[start : start + PART, len(FIELDS) :]) for start in range(0, kept, PART))
+    yield from _joined(decoder.new_texts(alternatives[start : start + PART]) for start in range(0, kept, PART))
     yield b'},"records":['
     yield from entries_json(token_ids[:kept], values)
     yield b"]}\n"

@@ -9,29 +9,36 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_entropix.config import ConfigError
 from vllm_entropix.observability.tracefile import read_traces
+from vllm_entropix.records.fields import all_fields, names
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.schema import TokenEntry
-from vllm_entropix.records.trace import REGIMES, traces
+from vllm_entropix.records.trace import traces
 
 if TYPE_CHECKING:
     import pandas
 
-# Columns of a table, in order: of the sequence, of the token; then the metrics and parameters of TokenEntry.
+# Columns of a table, in order: of the sequence, of the token; then the fields of a record, then its alternatives.
 SEQUENCE_COLUMNS = ("request_id", "index", "model", "preset", "fidelity", "prompt_hash", "prompt_tokens")
 TOKEN_COLUMNS = ("position", "token_id", "text")
-_ENTRY_COLUMNS = tuple(name for name in TokenEntry.model_fields if name not in ("token_id", "alternatives"))
-COLUMNS = (*SEQUENCE_COLUMNS, *TOKEN_COLUMNS, *_ENTRY_COLUMNS, "alternative_ids", "alternative_probabilities")
+_ALTERNATIVES = ("alternative_ids", "alternative_probabilities")
 # What is repeated over and over is stored once.
-_CATEGORIES = ("request_id", "model", "preset", "fidelity", "prompt_hash", "regime")
+_CATEGORIES = ("request_id", "model", "preset", "fidelity", "prompt_hash")
 # Columns that hold what clients and models wrote, and how a cell begins that spreadsheets compute (also in full width).
 _TEXTS = ("request_id", "model", "preset", "fidelity", "prompt_hash", "text")
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+# A column's type in pandas, by what the field is and whether it can be null. Categories are made of the whole table.
+_DTYPES = {"float": "float32", "int": "Int32", "bool": "boolean", "category": "object"}
 # Sequences that are held as Python objects at a time.
 _CHUNK = 64
 
 
+def columns() -> tuple[str, ...]:
+    """The columns of a table, in order."""
+    return (*SEQUENCE_COLUMNS, *TOKEN_COLUMNS, *names(), *_ALTERNATIVES)
+
+
 def to_pandas(source: str | Path | TraceLine | Iterable[Any]) -> pandas.DataFrame:
-    """A DataFrame with a row per traced token (columns: COLUMNS).
+    """A DataFrame with a row per traced token (columns: :func:`columns`).
 
     Metrics that weren't measured are NaN. Of vLLM's outputs, which know neither model nor settings nor the tokens' texts, those
     columns are empty; outputs without a trace give no rows.
@@ -48,19 +55,19 @@ def to_pandas(source: str | Path | TraceLine | Iterable[Any]) -> pandas.DataFram
     except ImportError as error:
         raise ConfigError(f"to_pandas needs pandas ({error}); install vllm-entropix[report]") from None
     frames = []
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    gathered: dict[str, list[Any]] = {name: [] for name in columns()}
     for number, rows in enumerate(_sequences(source), 1):
         for row in rows:
-            for name, values in columns.items():
+            for name, values in gathered.items():
                 values.append(row[name])
         if number % _CHUNK == 0:
-            frames.append(_frame(pd, columns))
-            columns = {name: [] for name in COLUMNS}
-    frames.append(_frame(pd, columns))
+            frames.append(_frame(pd, gathered))
+            gathered = {name: [] for name in columns()}
+    frames.append(_frame(pd, gathered))
     table = pd.concat(frames, ignore_index=True)
-    for name in _CATEGORIES:
-        categories = list(REGIMES) if name == "regime" else None
-        table[name] = pd.Categorical(table[name], categories=categories)
+    categories = {field.name: list(field.categories) for field in all_fields() if field.categories}
+    for name in (*_CATEGORIES, *categories):
+        table[name] = pd.Categorical(table[name], categories=categories.get(name))
     return table
 
 
@@ -99,11 +106,10 @@ def _write(source: Any, path: str | Path, method: str) -> int:
     return len(table)
 
 
-def _frame(pd: Any, columns: dict[str, list[Any]]) -> pandas.DataFrame:
-    frame = pd.DataFrame(columns)
-    for name in _ENTRY_COLUMNS:
-        kind = "bool" if name == "forced" else "Int32" if name == "top_k" else "object" if name == "regime" else "float32"
-        frame[name] = frame[name].astype(kind)
+def _frame(pd: Any, gathered: dict[str, list[Any]]) -> pandas.DataFrame:
+    frame = pd.DataFrame(gathered)
+    for field in all_fields():
+        frame[field.name] = frame[field.name].astype(_DTYPES[field.dtype] if field.nullable else field.dtype)
     return frame
 
 
@@ -138,7 +144,7 @@ def _rows(
             "position": position,
             "token_id": token,
             "text": text,
-            **{name: getattr(entry, name) for name in _ENTRY_COLUMNS},
+            **{name: getattr(entry, name) for name in names()},
             "alternative_ids": [alternative for alternative, _ in entry.alternatives],
             "alternative_probabilities": [p for _, p in entry.alternatives],
         }

@@ -8,12 +8,12 @@ import math
 import numpy as np
 
 from vllm_entropix.config import EntropixConfig
-from vllm_entropix.records.trace import FIELDS, REGIMES
+from vllm_entropix.records.fields import column
+from vllm_entropix.records.regimes import Regime
 
 # Tokens after which it is said that none was forced.
 WATCHED = 1000
 logger = logging.getLogger("vllm.plugins.entropix")
-_REGIME, _FORCED, _HELV = FIELDS.index("regime"), FIELDS.index("forced"), REGIMES.index("HELV")
 
 
 def never_forced(config: EntropixConfig, vocabulary: int) -> str | None:
@@ -52,8 +52,9 @@ class Watch:
         if self._over:
             return
         self._tokens += len(records)
-        self._lost += int((records[:, _REGIME] == _HELV).sum())
-        if (records[:, _FORCED] > 0).any():
+        regime, forced = column("regime"), column("forced")
+        self._lost += 0 if regime is None else int((records[:, regime] == Regime.HELV).sum())
+        if (records[:, forced] > 0).any():
             self._over = True
         elif self._tokens >= WATCHED:
             self._over = True

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from vllm_entropix.records.fields import REGIMES
+from vllm_entropix.records.fields import all_fields
 from vllm_entropix.records.line import TraceLine
+from vllm_entropix.records.regimes import Regime, regime_of
+from vllm_entropix.records.schema import TokenEntry
 
 TITLE_CHARACTERS = 64
 UNCERTAIN_TOKENS = 40
 CONTEXT_CHARACTERS = (48, 24)  # shown before and behind an uncertain token
-HISTOGRAMS = ("entropy", "varentropy", "attention_entropy")
 BINS = 40
 
 # What chat templates put around messages: special tokens, and roles that stand alone in a line.
@@ -69,10 +70,16 @@ def interest(line: TraceLine) -> tuple[int, int, float]:
     Returns:
         Number of kinds of tokens (regimes, and forced ones), of tokens outside LELV, and the sum of entropies in bits.
     """
-    counts = Counter(entry.regime for entry in line.records)
+    counts = Counter(map(regime_of, line.records))
     forced = any(entry.forced for entry in line.records)
     entropy = math.fsum(entry.entropy for entry in line.records if entry.entropy is not None)
-    return len(counts) + forced, len(line.records) - counts["LELV"], entropy
+    return len(counts) + forced, len(line.records) - counts[Regime.LELV], entropy
+
+
+def kind_of(entry: TokenEntry) -> int:
+    """The number of a token's regime; the number of regimes if it has none."""
+    regime = regime_of(entry)
+    return len(Regime) if regime is None else int(regime)
 
 
 @dataclass(frozen=True, order=True)
@@ -83,7 +90,7 @@ class Uncertain:
         entropy: bits.
         sequence: number of its sequence, negative.
         token: place in its sequence, negative.
-        regime: place in REGIMES.
+        regime: number of its regime, or of regimes if it has none.
         varentropy: bits², if measured.
         text: of the token; ``before`` and ``behind`` are what stands around it.
     """
@@ -105,11 +112,13 @@ class Overview:
         self._values: list[dict[str, list[np.ndarray]]] = []  # of each file and metric
         self._uncertain: list[Uncertain] = []
         self._sequences = 0
+        # What is worth a histogram to Prometheus is worth one here.
+        self._drawn = tuple(field.name for field in all_fields() if field.buckets)
 
     def add(self, file: int, line: TraceLine) -> None:
         """Take in a sequence of a file; files are numbered in order."""
         while len(self._values) <= file:
-            self._values.append({metric: [] for metric in HISTOGRAMS})
+            self._values.append({name: [] for name in self._drawn})
         for metric, parts in self._values[file].items():
             values = np.array([getattr(entry, metric) for entry in line.records], dtype=np.float32)  # None becomes NaN
             parts.append(values[np.isfinite(values)])
@@ -128,7 +137,7 @@ class Overview:
                     entropy=entropy or 0.0,
                     sequence=-self._sequences,
                     token=-place,
-                    regime=REGIMES.index(entry.regime),
+                    regime=kind_of(entry),
                     varentropy=entry.varentropy,
                     text="".join(line.texts[place : place + 1]),
                     before=_last_words("".join(line.texts[max(0, place - before) : place]), before),
@@ -154,12 +163,14 @@ class Overview:
         ]
 
     def histograms(self) -> list[dict[str, Any]]:
-        """Histograms of HISTOGRAMS as JSON objects: ``field``, ``top`` (upper end), and of each file ``counts`` and ``means``.
+        """Histograms of the fields that have buckets as JSON objects.
+
+        Each has ``field``, ``top`` (upper end), and of each file ``counts`` and ``means``.
 
         Bins are equally wide in the square root of the value: most tokens are near 0, and the few far from it are what matters.
         """
         made = []
-        for metric in HISTOGRAMS:
+        for metric in self._drawn:
             files = [np.concatenate(values[metric]) if values[metric] else np.empty(0, np.float32) for values in self._values]
             top = max((float(values.max()) for values in files if values.size), default=0.0)
             if top <= 0:  # not measured, or all the same

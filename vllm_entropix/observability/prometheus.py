@@ -16,30 +16,23 @@ import numpy as np
 from vllm_entropix.observability import ray_metrics
 from vllm_entropix.observability.background import Background
 from vllm_entropix.observability.hints import Watch
-from vllm_entropix.records.trace import FIELDS, REGIMES
+from vllm_entropix.records.fields import Field, all_fields, column
+from vllm_entropix.records.regimes import Regime
 
 FLUSH_SECONDS = 0.2
-ENTROPY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
-VARENTROPY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 40.0)
-_COLUMN = {name: column for column, name in enumerate(FIELDS)}
+# Stands for the regime of tokens whose sampler has none.
+NO_REGIME = "none"
 
 
 class _Metrics:
     """The metrics of this process, made when the first is needed: by then vLLM has chosen its multi-process mode."""
 
     def __init__(self) -> None:
-        from prometheus_client import Counter, Histogram
+        from prometheus_client import Counter
 
         self.tokens = Counter("entropix_tokens", "Generated tokens by regime.", ["regime"])
         self.forced = Counter("entropix_forced_tokens", "Tokens forced as part of a clarification.")
         self.logits_only = Counter("entropix_logits_only_tokens", "Tokens sampled on logits alone, attention unmeasured.")
-        self.entropy = Histogram("entropix_entropy_bits", "Entropy of next-token distributions.", buckets=ENTROPY_BUCKETS)
-        self.varentropy = Histogram(
-            "entropix_varentropy_bits2", "Varentropy of next-token distributions.", buckets=VARENTROPY_BUCKETS
-        )
-        self.attention_entropy = Histogram(
-            "entropix_attention_entropy_bits", "Attention entropy, mean over heads and layers.", buckets=ENTROPY_BUCKETS
-        )
         self.requests = Counter(
             "entropix_requests",
             "Admitted requests by preset (off: opted out), and whether they are greedy, which no sampler changes.",
@@ -47,27 +40,44 @@ class _Metrics:
         )
         self.lines_written = Counter("entropix_trace_lines_written", "Traced sequences written to disk.")
         self.lines_dropped = Counter("entropix_trace_lines_dropped", "Traced sequences that couldn't be written to disk.")
-        for regime in REGIMES:  # present from the start, so that rates have a beginning
-            self.tokens.labels(regime)
+        self._histograms: dict[str, Any] = {}
+        # Present from the start, so that rates have a beginning.
+        for regime in Regime:
+            self.tokens.labels(regime.name)
+        for field in all_fields():
+            self._histogram(field)
+
+    def _histogram(self, field: Field) -> Any:
+        """The histogram of a field, None if it is to have none; of one that was registered since, it is made now."""
+        from prometheus_client import Histogram
+
+        if field.buckets and field.name not in self._histograms:
+            self._histograms[field.name] = Histogram(field.metric_name, field.described, buckets=field.buckets)
+        return self._histograms.get(field.name)
 
     def count(self, records: np.ndarray) -> None:
         """Count ``records [tokens, fields]``."""
-        regimes = np.bincount(records[:, _COLUMN["regime"]].astype(np.int64), minlength=len(REGIMES))
-        for regime, number in zip(REGIMES, regimes.tolist(), strict=True):
-            if number:
-                self.tokens.labels(regime).inc(number)
-        forced = int((records[:, _COLUMN["forced"]] > 0).sum())
-        if forced:
-            self.forced.inc(forced)
-        attention = records[:, _COLUMN["attention_entropy"]]
-        measured = np.isfinite(attention)
-        # LELV reads no attention, so there it isn't missed.
-        missed = int((~measured & (records[:, _COLUMN["regime"]] > 0)).sum())
-        if missed:
+        regimes, forced, attention = (_column(records, name) for name in ("regime", "forced", "attention_entropy"))
+        for regime in Regime:
+            if number := int((regimes == regime).sum()):
+                self.tokens.labels(regime.name).inc(number)
+        if number := int(np.isnan(regimes).sum()):
+            self.tokens.labels(NO_REGIME).inc(number)
+        if number := int((forced > 0).sum()):
+            self.forced.inc(number)
+        # LELV reads no attention, so there it isn't missed; nor is it where there are no regimes.
+        if missed := int((~np.isfinite(attention) & (regimes > Regime.LELV)).sum()):
             self.logits_only.inc(missed)
-        _observe(self.entropy, records[:, _COLUMN["entropy"]])
-        _observe(self.varentropy, records[:, _COLUMN["varentropy"]])
-        _observe(self.attention_entropy, attention)
+        for place, field in enumerate(all_fields()):
+            histogram = self._histogram(field)
+            if histogram is not None:
+                _observe(histogram, records[:, place])
+
+
+def _column(records: np.ndarray, name: str) -> np.ndarray:
+    """A field of all records; NaN if no sampler has registered it."""
+    place = column(name)
+    return np.full(len(records), np.nan, np.float32) if place is None else records[:, place]
 
 
 def _observe(histogram: Any, values: np.ndarray) -> None:
@@ -102,7 +112,7 @@ class _Counting:
             rows = []
             while self._waiting:
                 records, tokens = self._waiting.popleft()
-                rows.append(np.frombuffer(records, dtype="<f4").reshape(tokens, -1)[:, : len(FIELDS)])
+                rows.append(np.frombuffer(records, dtype="<f4").reshape(tokens, -1)[:, : len(all_fields())])
             if rows:
                 counted = np.concatenate(rows)
                 self.metrics.count(counted)

@@ -24,12 +24,11 @@ import numpy as np
 
 from vllm_entropix._version import __version__
 from vllm_entropix.config import ConfigError
-from vllm_entropix.observability.overview import Overview, answer_start, interest, sequence_title
-from vllm_entropix.observability.terminal import MEANINGS
+from vllm_entropix.observability.overview import Overview, answer_start, interest, kind_of, sequence_title
 from vllm_entropix.observability.tracefile import read_traces
-from vllm_entropix.records.fields import REGIMES
+from vllm_entropix.records.fields import Field, metrics, parameters
 from vllm_entropix.records.line import TraceLine
-from vllm_entropix.records.schema import TokenEntry
+from vllm_entropix.records.regimes import Regime
 
 # The charts are plotly.js's smallest bundle: the one that Python's plotly brings takes a browser a second longer to start.
 TEMPLATES = ("report.html.j2", "report.css", "report.js", "plotly/plotly-basic.min.js")
@@ -40,30 +39,8 @@ COMPILE_ALL = "//# allFunctionsCalledOnLoad\n"
 # Significant digits: of metrics and parameters (at most 4 fit a column), and of the probabilities of alternatives.
 DIGITS = 4
 PROBABILITY_DIGITS = 3
-# The hues of terminal.STYLES, for light and for dark backgrounds.
-COLOURS = {
-    "LELV": ("#1f8a4c", "#4cc38a"),
-    "HELV": ("#a626a4", "#e07be0"),
-    "LEHV": ("#b08800", "#e3c341"),
-    "HEHV": ("#cf2e2e", "#ff6b6b"),
-    "ADAPTIVE": ("#0b86a8", "#4fc4e0"),
-}
-# Metric or parameter → its short name and unit; descriptions are the schema's.
-METRICS = {
-    "entropy": ("entropy", "bits"),
-    "varentropy": ("varentropy", "bits²"),
-    "attention_entropy": ("attention entropy", "bits"),
-    "attention_varentropy": ("attention varentropy", "bits²"),
-    "agreement": ("agreement", ""),
-    "interaction_strength": ("interaction strength", ""),
-    "confidence": ("confidence", ""),
-}
-PARAMETERS = {
-    "temperature": ("temperature", ""),
-    "top_p": ("top_p", ""),
-    "top_k": ("top_k", ""),
-    "min_p": ("min_p", ""),
-}
+# Name, meaning and colours (light, dark) of the tokens of samplers without regimes; they stand behind the regimes.
+WITHOUT_REGIME = {"name": "NONE", "meaning": "a sampler without regimes", "light": "#6b7280", "dark": "#9ca3af"}
 
 
 @dataclass
@@ -99,6 +76,7 @@ class _Payload:
     sequences: list[dict[str, Any]] = field(default_factory=list)
     borders: list[dict[str, Any]] = field(default_factory=list)
     overview: Overview = field(default_factory=Overview)
+    without_regime: bool = False
     _packed: list[str] = field(default_factory=list)
     _interests: list[tuple[int, int, float]] = field(default_factory=list)
     # By model: texts of alternatives by token id, which its sequences share.
@@ -108,7 +86,8 @@ class _Payload:
         borders = line.thresholds.model_dump() if line.thresholds else None  # a saved response doesn't tell them
         if borders and borders not in self.borders:
             self.borders.append(borders)
-        counts: Counter[str] = Counter(entry.regime for entry in line.records)
+        counts = Counter(map(kind_of, line.records))
+        self.without_regime = self.without_regime or counts[len(Regime)] > 0
         vocabulary = self._vocabularies.setdefault(line.model, {})
         own = {token: text for token, text in line.alternative_texts.items() if vocabulary.setdefault(token, text) != text}
         entropies = [entry.entropy for entry in line.records if entry.entropy is not None]
@@ -129,7 +108,7 @@ class _Payload:
                 "tokens": len(line.token_ids),
                 "records": len(line.records),
                 "finish": line.finish_reason,
-                "counts": [counts[regime] for regime in REGIMES],
+                "counts": [counts[kind] for kind in range(len(Regime) + 1)],
                 "forced": sum(entry.forced for entry in line.records),
                 "entropy": float(f"{fmean(entropies):.{DIGITS}g}") if entropies else None,
                 "borders": self.borders.index(borders) if borders else None,
@@ -177,8 +156,8 @@ def _columns(line: TraceLine, own_texts: dict[int, str]) -> bytes:
     """A sequence's tokens, column by column. report.js has the other half.
 
     JSON's length (4 bytes), JSON (the prompt, tokens' texts, texts of alternatives other than in the vocabulary), token ids; of
-    each record its regime (ten more if forced; a byte), its number of alternatives (four bytes), metrics and parameters; of all
-    alternatives their ids and probabilities.
+    each record its kind (its regime's number, ten more if forced; a byte), its number of alternatives (four bytes), metrics and
+    parameters; of all alternatives their ids and probabilities.
     """
     records = line.records
     alternatives = [alternative for entry in records for alternative in entry.alternatives]
@@ -188,13 +167,18 @@ def _columns(line: TraceLine, own_texts: dict[int, str]) -> bytes:
             len(text).to_bytes(4, "little"),
             text,
             _integers(line.token_ids, "<i8"),
-            _integers([REGIMES.index(entry.regime) + 10 * entry.forced for entry in records], "<u1"),
+            _integers([kind_of(entry) + 10 * entry.forced for entry in records], "<u1"),
             _integers([len(entry.alternatives) for entry in records], "<u4"),
-            *(_numbers([getattr(entry, name) for entry in records]) for name in (*METRICS, *PARAMETERS)),
+            *(_numbers([getattr(entry, name) for entry in records]) for name in _shown()),
             _integers([token for token, _ in alternatives], "<i8"),
             _numbers([probability for _, probability in alternatives], PROBABILITY_DIGITS),
         )
     )
+
+
+def _shown() -> list[str]:
+    """Fields whose numbers the page gets, in order."""
+    return [field.name for field in (*metrics(), *parameters())]
 
 
 def _integers(values: Sequence[int], kind: str) -> bytes:
@@ -230,11 +214,14 @@ def _script_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _described(fields: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
-    return [
-        {"field": name, "name": shown, "unit": unit, "description": TokenEntry.model_fields[name].description or ""}
-        for name, (shown, unit) in fields.items()
-    ]
+def _described(fields: Iterable[Field]) -> list[dict[str, str]]:
+    return [{"field": field.name, "name": field.label, "unit": field.unit, "description": field.described} for field in fields]
+
+
+def _regimes(without: bool) -> list[dict[str, str]]:
+    """The kinds of tokens, by number."""
+    known = [{"name": regime.name, "meaning": regime.meaning, "light": regime.light, "dark": regime.dark} for regime in Regime]
+    return [*known, WITHOUT_REGIME] if without else known
 
 
 def report(sources: Sequence[Source], title: str = "Traces") -> str:
@@ -265,12 +252,9 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
         "vocabularies": vocabularies,
         "opening": opening,
         "first": first,
-        "regimes": [
-            {"name": regime, "meaning": MEANINGS[regime], "light": COLOURS[regime][0], "dark": COLOURS[regime][1]}
-            for regime in REGIMES
-        ],
-        "metrics": _described(METRICS),
-        "parameters": _described(PARAMETERS),
+        "regimes": _regimes(payload.without_regime),
+        "metrics": _described(metrics()),
+        "parameters": _described(parameters()),
         "histograms": payload.overview.histograms(),
         "uncertain": payload.overview.uncertain(),
     }

@@ -11,25 +11,12 @@ from statistics import fmean
 from rich.table import Table
 from rich.text import Text
 
+from vllm_entropix.records import fields
+from vllm_entropix.records.regimes import Regime, regime_of
 from vllm_entropix.records.schema import TokenEntry
-from vllm_entropix.records.trace import REGIMES, TokenRecord
+from vllm_entropix.records.trace import TokenRecord
 
-# Colours that differ in lightness as well as in hue, for the colour-blind and for terminals with few colours.
-STYLES = {
-    "LELV": "green",
-    "HELV": "bold magenta",
-    "LEHV": "yellow",
-    "HEHV": "bold red",
-    "ADAPTIVE": "cyan",
-}
 FORCED_STYLE = "bold white on magenta"
-MEANINGS = {
-    "LELV": "sure: argmax",
-    "HELV": "evenly lost: ask",
-    "LEHV": "a fork: explore",
-    "HEHV": "the mist: resample",
-    "ADAPTIVE": "in between: adapt",
-}
 
 
 @dataclass(frozen=True)
@@ -54,16 +41,17 @@ def coloured(sequence: TracedText) -> Text:
     """The text with each token in the colour of its regime; forced tokens stand out."""
     text = Text()
     for piece, record in zip(sequence.texts, sequence.records, strict=False):
-        text.append(printable(piece), style=FORCED_STYLE if record.forced else STYLES[record.regime])
+        regime = regime_of(record)
+        text.append(printable(piece), style=FORCED_STYLE if record.forced else regime.style if regime is not None else "")
     return text
 
 
 def legend() -> Text:
     """What the colours mean, in one line."""
     text = Text()
-    for regime in REGIMES:
-        text.append(f"{regime} ", style=STYLES[regime])
-        text.append(f"{MEANINGS[regime]}   ", style="dim")
+    for regime in Regime:
+        text.append(f"{regime.name} ", style=regime.style)
+        text.append(f"{regime.meaning}   ", style="dim")
     text.append(" forced ", style=FORCED_STYLE)
     text.append(" clarification", style="dim")
     return text
@@ -74,34 +62,26 @@ def _mean(values: Iterable[float | None]) -> str:
     return f"{fmean(known):.2f}" if known else "-"
 
 
-# Heading → the metric whose mean stands below it; where there is no room, the last ones are left out.
-_METRICS = {
-    "entropy\nbits": "entropy",
-    "varentropy\nbits²": "varentropy",
-    "attention\nentropy": "attention_entropy",
-    "agreement": "agreement",
-    "inter-\naction": "interaction_strength",
-}
 # Columns of a name: at most these; and those that it has before a metric is left out for it.
 _NAME_COLUMNS, _NAME_COLUMNS_KEPT = 48, 16
 
 
 def summary_table(sequences: Sequence[TracedText], width: int) -> Table:
-    """Regimes, mean metrics and forced tokens of each sequence.
+    """Regimes, mean metrics and forced tokens of each sequence. Where there is no room, the last metrics are left out.
 
     Args:
         sequences: one row each.
         width: columns of the terminal; what doesn't fit is left out or, of names, cut, but never a heading or a number.
     """
     names = [Text(printable(sequence.name)) for sequence in sequences]
-    counts = [Counter(record.regime for record in sequence.records) for sequence in sequences]
+    counts = [Counter(map(regime_of, sequence.records)) for sequence in sequences]
     columns = {
         "tokens": [str(len(sequence.records)) for sequence in sequences],
-        **{regime: [str(count[regime]) if count[regime] else "·" for count in counts] for regime in REGIMES},
+        **{regime.name: [str(count[regime]) if count[regime] else "·" for count in counts] for regime in Regime},
     }
     metrics = {
-        heading: [_mean(getattr(record, metric) for record in sequence.records) for sequence in sequences]
-        for heading, metric in _METRICS.items()
+        _heading(field): [_mean(getattr(record, field.name) for record in sequence.records) for sequence in sequences]
+        for field in fields.metrics()
     }
     forced = {"forced": [str(sum(record.forced for record in sequence.records) or "·") for sequence in sequences]}
 
@@ -119,11 +99,17 @@ def summary_table(sequences: Sequence[TracedText], width: int) -> Table:
         title="Regimes and metrics per sequence", title_justify="left", title_style="bold", padding=(0, 1, 0, padding - 1)
     )
     table.add_column("sequence", no_wrap=True, width=max(2, min(longest, _NAME_COLUMNS, room)))
+    styles = {regime.name: regime.style for regime in Regime}
     for heading in columns | metrics | forced:
-        table.add_column(heading, justify="right", style=STYLES.get(heading, ""), no_wrap=True)
+        table.add_column(heading, justify="right", style=styles.get(heading, ""), no_wrap=True)
     for row in zip(names, *(columns | metrics | forced).values(), strict=True):
         table.add_row(*row)
     return table
+
+
+def _heading(field: fields.Field) -> str:
+    """A field's label, a word a line, and its unit."""
+    return "\n".join(filter(None, (*field.label.split(), field.unit)))
 
 
 def _needed(column: tuple[str, Sequence[str]], padding: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_entropix.config import ConfigError, EntropixConfig
 from vllm_entropix.records.line import TraceLine
-from vllm_entropix.records.trace import REGIMES
+from vllm_entropix.records.regimes import REGIMES, regime_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +25,11 @@ class Transitions:
 
     Attributes:
         counts: ``counts[before][after]``, in the order of REGIMES.
+        without_regime: tokens that aren't counted, because their sampler has no regimes.
     """
 
     counts: list[list[int]] = field(default_factory=lambda: [[0] * len(REGIMES) for _ in REGIMES])
+    without_regime: int = 0
 
     @property
     def tokens(self) -> int:
@@ -55,6 +57,7 @@ class Transitions:
         return {
             "tokens": self.tokens,
             "changed": self.changed,
+            "without_regime": self.without_regime,
             "before": self.before,
             "after": self.after,
             "transitions": rows,
@@ -85,7 +88,11 @@ def transitions(lines: Iterable[TraceLine], config: EntropixConfig) -> Transitio
     for line in lines:
         after = classify(values(line, "entropy"), values(line, "varentropy"), constants).tolist()
         for entry, regime in zip(line.records, after, strict=True):
-            found.counts[REGIMES.index(entry.regime)][regime] += 1
+            before = regime_of(entry)
+            if before is None:
+                found.without_regime += 1
+            else:
+                found.counts[before][regime] += 1
     if not found.tokens:
-        raise ConfigError("the traces have no tokens")
+        raise ConfigError("the traces have no tokens" + " with a regime" * (found.without_regime > 0))
     return found

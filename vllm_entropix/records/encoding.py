@@ -13,24 +13,22 @@ from typing import Any
 import numpy as np
 from pydantic_core import to_json
 
-from vllm_entropix.records.fields import FIELDS, REGIMES, TABLE
+from vllm_entropix.records.fields import Field, all_fields, names
 
 # Tokens that are encoded without letting other threads run: about a millisecond.
 PART = 128
-_NAMES = (*FIELDS, "alternatives")
-# Whatever isn't one of the other regimes, as in sampling.regimes.
-_OTHER = REGIMES.index("ADAPTIVE")
 # Integers up to here are exact in a float32.
 _EXACT = 2**24
 
 
 def record_values(values: np.ndarray) -> list[dict[str, Any]]:
-    """Records as JSON values: the fields of TABLE in order, then ``alternatives``, a list of (id, probability).
+    """Records as JSON values: the table's fields in order, then ``alternatives``, a list of (id, probability).
 
     Args:
-        values: float32 ``[tokens, fields]``: the wire format's numbers, then ids and probabilities of alternatives.
+        values: float32 ``[tokens, fields]``: the packed numbers, then ids and probabilities of alternatives.
     """
-    return [dict(zip(_NAMES, row, strict=True)) for row in zip(*_columns(values), strict=True)]
+    keys = (*names(), "alternatives")
+    return [dict(zip(keys, row, strict=True)) for row in zip(*_columns(values), strict=True)]
 
 
 def entry_values(token_ids: Sequence[int], values: np.ndarray) -> list[dict[str, Any]]:
@@ -40,8 +38,8 @@ def entry_values(token_ids: Sequence[int], values: np.ndarray) -> list[dict[str,
         token_ids: of the records.
         values: see :func:`record_values`.
     """
-    names = ("token_id", *_NAMES)
-    return [dict(zip(names, row, strict=True)) for row in zip(token_ids, *_columns(values), strict=True)]
+    keys = ("token_id", *names(), "alternatives")
+    return [dict(zip(keys, row, strict=True)) for row in zip(token_ids, *_columns(values), strict=True)]
 
 
 def entries_json(token_ids: Sequence[int], values: np.ndarray) -> Iterator[bytes]:
@@ -58,20 +56,25 @@ def entries_json(token_ids: Sequence[int], values: np.ndarray) -> Iterator[bytes
 
 
 def _columns(values: np.ndarray) -> list[list[Any]]:
-    columns = [_column(values[:, place], field.kind) for place, field in enumerate(TABLE)]
-    return [*columns, _alternatives(values[:, len(FIELDS) :])]
+    fields = all_fields()
+    columns = [_column(values[:, place], field) for place, field in enumerate(fields)]
+    return [*columns, _alternatives(values[:, len(fields) :])]
 
 
-def _column(values: np.ndarray, kind: str) -> list[Any]:
-    if kind == "flag":
-        return list((values > 0).tolist())
-    if kind == "regime":
-        known = (values >= 0) & (values < len(REGIMES))
-        return [REGIMES[place] for place in np.where(known, values, _OTHER).astype(np.int64).tolist()]
-    if kind == "count":
+def _column(values: np.ndarray, field: Field) -> list[Any]:
+    if field.dtype == "bool":
+        return _or_none(values > 0, np.isfinite(values)) if field.nullable else list((values > 0).tolist())
+    if field.dtype == "category":
+        known = (values >= 0) & (values < len(field.categories))
+        places = np.where(known, values, 0).astype(np.int64)
+        return _or_none(np.array(field.categories, dtype=object)[places], known)
+    if field.dtype == "int":
         known = (values >= 0) & (values <= _EXACT)
-        counts = np.where(known, values, 0).astype(np.int64)
-        return _or_none(counts, known)
+        return _or_none(np.where(known, values, 0).astype(np.int64), known)
+    return _floats(values)
+
+
+def _floats(values: np.ndarray) -> list[Any]:
     return _or_none(values, np.isfinite(values))
 
 
@@ -90,5 +93,5 @@ def _or_none(values: np.ndarray, known: np.ndarray) -> list[Any]:
 def _alternatives(extra: np.ndarray) -> list[Any]:
     half = extra.shape[1] // 2
     token_ids, probabilities = extra[:, :half], extra[:, half : 2 * half]
-    pairs = zip(token_ids.astype(np.int64).tolist(), _column(probabilities, "number"), strict=True)
+    pairs = zip(token_ids.astype(np.int64).tolist(), _floats(probabilities), strict=True)
     return [list(zip(*pair, strict=True)) for pair in pairs]

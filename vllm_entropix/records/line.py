@@ -14,6 +14,7 @@ from typing import Any, Self, TextIO
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vllm_entropix.config import EntropixConfig, Thresholds
+from vllm_entropix.records import fields
 from vllm_entropix.records.schema import Count, TokenEntry, TokenId
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenTrace
@@ -107,6 +108,13 @@ class TraceLine(BaseModel):
             records=records,
             alternative_texts={token: tokenizer.decode([token]) for token in sorted(alternatives)},
         )
+
+
+def _follow_table() -> None:
+    TraceLine.model_rebuild(force=True)
+
+
+fields.follow(_follow_table)
 
 
 def prompt_hash(token_ids: Sequence[int]) -> str:

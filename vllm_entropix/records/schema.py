@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
-from vllm_entropix.records.fields import ALTERNATIVES, DESCRIPTIONS, MAX_FLOAT32, VERSION
+from vllm_entropix.records import fields
+from vllm_entropix.records.fields import ALTERNATIVES, MAX_FLOAT32, VERSION
 from vllm_entropix.records.trace import TokenRecord, TokenTrace
 
 # What every reader of JSON takes as a whole number, and what a float32 holds.
@@ -16,40 +18,36 @@ Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Number = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 # Of records per sequence, and of records per response.
 Bound = Literal["trace.max_tokens", "trace.response_tokens"]
-RegimeName = Literal["LELV", "HELV", "LEHV", "HEHV", "ADAPTIVE"]
+# What isn't known is ignored, so that a reader understands earlier and later releases. The schema tells what is written: all.
+_CONFIG = ConfigDict(extra="ignore", json_schema_serialization_defaults_required=True)
 
 
 class TokenEntry(BaseModel):
     """One generated token and why it was drawn as it was. Numbers that weren't measured or aren't finite are null."""
 
-    model_config = ConfigDict(extra="ignore")
+    # Between these stand the fields of the table, put there by _follow_table. What an entry doesn't tell is null: it may be of
+    # another release, or of a server without some sampler.
+
+    model_config = _CONFIG
 
     token_id: TokenId = Field(description="The token.")
-    regime: RegimeName = Field(description=DESCRIPTIONS["regime"])
-    entropy: Number | None = Field(description=DESCRIPTIONS["entropy"])
-    varentropy: Number | None = Field(description=DESCRIPTIONS["varentropy"])
-    attention_entropy: Number | None = Field(description=DESCRIPTIONS["attention_entropy"])
-    attention_varentropy: Number | None = Field(description=DESCRIPTIONS["attention_varentropy"])
-    agreement: Number | None = Field(description=DESCRIPTIONS["agreement"])
-    interaction_strength: Number | None = Field(description=DESCRIPTIONS["interaction_strength"])
-    temperature: Number | None = Field(description=DESCRIPTIONS["temperature"])
-    top_p: Number | None = Field(description=DESCRIPTIONS["top_p"])
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(description=DESCRIPTIONS["top_k"])
-    min_p: Number | None = Field(description=DESCRIPTIONS["min_p"])
-    confidence: Number | None = Field(description=DESCRIPTIONS["confidence"])
-    forced: bool = Field(description=DESCRIPTIONS["forced"])
     alternatives: list[tuple[TokenId, Number | None]] = Field(default_factory=list, max_length=255, description=ALTERNATIVES)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """A field of the table."""
 
     @classmethod
     def of(cls, token_id: int, record: TokenRecord) -> TokenEntry:
         """The entry of a token."""
-        return cls(token_id=token_id, **record.to_dict())
+        return cls.model_validate({"token_id": token_id, **record.to_dict()})
 
 
 class ChoiceTrace(BaseModel):
     """The trace of one choice; in a stream, of the tokens since the last chunk."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = _CONFIG
 
     version: Annotated[int, Field(description="Version of this format.")] = VERSION
     tokens: list[TokenEntry] = Field(default_factory=list, description="One entry per token, in order.")
@@ -62,3 +60,29 @@ class ChoiceTrace(BaseModel):
         stop = min(len(trace), len(token_ids))
         records = trace[start:stop] if start < stop else ()
         return cls(tokens=list(map(TokenEntry.of, token_ids[start:stop], records)), not_kept=trace.not_kept)
+
+
+_TYPES: dict[str, Any] = {"float": Number, "int": Annotated[int, Field(ge=0, le=2**31 - 1)], "bool": bool}
+
+
+def _of_table(field: fields.Field) -> FieldInfo:
+    """What pydantic is told of a field."""
+    kind = Literal[field.categories] if field.categories else _TYPES[field.dtype]
+    annotation: Any = kind | None if field.nullable else kind
+    default: Any = ... if field.required else None if field.nullable else False
+    return FieldInfo.from_annotated_attribute(annotation, Field(default, description=field.described))
+
+
+def _follow_table() -> None:
+    """Give entries the table's fields, and build anew what holds entries."""
+    known = TokenEntry.__pydantic_fields__
+    own = {name: known[name] for name in ("token_id", "alternatives")}
+    known.clear()
+    known["token_id"] = own["token_id"]
+    known.update({field.name: _of_table(field) for field in fields.all_fields()})
+    known["alternatives"] = own["alternatives"]
+    for model in (TokenEntry, ChoiceTrace):
+        model.model_rebuild(force=True)
+
+
+fields.follow(_follow_table)

@@ -3,64 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
-from vllm_entropix.records.fields import FIELDS, REGIMES
+from vllm_entropix.records.fields import NUMBER_BYTES, names, record_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["FIELDS", "RECORD_BYTES", "REGIMES", "TokenRecord", "TokenTrace", "traces"]
-
-_NUMBER_BYTES = 4
-# Of a record without alternatives.
-RECORD_BYTES = _NUMBER_BYTES * len(FIELDS)
 # Records that are made at a time of a trace that is gone through.
 _CHUNK = 256
 
 
-@dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """Why one token was drawn as it was; a number that wasn't measured or isn't finite is None.
+    """Why one token was drawn as it was: a value with an attribute for each field of the table (:mod:`.fields`).
+
+    A number that wasn't measured or isn't finite is None, as is a field that the token's sampler doesn't have.
 
     Attributes:
-        regime: LELV, HELV, LEHV, HEHV or ADAPTIVE.
-        entropy: of the next-token distribution, bits.
-        varentropy: of the next-token distribution, bits².
-        attention_entropy: mean over heads, bits; None if attention wasn't measured.
-        attention_varentropy: variance over heads, bits²; None if attention wasn't measured.
-        agreement: mean deviation of the heads from their mean; None if attention wasn't measured.
-        interaction_strength: mean absolute attention score; None if attention wasn't measured.
-        temperature: used for the draw; 0 is argmax.
-        top_p: used for the draw.
-        top_k: used for the draw.
-        min_p: used for the draw.
-        confidence: the score's constant C.
-        forced: the token was forced as part of a clarification.
         alternatives: most probable tokens as (id, probability), before temperature and filters, most probable first; the
             probability is None where the logits have no finite one.
+
+    Args:
+        values: all fields of the table by name, and ``alternatives`` if there are some.
+
+    Raises:
+        TypeError: a field is missing, or unknown.
     """
 
-    regime: str
-    entropy: float | None
-    varentropy: float | None
-    attention_entropy: float | None
-    attention_varentropy: float | None
-    agreement: float | None
-    interaction_strength: float | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    confidence: float | None
-    forced: bool
-    alternatives: tuple[tuple[int, float | None], ...] = ()
+    __slots__ = ("_values",)
+    _values: dict[str, Any]
+
+    def __init__(self, **values: Any) -> None:
+        known = (*names(), "alternatives")
+        values.setdefault("alternatives", ())
+        if wrong := values.keys() ^ set(known):
+            raise TypeError(f"a record has the fields {', '.join(known)}: missing or unknown is {', '.join(sorted(wrong))}")
+        object.__setattr__(self, "_values", {name: values[name] for name in known})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self, "_values")[name]
+        except KeyError:
+            raise AttributeError(f"a record has no field {name!r}") from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("a record can't be changed")
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._values]
+
+    def __eq__(self, other: object) -> bool:
+        return self._values == other._values if isinstance(other, TokenRecord) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def __repr__(self) -> str:
+        return f"TokenRecord({', '.join(f'{name}={value!r}' for name, value in self._values.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _record, (self._values,)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON values."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return {**values, "alternatives": [list(alternative) for alternative in self.alternatives]}
+        return {**self._values, "alternatives": [list(alternative) for alternative in self.alternatives]}
+
+
+def _record(values: dict[str, Any]) -> TokenRecord:
+    return TokenRecord(**values)
 
 
 class TokenTrace:
@@ -69,7 +81,7 @@ class TokenTrace:
     A slice is a trace, too. ``not_kept`` stays with the slice that reaches the end.
 
     Args:
-        width: bytes of a record: those of FIELDS, and 8 per alternative.
+        width: bytes of a record: those of the table's fields (the default), and 8 per alternative.
 
     Attributes:
         not_kept: tokens that came after the server's cap (``trace.max_tokens``).
@@ -78,9 +90,9 @@ class TokenTrace:
     __slots__ = ("_data", "_width", "not_kept")
     __hash__ = None  # type: ignore[assignment]  # it can grow
 
-    def __init__(self, width: int = RECORD_BYTES) -> None:
+    def __init__(self, width: int | None = None) -> None:
         self._data = bytearray()
-        self._width = width
+        self._width = record_bytes() if width is None else width
         self.not_kept = 0
 
     def extend(self, records: bytes, tokens: int) -> None:
@@ -95,10 +107,10 @@ class TokenTrace:
         self.not_kept += other.not_kept
 
     def values(self) -> np.ndarray:
-        """The wire format's numbers, float32 ``[tokens, fields]``: FIELDS, then ids and probabilities of alternatives."""
+        """The packed numbers, float32 ``[tokens, fields]``: those of the table, then ids and probabilities of alternatives."""
         import numpy as np  # here, because reading the traces of a response takes none
 
-        return np.frombuffer(bytes(self._data), dtype="<f4").reshape(len(self), self._width // _NUMBER_BYTES)
+        return np.frombuffer(bytes(self._data), dtype="<f4").reshape(len(self), self._width // NUMBER_BYTES)
 
     @property
     def nbytes(self) -> int:

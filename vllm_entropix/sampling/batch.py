@@ -11,32 +11,15 @@ import torch
 from torch import Tensor
 
 from vllm_entropix.kernels import kernels_for
+from vllm_entropix.records.fields import names
+from vllm_entropix.records.regimes import Regime
 from vllm_entropix.sampling.clarification import Clarification
 from vllm_entropix.sampling.metrics import AttentionStatistics
-from vllm_entropix.sampling.regimes import Regime
 from vllm_entropix.sampling.sampler import Decision, EntropixSampler
 from vllm_entropix.sampling.sequences import Sequence, SequenceTable
 
 if TYPE_CHECKING:
     from vllm_entropix.config import EntropixConfig
-
-# What a record holds, in this order, as float32. In front of it stands the row's slot, 0 if there is nothing to tell of the
-# row. Behind it stand, if a row of the step is traced, the strongest alternatives: ids, then probabilities before any filter.
-RECORD_FIELDS = (
-    "regime",
-    "entropy",
-    "varentropy",
-    "attention_entropy",
-    "attention_varentropy",
-    "agreement",
-    "interaction_strength",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "confidence",
-    "forced",
-)
 
 
 @dataclass(frozen=True)
@@ -143,7 +126,8 @@ class BatchSampler:
             measure: gives attention statistics; None runs on the logits alone.
 
         Returns:
-            float32 ``[rows, columns]``, or None if nothing is to be told: slot, record, alternatives (see RECORD_FIELDS).
+            float32 ``[rows, columns]``, or None if nothing is to be told: slot, record, alternatives
+            (see ``records.fields.all_fields``).
         """
         table = self.sequences
         sampled, traced = table.sampled[rows.host_slots], table.traced[rows.host_slots]
@@ -297,22 +281,16 @@ def _records(
     metrics, parameters = decision.metrics, decision.parameters
     if not sampled.all() if sampled.device.type == "cpu" else True:
         parameters = parameters.as_argmax(~sampled)
-    columns = (
-        slots,  # exact, as token ids are: there are fewer than 2**24
-        decision.regime,
-        metrics.entropy,
-        metrics.varentropy,
-        metrics.attention_entropy,
-        metrics.attention_varentropy,
-        metrics.agreement,
-        metrics.interaction_strength,
-        parameters.temperature,
-        parameters.top_p,
-        parameters.top_k,
-        parameters.min_p,
-        decision.confidence,
-        forced >= 0,
-    )
+    unknown = torch.full_like(metrics.entropy, torch.nan)
+
+    def values(field: str) -> Tensor:
+        """A field's column: whoever computes it holds it by its name."""
+        if field == "forced":
+            return forced >= 0
+        holder = next((holder for holder in (metrics, parameters, decision) if hasattr(holder, field)), None)
+        return unknown if holder is None else getattr(holder, field)
+
+    columns = (slots, *map(values, names()))  # slots are exact, as token ids are: there are fewer than 2**24
     records = torch.stack([column.to(torch.float32) for column in columns], dim=-1)
     if alternatives is None:
         return records

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_entropix.records.regimes import Regime
 from vllm_entropix.sampling.constants import Constants
 from vllm_entropix.sampling.metrics import AttentionStatistics, LogitsMetrics
-from vllm_entropix.sampling.regimes import Regime
 
 
 @dataclass(frozen=True)

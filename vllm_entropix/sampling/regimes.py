@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch
 from torch import Tensor
 
+from vllm_entropix.records.regimes import Regime
 from vllm_entropix.sampling.constants import Constants
-
-
-class Regime(IntEnum):
-    """The five regimes; the first four are tested in this order, ADAPTIVE is everything else."""
-
-    LELV = 0  # low entropy, low varentropy: sure, argmax
-    HELV = 1  # high entropy, low varentropy: evenly lost, ask
-    LEHV = 2  # low entropy, high varentropy: a fork, explore
-    HEHV = 3  # high entropy, high varentropy: the mist, resample
-    ADAPTIVE = 4  # in between, adapt
 
 
 def classify(entropy: Tensor, varentropy: Tensor, constants: Constants) -> Tensor:

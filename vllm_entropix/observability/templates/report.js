@@ -12,7 +12,7 @@
   // A plane's axes run by one of these. Square roots leave room both for the corner of the sure and for the few that are lost.
   const SCALES = { root: Math.sqrt, log: (value) => Math.log10(Math.max(value, FLOOR)), linear: (value) => value };
   const TICKS = { root: [0, 0.1, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000], log: [0.001, 0.01, 0.1, 1, 10, 100, 1000] };
-  const SYMBOLS = ["circle", "diamond", "triangle-up", "x", "square"];
+  const SYMBOLS = ["circle", "diamond", "triangle-up", "x", "square", "circle-open"];
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const state = { view: "one", first: report.opening, compare: files.length > 1 ? "auto" : "", tint: "regime", scale: "root", shown: new Set(["entropy", "varentropy", "attention_entropy"]) };
   const byId = (id) => document.getElementById(id);
@@ -162,13 +162,13 @@
     const total = sum(counts) || 1;
     let end = 0;
     let stops = "";
-    counts.forEach((count, regime) => {
+    regimes.forEach(({ name }, place) => {
       const begin = end;
-      end += (count / total) * 100;
-      stops += `, var(--${regimes[regime].name}) ${begin}% ${end}%`;
+      end += (counts[place] / total) * 100;
+      stops += `, var(--${name}) ${begin}% ${end}%`;
     });
     if (end) element.style.background = `linear-gradient(to right${stops})`;
-    element.setAttribute("aria-label", counts.map((count, regime) => `${regimes[regime].name} ${percent(count / total)}`).join(", "));
+    element.setAttribute("aria-label", regimes.map(({ name }, place) => `${name} ${percent(counts[place] / total)}`).join(", "));
     return element;
   }
 
@@ -481,7 +481,7 @@
         const spaced = ticks.filter((value, place) => place === 0 || state.scale === "log" || on(value) - on(ticks[place - 1]) > (end - begin) * 0.035);
         return { ...this.axis(), title: { text: title, standoff: 8 }, range: [begin, end], ...(ticks.length ? { tickvals: spaced.map(on), ticktext: spaced.map(String) } : {}) };
       };
-      const adaptive = colour(regimes.length - 1);
+      const adaptive = tintOf("ADAPTIVE");
       this.draw(this.plane, traces, {
         ...this.layout(410), margin: { l: 54, r: 14, t: 8, b: 42 }, shapes, annotations, hovermode: "closest", plot_bgcolor: mixed(adaptive, card, 0.05),
         xaxis: axis("entropy, bits", low, right), yaxis: axis("varentropy, bits²", bottom, top),

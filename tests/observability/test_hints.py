@@ -18,6 +18,7 @@ CLARIFICATION = {"text": "hm?"}
     ("settings", "named"),
     [
         ({"regimes": False}, "regimes is off"),
+        ({"regimes": False, "clarification": {"token_ids": [5]}}, "regimes is off"),
         ({"clarification": {**CLARIFICATION, "max_per_request": 0}}, "clarification.max_per_request is 0"),
         ({"thresholds": {"helv": {"entropy_above": 9}}}, "thresholds.helv.entropy_above is 9.0, and 512 tokens have 9.00 bits"),
         ({"thresholds": {"helv": {"varentropy_below": 0}}}, "thresholds.helv.varentropy_below is 0"),

@@ -151,6 +151,7 @@ def test_what_a_read_only_root_needs_is_on_volumes():
     writable = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
     mounts = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in writable}
     assert mounts == {"/dev/shm", "/tmp", "/home/vllm", "/cache"}
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"], "which may write to a claim, too"
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert {environment["HOME"], environment["HF_HOME"]} <= mounts
 

@@ -19,13 +19,19 @@ import pytest
 from vllm_entropix.config import ConfigError, EntropixConfig, Trace
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import background, disk
-from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.records.fields import all_fields, column
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.records.trace import TokenTrace
 
 ALTERNATIVES = 3
+CONFIG = EntropixConfig()
+LABEL = {
+    "model": "demo",
+    "preset": CONFIG.preset_name,
+    "fidelity": CONFIG.fidelity,
+    "thresholds": CONFIG.thresholds.model_dump(),
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +67,8 @@ def records(tokens, seed=0, unmeasured=False):
 def sequence(tokens=4, name="request", tokenizer=None, kept=None, **changed):
     trace = TokenTrace(4 * (len(all_fields()) + 2 * ALTERNATIVES))
     trace.extend(records(tokens if kept is None else kept).tobytes(), tokens)
-    config = EntropixConfig()
-    label = {
-        "model": "demo",
-        "preset": config.preset_name,
-        "fidelity": config.fidelity,
-        "thresholds": config.thresholds.model_dump(),
-    }
     settings = {
-        "label": label,
+        "label": LABEL,
         "request_id": name,
         "index": 0,
         "prompt": disk.Prompt.of([5, 6, 7], "the prompt", told=False),
@@ -83,7 +82,8 @@ def sequence(tokens=4, name="request", tokenizer=None, kept=None, **changed):
 
 
 def names(path):
-    return [line.request_id for line in read_traces(path)]
+    """What the lines of a file are of; a half line fails, where a reader would skip it."""
+    return [TraceLine.model_validate_json(line).request_id for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("unmeasured", [False, True])
@@ -99,7 +99,7 @@ def test_a_line_is_what_the_format_says(tokenizer, tokens, kept, unmeasured):
         prompt_token_ids=[5, 6, 7],
         completion=SimpleNamespace(token_ids=finished.token_ids, index=0, finish_reason="stop"),
         trace=trace,
-        config=EntropixConfig(),
+        config=CONFIG,
         tokenizer=tokenizer,
         model="demo",
     )
@@ -207,6 +207,16 @@ def test_a_file_that_was_moved_away_is_begun_again(tmp_path, writer_at):
     assert names(path) == ["after"]
 
 
+def test_a_handle_that_is_lost_is_let_go(tmp_path, writer_at):
+    writer = writer_at()
+    for name in ("before", "lost", "after"):
+        if name == "lost":
+            os.close(writer._file)
+        writer.put(sequence(name=name))
+        writer.flush()
+    assert names(tmp_path / "traces.jsonl") == ["before", "after"]
+
+
 def test_what_a_killed_process_left_doesnt_spoil_the_next_line(tmp_path, writer_at):
     path = tmp_path / "traces.jsonl"
     path.write_text('{"version": 1, "request')
@@ -272,6 +282,20 @@ def test_long_prompts_take_no_memory_while_they_wait(writer_at, told):
         tracemalloc.stop()
     assert held < 10e6
     assert (writer.dropped > 0) == told
+
+
+@pytest.mark.parametrize("tokens", [1, 2000])
+def test_what_waits_takes_as_much_memory_as_the_queue_may_hold(writer_at, tokens):
+    """Of short sequences it is what is around the tokens, of long ones their records."""
+    writer = writer_at(queue_megabytes=1)
+    tracemalloc.start()
+    try:
+        while not writer.dropped:
+            writer.put(sequence(tokens))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1.2e6
 
 
 def test_prompts_are_told_where_they_are_asked_for(tokenizer):

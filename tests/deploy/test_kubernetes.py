@@ -14,7 +14,7 @@ KUBERNETES = "1.34"
 EVERYTHING = {
     "gpus": 2,
     "samplerConfig": {"preset": "torch-2024-10", "attention": {"layers": "all"}},
-    "extraArgs": ["--max-model-len=8192"],
+    "extraArgs": ["--max-model-len=8192", "--chat-template={{ a: b # c }}"],
     "extraEnv": [{"name": "VLLM_LOGGING_LEVEL", "value": "INFO"}],
     "extraVolumes": [{"name": "traces", "persistentVolumeClaim": {"claimName": "traces"}}],
     "extraVolumeMounts": [{"name": "traces", "mountPath": "/traces"}],
@@ -52,10 +52,17 @@ def test_a_replica():
     objects = rendered(EVERYTHING)
     pod, container = replica(EVERYTHING)
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
-    assert {"--tensor-parallel-size=2", "--sampler=entropix", "--max-model-len=8192"} <= set(container["args"])
+    sampler = {"--sampler=entropix", "--sampler-config=/etc/vllm-entropix/sampler.json"}
+    reached = {"--host=0.0.0.0", "--port=8000"}
+    assert sampler | reached | {"--tensor-parallel-size=2", *EVERYTHING["extraArgs"]} <= set(container["args"])
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
     assert "replicas" not in objects["Deployment"]["spec"]  # the autoscaler's
+    assert container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"] == 1800
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+    [cache] = [volume for volume in pod["volumes"] if volume["name"] == "cache"]
+    assert cache["persistentVolumeClaim"] == {"claimName": "models"}
     assert "nvidia.com/gpu" not in replica({"gpus": 0})[1]["resources"]["limits"]
     assert EVERYTHING["extraVolumes"][0] in pod["volumes"]
     assert EVERYTHING["extraVolumeMounts"][0] in container["volumeMounts"]
@@ -176,6 +183,14 @@ def test_the_sampler_takes_its_settings():
     config = EntropixConfig.from_dict(settings)
     assert config.attention.layers == "all"
     EntropixConfig.from_dict(json.loads(rendered({})["ConfigMap"]["data"]["sampler.json"]))
+
+
+def test_other_settings_of_the_sampler_restart_the_replicas():
+    templates = [
+        rendered({"samplerConfig": {"preset": preset}})["Deployment"]["spec"]["template"]
+        for preset in EntropixConfig.preset_names()
+    ]
+    assert len({json.dumps(template) for template in templates}) == len(templates)
 
 
 def test_metrics_and_scaling():

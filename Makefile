@@ -8,7 +8,7 @@ BUILD ?= auto
 # extra arguments of pytest, as in: make test ARGS="-k golden"
 ARGS ?=
 # Tests that run side by side, on a CPU: one a core, up to four
-WORKERS ?= auto
+WORKERS ?= logical
 
 # A file's tests share engines and servers. The order is that of tests/conftest.py, not by the number of tests in a file.
 side_by_side = -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -23,7 +24,7 @@ def problems() -> list[str]:
     """
     import vllm
 
-    found = [*_version_problems(vllm.__version__), *_attribute_problems(Sources(Path(vllm.__file__).parent.parent))]
+    found = [*_version_problems(vllm.__version__), *_installed_problems(Path(vllm.__file__).parent.parent)]
     of_servers = {module: functions for module, functions in FUNCTIONS_OF_SERVERS.items() if module in sys.modules}
     for module_name, functions in {**FUNCTIONS, **of_servers}.items():
         for qualified, parameters in functions.items():
@@ -64,6 +65,12 @@ def _version_problems(version: str) -> list[str]:
     parts = version.split(".")
     known = parts[0] == "0" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) in _SUPPORTED_MINORS
     return [] if known else [f"its version is {version}"]
+
+
+@functools.cache
+def _installed_problems(root: Path) -> list[str]:
+    """Once a process, however many engines it makes: reading the sources takes seconds."""
+    return _attribute_problems(Sources(root))
 
 
 def _attribute_problems(sources: Sources) -> list[str]:

@@ -51,9 +51,10 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
     from vllm.v1.sample.sampler import Sampler
 
     from vllm_entropix import EntropixConfig
-    from vllm_entropix.sampling.batch import BatchSampler, Rows
-    from vllm_entropix.sampling.sampler import metrics_by_kernel
-    from vllm_entropix.sampling.sequences import Sequence
+    from vllm_entropix.distribution.statistics import metrics_by_kernel
+    from vllm_entropix.rows.batch import BatchSampler
+    from vllm_entropix.rows.rows import Rows
+    from vllm_entropix.rows.table import Sequence
 
     config = EntropixConfig()
     generator = torch.Generator().manual_seed(0)

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vllm_entropix.config import EntropixConfig, as_mapping
 from vllm_entropix.observability.overview import sequence_title
 from vllm_entropix.observability.terminal import printable
 from vllm_entropix.observability.tracefile import TraceFileError, read_traces
 from vllm_entropix.records.line import TraceLine
+from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 
 QUESTIONS = ("What is 384 + 259?", "What has keys but opens no door?", "What is in the sealed box?")
 SCORES = ("mean_entropy", "max_entropy", "unsure", "surprise")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from tests.support.odd_values import LARGE, anything
-from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig, as_mapping
+from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig, as_mapping
+from vllm_entropix.settings.errors import ConfigError
 
 PRESETS = ("jax-2024-10", "torch-2024-10")
 

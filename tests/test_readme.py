@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_entropix.cli.main import app
-from vllm_entropix.config import as_mapping
-from vllm_entropix.requests import RequestSettings
+from vllm_entropix.samplers.entropix.settings import as_mapping
+from vllm_entropix.samplers.request import RequestSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.odd_values import HUGE, LARGE, anything
-from vllm_entropix.config import ConfigError, EntropixConfig
-from vllm_entropix.requests import RequestSettings
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.samplers.request import RequestSettings
+from vllm_entropix.settings.errors import ConfigError
 
 KEYS = [str(field.alias) for field in RequestSettings.model_fields.values()]
 

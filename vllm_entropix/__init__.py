@@ -9,8 +9,9 @@ from vllm_entropix._version import __version__
 from vllm_entropix.engine.plugin import register as _register
 
 if TYPE_CHECKING:
-    from vllm_entropix.config import ConfigError, EntropixConfig
     from vllm_entropix.records.trace import TokenRecord, TokenTrace, traces
+    from vllm_entropix.samplers.entropix.settings import EntropixConfig
+    from vllm_entropix.settings.errors import ConfigError
 
 __all__ = ["ConfigError", "EntropixConfig", "TokenRecord", "TokenTrace", "__version__", "traces"]
 

@@ -65,8 +65,8 @@ class Stage(vLLMEngineStageUDF):
 
     def _of_output(self, output: Any) -> dict[str, Any]:
         from vllm_entropix import EntropixConfig
-        from vllm_entropix.config import as_mapping
         from vllm_entropix.records.line import TraceLine
+        from vllm_entropix.samplers.entropix.settings import as_mapping
 
         [completion] = output.outputs
         trace = getattr(completion, "entropix_trace", None)
@@ -140,7 +140,8 @@ def run(
     cpu: Annotated[bool, typer.Option(help="Engines on CPUs.")] = False,
 ) -> None:
     """Generate for all rows that have no result yet."""
-    from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping
+    from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
+    from vllm_entropix.settings.errors import ConfigError
 
     try:
         settings = dict(as_mapping(sampler_config))

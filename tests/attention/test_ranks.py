@@ -11,7 +11,7 @@ from vllm_entropix.attention.paged_keys import PlainKeys
 from vllm_entropix.attention.ranks import combine_shares, measure_over_ranks, shares_of_heads
 from vllm_entropix.attention.stages import StageStatistics, mean_over_stages
 from vllm_entropix.attention.statistics import measure_layer_in_pytorch
-from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
+from vllm_entropix.distribution.attention import AttentionStatistics, HeadStatistics
 
 LAYERS, ROWS, HEADS, POSITIONS = 4, 5, 6, 40
 METRICS = ("attention_entropy", "attention_varentropy", "agreement", "interaction_strength")

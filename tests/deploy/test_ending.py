@@ -47,7 +47,7 @@ def ask(url, **more):
 def bring_machine_code(variables):
     """What other tests have compiled into the folder that a new pod's server would keep it in: that saves half a minute."""
     script = """
-from vllm_entropix.kernels.cpu.machine_code import MachineCode, kept_on_disk
+from vllm_entropix.kernels.numba_.machine_code import MachineCode, kept_on_disk
 print(MachineCode(kept_on_disk.__wrapped__).cache_path)
 """
     here, there = (

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.engine import close_engine, engine, generate
-from vllm_entropix.config import EntropixConfig
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.records.regimes import REGIMES
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
 pytestmark = pytest.mark.engine
 

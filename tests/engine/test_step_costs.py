@@ -97,7 +97,13 @@ def vllm_alone(tiny):
 @pytest.fixture
 def kernels(request, monkeypatch):
     """Makes entropix use these kernels, whatever the device: Triton's are interpreted here as vLLM's are."""
-    for module in ("sampling.batch", "sampling.sampler", "attention.statistics", "attention.launches"):
+    for module in (
+        "rows.batch",
+        "samplers.entropix.sampler",
+        "distribution.statistics",
+        "attention.statistics",
+        "attention.launches",
+    ):
         monkeypatch.setattr(f"vllm_entropix.{module}.kernels_for", lambda device: request.param)
 
 

@@ -23,12 +23,12 @@ from tests.support.dashboards import metric_names
 from tests.support.engine import close_engine, engine, generate, scheduler_of
 from tests.support.server import generate_in_process, serve
 from vllm_entropix.client import ASK, StreamTraces, trace_of
-from vllm_entropix.config import ConfigError
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import disk
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.line import prompt_hash
+from vllm_entropix.settings.errors import ConfigError
 
 pytestmark = pytest.mark.engine
 

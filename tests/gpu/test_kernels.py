@@ -41,8 +41,9 @@ def test_types_of_keys(checks, dtype):
 def sampler_step(logits, sampled):
     """One step of the batch sampler; the rows that it wrote."""
     from vllm_entropix import EntropixConfig
-    from vllm_entropix.sampling.batch import BatchSampler, Rows
-    from vllm_entropix.sampling.sequences import Sequence
+    from vllm_entropix.rows.batch import BatchSampler
+    from vllm_entropix.rows.rows import Rows
+    from vllm_entropix.rows.table import Sequence
 
     config, rows, device = EntropixConfig(), len(logits), logits.device
     batch = BatchSampler(config, rows, None, device)

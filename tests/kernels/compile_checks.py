@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_entropix.kernels import attention_statistics, candidates, logits_metrics, wide_filters
+from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
 
 FLOATS, LONGS = "*fp32", "*i64"
 # Types of arguments by name, of all kernels; what isn't named here is float32 in memory, or a constant.

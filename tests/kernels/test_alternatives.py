@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_entropix.kernels.cpu.alternatives import largest_of_rows
+from vllm_entropix.kernels.numba_.alternatives import largest_of_rows
 
 
 def largest(logits, count):

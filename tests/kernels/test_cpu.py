@@ -15,14 +15,15 @@ from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import LayerAttention
 from vllm_entropix.attention.paged_keys import CpuAmxKeys, CpuVectorKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
-from vllm_entropix.kernels import cpu
-from vllm_entropix.kernels.cpu import threads
-from vllm_entropix.kernels.cpu.elementary import exponential, largest
+from vllm_entropix.distribution.constants import Constants
+from vllm_entropix.kernels import numba_ as cpu
+from vllm_entropix.kernels.numba_ import threads
+from vllm_entropix.kernels.numba_.elementary import exponential, largest
 from vllm_entropix.records.fields import names
+from vllm_entropix.rows.batch import BatchSampler
+from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.table import Sequence
 from vllm_entropix.sampling import AttentionStatistics, EntropixSampler
-from vllm_entropix.sampling.batch import BatchSampler, Rows
-from vllm_entropix.sampling.constants import Constants
-from vllm_entropix.sampling.sequences import Sequence
 
 METRICS = ("attention_entropy", "attention_varentropy", "agreement", "interaction_strength")
 
@@ -344,8 +345,8 @@ NO_FOLDER = """
 import numba.core.caching as caching
 caching.FunctionCache._impl_class._locator_classes = []
 import numpy as np
-from vllm_entropix.kernels.cpu import metrics
-from vllm_entropix.kernels.cpu.machine_code import kept_on_disk
+from vllm_entropix.kernels.numba_ import metrics
+from vllm_entropix.kernels.numba_.machine_code import kept_on_disk
 assert not kept_on_disk()
 entropy, varentropy, log_normaliser = np.empty((3, 1), dtype=np.float32)
 metrics.metrics_of_rows(np.zeros((1, 8), dtype=np.float32), entropy, varentropy, log_normaliser, 0, 1)

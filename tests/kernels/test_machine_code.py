@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import vllm_entropix
-from vllm_entropix.kernels.cpu import machine_code
+from vllm_entropix.kernels.numba_ import machine_code
+from vllm_entropix.samplers.entropix import numba_rule
 
 PACKAGE = Path(vllm_entropix.__file__).parent
 
@@ -18,7 +19,7 @@ PACKAGE = Path(vllm_entropix.__file__).parent
 DECIDE = """
 import numpy as np
 from vllm_entropix.config import EntropixConfig
-from vllm_entropix.kernels.cpu.decide import decide
+from vllm_entropix.samplers.entropix.numba_rule import decide
 names = [name for name, _ in EntropixConfig.preset().numbers()]
 numbers = np.arange(10, 10 + len(names), dtype=np.float32)[None] / 100
 numbers[0, names.index("hehv.temperature_min")] = 2
@@ -31,7 +32,7 @@ print(floats[0, 0], sum(decide.stats.cache_hits.values()))
 # Of two equal weights, the sum.
 WEIGH = """
 import numpy as np
-from vllm_entropix.kernels.cpu.attention import _weigh
+from vllm_entropix.kernels.numba_.attention import _weigh
 print(_weigh(np.ones(2, dtype=np.float32), np.float32(1))[0], sum(_weigh.stats.cache_hits.values()))
 """
 
@@ -65,25 +66,26 @@ def folders(copy):
 def test_changes_of_other_files(copy):
     assert printed(copy, DECIDE + WEIGH) == [2, 0, 2, 0]
     # A setting in another place.
-    config = copy / PACKAGE.name / "config.py"
+    config = copy / PACKAGE.name / "samplers/entropix/settings.py"
     line = next(line for line in config.read_text().splitlines() if "Floor of the temperature" in line) + "\n"
-    above = '    temperature_offset: float = _setting("Factor on T0 at attention varentropy 0.'
+    above = '    temperature_offset: float = setting("Factor on T0 at attention varentropy 0.'
     change(config, line, "")
     change(config, above, line + above)
-    assert printed(copy, DECIDE + WEIGH) == [2, 0, 2, 0]
-    assert len(folders(copy)) == 2
+    # The other kernels read no settings.
+    assert printed(copy, DECIDE + WEIGH) == [2, 0, 2, 1]
+    assert len(folders(copy)) == 3
     # A function that a kernel calls.
-    change(copy / PACKAGE.name / "kernels/cpu/elementary.py", "p)) * power", "p)) * power * np.float32(4.0)")
+    change(copy / PACKAGE.name / "kernels/numba_/elementary.py", "p)) * power", "p)) * power * np.float32(4.0)")
     assert printed(copy, DECIDE + WEIGH) == [2, 0, 8, 0]
     # Another date changes nothing.
-    os.utime(copy / PACKAGE.name / "kernels/cpu/attention.py", (1, 1))
+    os.utime(copy / PACKAGE.name / "kernels/numba_/attention.py", (1, 1))
     assert printed(copy, DECIDE + WEIGH) == [2, 1, 8, 1]
 
 
 def test_all_that_kernels_are_made_from_is_found():
-    found = set(machine_code.sources())
-    kernels = {path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "kernels" / "cpu").glob("*.py")}
-    assert found >= kernels | {"config.py"}
+    found = set(machine_code.sources(Path(numba_rule.__file__)))
+    kernels = {path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "kernels" / "numba_").glob("*.py")}
+    assert found >= kernels | {"samplers/entropix/settings.py", "samplers/entropix/numba_rule.py"}
     assert not any(name.startswith(("engine/", "cli/", "observability/")) for name in found)
 
 
@@ -103,7 +105,7 @@ def test_old_folders_are_removed(tmp_path):
 
 def test_a_folder_that_vanishes_does_no_harm(copy):
     """Another process cleans up, or the disk is full: what can't be kept is compiled, and it is told."""
-    script = "import shutil\nfrom vllm_entropix.kernels.cpu import machine_code\n" + (
+    script = "import shutil\nfrom vllm_entropix.kernels.numba_ import machine_code\n" + (
         "def gone(*_):\n    raise OSError(28, 'No space left on device')\n"
         "machine_code._FolderOfSources.ensure_cache_path = gone\n"
     )

@@ -13,8 +13,11 @@ from tests.kernels.test_cpu import apply
 from tests.support import strange_rows
 from tests.support.strange_rows import assert_same_draws, has_softmax
 from vllm_entropix import EntropixConfig
+from vllm_entropix.distribution import filters
+from vllm_entropix.distribution import statistics as row_statistics
 from vllm_entropix.records.fields import names
-from vllm_entropix.sampling import Decision, EntropixSampler, LogitsMetrics, Metrics, Regime, batch, filters, sampler
+from vllm_entropix.rows import batch
+from vllm_entropix.sampling import AttentionStatistics, Decision, EntropixSampler, LogitsMetrics, Metrics, Regime
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +34,7 @@ def decision_of(logits, parameters):
 @PROPERTY
 @given(strange_rows.logits(dtypes=FLOATS))
 def test_metrics(logits):
-    got = sampler._metrics_by_cpu_kernel(logits.float())
+    got = row_statistics._metrics_by_cpu_kernel(logits.float())
     want = LogitsMetrics.from_logits(logits)
     for name in ("entropy", "varentropy", "log_normaliser"):
         one, other = getattr(got, name), getattr(want, name)
@@ -78,7 +81,7 @@ def test_alternatives(logits, count):
 def test_a_row_without_a_softmax_is_decided_by_the_base(preset, fidelity, logits, seed, attended):
     config = EntropixConfig.preset(preset, fidelity=fidelity)
     *metrics, measured = strange_rows.attention(np.random.default_rng(seed), len(logits))
-    statistics = None if attended == "none" else sampler.AttentionStatistics(*metrics, measured)
+    statistics = None if attended == "none" else AttentionStatistics(*metrics, measured)
     strange = ~has_softmax(logits)
     for kernels in (True, False):
         decision = EntropixSampler(config, kernels=kernels).decide(logits, statistics)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.support import runners
-from vllm_entropix.kernels import cpu, kernels_for
+from vllm_entropix.kernels import numba_ as cpu
+from vllm_entropix.kernels.backend import kernels_for
 
 ROOT = Path(__file__).parents[2]
 CHECKS = (
@@ -93,23 +94,23 @@ def test_kernel(results, name):
 
 
 def test_kernels_by_device(monkeypatch):
-    from vllm_entropix import kernels
+    from vllm_entropix.kernels import backend
 
-    monkeypatch.setattr(kernels, "_triton_available", lambda: True)
+    monkeypatch.setattr(backend, "_triton_available", lambda: True)
     assert kernels_for(torch.device("cpu")) == "numba"
     assert kernels_for(torch.device("cuda", 1)) == "triton"
     assert kernels_for(torch.device("meta")) is None
 
 
 def test_one_switch_for_all_kernels(monkeypatch):
-    from vllm_entropix import kernels
+    from vllm_entropix.kernels import backend
 
     monkeypatch.setenv(cpu.SWITCH, "0")
-    for available in (cpu.available, kernels._triton_available):
+    for available in (cpu.available, backend._triton_available):
         available.cache_clear()
     try:
         assert kernels_for(torch.device("cpu")) is None
         assert kernels_for(torch.device("cuda")) is None
     finally:
-        for available in (cpu.available, kernels._triton_available):
+        for available in (cpu.available, backend._triton_available):
             available.cache_clear()

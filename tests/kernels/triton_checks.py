@@ -27,8 +27,13 @@ from vllm_entropix.attention.launches import measure_layers
 from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.paged_keys import CpuVectorKeys, PlainKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
-from vllm_entropix.kernels import attention_statistics, candidates, logits_metrics, wide_filters
-from vllm_entropix.sampling import LogitsMetrics, Parameters, batch, filters, sampler
+from vllm_entropix.distribution import filters
+from vllm_entropix.distribution import statistics as row_statistics
+from vllm_entropix.distribution.best_of_n import best_of_n
+from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
+from vllm_entropix.rows import batch
+from vllm_entropix.samplers.entropix import sampler
+from vllm_entropix.sampling import LogitsMetrics, Parameters
 
 # The interpreter takes its time.
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -154,7 +159,7 @@ def expected(logits, parameters, dtype=torch.float64):
         min_p=parameters.min_p.to(dtype),
     )
     kept = filters.candidates(logits.to(dtype), int(parameters.top_k.max()))
-    probabilities = filters.best_of_n(kept, filters.filtered(kept, exact), parameters.samples)
+    probabilities = best_of_n(kept, filters.filtered(kept, exact), parameters.samples)
     return torch.zeros_like(logits, dtype=dtype).scatter_(-1, kept.token_ids, probabilities)
 
 
@@ -593,6 +598,7 @@ def the_sampler_decides_and_writes_by_them():
         with (
             mock.patch.object(batch, "kernels_for", return_value="triton"),
             mock.patch.object(sampler, "kernels_for", return_value="triton"),
+            mock.patch.object(row_statistics, "kernels_for", return_value="triton"),
         ):
             got, got_records = apply(logits, True, sampled, clarification=(17, 18), base=base)
         torch.testing.assert_close(got_records, want_records, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_entropix.config import ConfigError, EntropixConfig
 from vllm_entropix.observability.calibration import (
     DEFAULT_SHARES,
     Measured,
@@ -19,6 +18,8 @@ from vllm_entropix.observability.calibration import (
     regimes_of,
 )
 from vllm_entropix.records.regimes import REGIMES
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.settings.errors import ConfigError
 
 
 def distributions(tokens, seed, sure=0.8):

@@ -16,13 +16,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_entropix.config import ConfigError, EntropixConfig, Trace
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import background, disk
 from vllm_entropix.records.fields import all_fields, column
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.records.trace import TokenTrace
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.settings.errors import ConfigError
+from vllm_entropix.settings.server import Trace
 
 ALTERNATIVES = 3
 CONFIG = EntropixConfig()
@@ -363,7 +365,7 @@ def test_what_is_queued_is_written_when_the_process_ends(tmp_path):
     path = tmp_path / "traces.jsonl"
     script = f"""
 from tests.observability.test_disk import sequence
-from vllm_entropix.config import Trace
+from vllm_entropix.settings.server import Trace
 from vllm_entropix.observability import background, disk
 disk.FLUSH_SECONDS = 3600
 disk.write(Trace(path={str(path)!r}), False, sequence())
@@ -375,7 +377,7 @@ disk.write(Trace(path={str(path)!r}), False, sequence())
 HUNG = """
 import os, threading, time
 from tests.observability.test_disk import sequence
-from vllm_entropix.config import Trace
+from vllm_entropix.settings.server import Trace
 from vllm_entropix.observability import background, disk
 disk.FLUSH_SECONDS = 0.01
 at_write, write = threading.Event(), os.write
@@ -419,7 +421,7 @@ def test_a_forked_process_writes_its_own_and_not_its_parents(tmp_path):
     script = f"""
 import os, sys
 from tests.observability.test_disk import sequence
-from vllm_entropix.config import Trace
+from vllm_entropix.settings.server import Trace
 from vllm_entropix.observability import background, disk
 disk.FLUSH_SECONDS = 3600
 settings = Trace(path={str(path)!r})

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from vllm_entropix._version import __version__
 from vllm_entropix.cli import checks, doctor, repairs
 from vllm_entropix.cli.main import app
-from vllm_entropix.config import ConfigError
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.engine import expected, patches
 from vllm_entropix.engine.patching import Patch
+from vllm_entropix.settings.errors import ConfigError
 
 
 def run(*arguments):

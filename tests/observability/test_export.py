@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from tests.support.traces import line, varied, written
 from vllm_entropix.cli.main import app
-from vllm_entropix.config import ConfigError
 from vllm_entropix.observability.export import columns, to_csv, to_pandas, to_parquet
+from vllm_entropix.settings.errors import ConfigError
 
 LINES = [
     line(["a", "\n", "é"], forced=[1], not_kept=1),

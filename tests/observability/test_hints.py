@@ -5,10 +5,10 @@ import logging
 import numpy as np
 import pytest
 
-from vllm_entropix.config import EntropixConfig
 from vllm_entropix.observability.hints import WATCHED, Watch, never_forced
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.regimes import REGIMES
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
 VOCABULARY = 512  # 9 bits
 CLARIFICATION = {"text": "hm?"}

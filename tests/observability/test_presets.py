@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from vllm_entropix.cli.main import app
 from vllm_entropix.cli.presets import settings, toml
-from vllm_entropix.config import ConfigError, EntropixConfig
 from vllm_entropix.demo_model import shipped_model
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.settings.errors import ConfigError
 
 COMMAND = [sys.executable, "-m", "vllm_entropix", "presets"]
 NAMES = [name for name, _, _ in settings(EntropixConfig())]

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from tests.support.browser import chromium, opened, until
 from tests.support.traces import CENTRES, line, varied, written
 from vllm_entropix.cli.main import app
-from vllm_entropix.config import ConfigError
 from vllm_entropix.observability.report import Source, report, write_report
 from vllm_entropix.observability.terminal import TracedText, summary_table
 from vllm_entropix.records.regimes import REGIMES, Regime
+from vllm_entropix.settings.errors import ConfigError
 
 WORDS = ["Once", " upon", " a", " time", ",", "\n", "there", " lived", " a", " fox"]
 ATTACKS = [

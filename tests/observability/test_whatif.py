@@ -7,9 +7,10 @@ from typer.testing import CliRunner
 
 from tests.support.traces import CONFIG, line, varied, written
 from vllm_entropix.cli.main import app
-from vllm_entropix.config import ConfigError, EntropixConfig
 from vllm_entropix.observability.whatif import transitions
 from vllm_entropix.records.regimes import REGIMES
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.settings.errors import ConfigError
 
 WIDER = EntropixConfig.preset(thresholds={"helv": {"varentropy_below": 4.5}, "lelv": {"varentropy_below": 0.01}})
 

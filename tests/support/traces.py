@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from vllm_entropix.config import EntropixConfig
+from vllm_entropix.distribution.constants import Constants
 from vllm_entropix.records.line import TraceLine, prompt_hash, write_traces
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.records.schema import TokenEntry
-from vllm_entropix.sampling.constants import Constants
-from vllm_entropix.sampling.regimes import classify
+from vllm_entropix.samplers.entropix.regimes import classify
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
 CONFIG = EntropixConfig.preset()
 # (entropy, varentropy) in the middle of each regime of the default preset, in the order of REGIMES.

@@ -12,7 +12,7 @@ import sys
 def compiled() -> dict[str, int]:
     from numba.core.registry import CPUDispatcher
 
-    from vllm_entropix.kernels import cpu
+    from vllm_entropix.kernels import numba_ as cpu
 
     names = [module.name for module in pkgutil.iter_modules(cpu.__path__, f"{cpu.__name__}.")]
     kernels = (kernel for name in names for kernel in vars(importlib.import_module(name)).values())

@@ -32,10 +32,10 @@ from words import CLARIFICATION
 from writer import Doc
 
 from vllm_entropix import EntropixConfig
+from vllm_entropix.distribution.constants import Constants
+from vllm_entropix.distribution.statistics import LogitsMetrics
+from vllm_entropix.samplers.entropix.regimes import classify
 from vllm_entropix.sampling import Regime
-from vllm_entropix.sampling.constants import Constants
-from vllm_entropix.sampling.metrics import LogitsMetrics
-from vllm_entropix.sampling.regimes import classify
 
 #: The regime for which each kind of designed place was made.
 DESIGNED = {"evenly_lost": "HELV", "mostly_this": "LEHV", "in_the_mist": "HEHV"}

@@ -14,25 +14,26 @@ from torch import Tensor
 
 from vllm_entropix.attention.layers import LayerAttention, LayerRows
 from vllm_entropix.attention.paged_keys import PlainKeys
-from vllm_entropix.kernels import VARIANCE_RULES, kernels_for
-from vllm_entropix.sampling.metrics import AttentionStatistics
+from vllm_entropix.distribution.attention import AttentionStatistics
+from vllm_entropix.kernels.backend import kernels_for
+from vllm_entropix.kernels.rules import VARIANCE_RULES
 
 if TYPE_CHECKING:
-    from vllm_entropix.config import EntropixConfig
-    from vllm_entropix.kernels.attention_statistics import PagedLayers, PagedRows
+    from vllm_entropix.kernels.triton_.attention_statistics import PagedLayers, PagedRows
+    from vllm_entropix.settings.server import AttentionRules
 
 
 def measured_by_triton(layers: Sequence[LayerAttention], device: torch.device) -> bool:
     """Can :func:`measure_layers` measure all of these layers on ``device``?"""
     if kernels_for(device) != "triton":
         return False
-    from vllm_entropix.kernels.attention_statistics import supports
+    from vllm_entropix.kernels.triton_.attention_statistics import supports
 
     return all(isinstance(layer.keys, PlainKeys) and supports(layer.keys.cache.dtype) for layer in layers)
 
 
 def measure_layers(
-    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, wanted: Tensor, config: EntropixConfig
+    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, wanted: Tensor, config: AttentionRules
 ) -> AttentionStatistics:
     """Statistics of several layers by the Triton kernels, ``[layers, rows]`` each; the device is never waited for.
 
@@ -43,7 +44,7 @@ def measure_layers(
         wanted: bool ``[rows]``; the others get NaN and cost nothing.
         config: how statistics are taken.
     """
-    from vllm_entropix.kernels.attention_statistics import attention_statistics
+    from vllm_entropix.kernels.triton_.attention_statistics import attention_statistics
 
     found: dict[int, Tensor] = {}
     for places, paged, rows in launches(layers, requests, lengths, wanted):
@@ -67,7 +68,7 @@ def launches(
     Raises:
         ValueError: a layer's keys aren't plain.
     """
-    from vllm_entropix.kernels.attention_statistics import PagedRows
+    from vllm_entropix.kernels.triton_.attention_statistics import PagedRows
 
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for place, one in enumerate(layers):
@@ -104,7 +105,7 @@ _PAGED: WeakKeyDictionary[LayerAttention, tuple[tuple[LayerAttention, ...], Page
 
 
 def _paged_layers(layers: tuple[LayerAttention, ...]) -> PagedLayers:
-    from vllm_entropix.kernels.attention_statistics import PagedLayers
+    from vllm_entropix.kernels.triton_.attention_statistics import PagedLayers
 
     first, others = layers[0], layers[1:]
     known = _PAGED.get(first)

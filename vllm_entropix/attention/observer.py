@@ -19,11 +19,11 @@ from vllm_entropix.attention.layers import LayerAttention, LayerRows
 from vllm_entropix.attention.paged_keys import UnsupportedAttentionError, key_reader
 from vllm_entropix.attention.ranks import measure_over_ranks, measure_over_ranks_by_triton
 from vllm_entropix.attention.statistics import measure_layer
+from vllm_entropix.distribution.attention import AttentionStatistics
 from vllm_entropix.kernels.ranks import Ranks
-from vllm_entropix.sampling.metrics import AttentionStatistics
 
 if TYPE_CHECKING:
-    from vllm_entropix.config import EntropixConfig
+    from vllm_entropix.settings.server import AttentionRules
 
 
 @dataclass
@@ -51,7 +51,7 @@ class AttentionObserver:
     def __init__(
         self,
         layers: Mapping[int, Any],
-        config: EntropixConfig,
+        config: AttentionRules,
         max_requests: int,
         rows_per_request: int = 1,
         ranks: Ranks | None = None,
@@ -239,7 +239,7 @@ def find_attention_layers(model: nn.Module) -> dict[int, Any]:
     return found
 
 
-def select_layers(found: Mapping[int, Any], config: EntropixConfig) -> dict[int, Any]:
+def select_layers(found: Mapping[int, Any], config: AttentionRules) -> dict[int, Any]:
     """The layers that the configuration wants observed.
 
     Raises:

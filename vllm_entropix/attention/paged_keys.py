@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_entropix.kernels.cpu import AMX_BFLOAT16, VECTOR_BFLOAT16, VECTOR_FLOAT32
+from vllm_entropix.kernels.numba_ import AMX_BFLOAT16, VECTOR_BFLOAT16, VECTOR_FLOAT32
 
 # Backends that keep plain keys: a cache [blocks, kv_heads, block_size, head_dim + value_dim], keys first, of any strides.
 PLAIN_BACKENDS = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION"})
@@ -31,7 +31,7 @@ class RawKeys:
 
     Attributes:
         array: ``[blocks, kv_heads, elements]``, float32, or bfloat16 as uint16; shares the cache's memory.
-        layout: one of ``kernels.cpu.attention``'s layouts.
+        layout: one of ``kernels.numba_.attention``'s layouts.
     """
 
     array: np.ndarray

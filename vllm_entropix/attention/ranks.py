@@ -16,11 +16,11 @@ from torch import Tensor
 from vllm_entropix.attention.launches import launches
 from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.statistics import head_statistics
+from vllm_entropix.distribution.attention import AttentionStatistics, HeadStatistics
 from vllm_entropix.kernels.ranks import Ranks
-from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
 
 if TYPE_CHECKING:
-    from vllm_entropix.config import EntropixConfig
+    from vllm_entropix.settings.server import AttentionRules
 
 # Weights that the PyTorch path keeps for an exchange, in float32 elements: 128 MiB.
 _MAX_WEIGHTS = 1 << 25
@@ -29,7 +29,7 @@ WORTH_WAITING = 1 << 22
 
 
 def combine_shares(
-    shares: Sequence[Tensor], counted: Sequence[Tensor], ranks: Ranks, config: EntropixConfig
+    shares: Sequence[Tensor], counted: Sequence[Tensor], ranks: Ranks, config: AttentionRules
 ) -> AttentionStatistics:
     """The statistics of all layers, ``[layers, rows]`` each, from what each rank's heads say, by one exchange.
 
@@ -54,7 +54,7 @@ def combine_shares(
 
 
 def measure_over_ranks(
-    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, config: EntropixConfig, ranks: Ranks
+    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, config: AttentionRules, ranks: Ranks
 ) -> AttentionStatistics:
     """Statistics of several layers in PyTorch, ``[layers, rows]`` each.
 
@@ -112,7 +112,7 @@ def measure_over_ranks_by_triton(
     lengths: Tensor,
     wanted: Tensor,
     bounds: Tensor,
-    config: EntropixConfig,
+    config: AttentionRules,
     ranks: Ranks,
 ) -> AttentionStatistics:
     """The same by the kernels, for layers with plain keys; the device is not waited for unless that saves more than it costs.
@@ -126,7 +126,7 @@ def measure_over_ranks_by_triton(
         config: how statistics are taken.
         ranks: that have the other heads.
     """
-    from vllm_entropix.kernels.attention_statistics import head_shares
+    from vllm_entropix.kernels.triton_.attention_statistics import head_shares
 
     padded = config.padded_positions or 0
     found: dict[int, tuple[Tensor, Tensor]] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_entropix.sampling.metrics import AttentionStatistics
+from vllm_entropix.distribution.attention import AttentionStatistics
 
 
 @dataclass(frozen=True)

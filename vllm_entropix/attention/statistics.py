@@ -11,11 +11,12 @@ from torch import Tensor
 from vllm_entropix.attention.launches import measure_layers, measured_by_triton
 from vllm_entropix.attention.layers import LayerAttention, LayerRows
 from vllm_entropix.attention.paged_keys import RawKeys
-from vllm_entropix.kernels import VARIANCE_RULES, kernels_for
-from vllm_entropix.sampling.metrics import AttentionStatistics, HeadStatistics
+from vllm_entropix.distribution.attention import AttentionStatistics, HeadStatistics
+from vllm_entropix.kernels.backend import kernels_for
+from vllm_entropix.kernels.rules import VARIANCE_RULES
 
 if TYPE_CHECKING:
-    from vllm_entropix.config import EntropixConfig
+    from vllm_entropix.settings.server import AttentionRules
 
 # Keys of a layer that are unpacked at a time, in elements: bounds the extra memory at 4 times this many bytes.
 _MAX_KEY_ELEMENTS = 1 << 23
@@ -26,7 +27,7 @@ def measure_layer(
     queries: Tensor,
     block_table: Tensor,
     lengths: Tensor,
-    config: EntropixConfig,
+    config: AttentionRules,
 ) -> AttentionStatistics:
     """Statistics of one layer for ``queries [rows, heads, head_dim]``; the other arguments as of ``LayerAttention.scores``.
 
@@ -42,10 +43,10 @@ def measure_layer(
 
 
 def _measure_by_cpu_kernel(
-    layer: LayerAttention, raw: RawKeys, queries: Tensor, block_table: Tensor, lengths: Tensor, config: EntropixConfig
+    layer: LayerAttention, raw: RawKeys, queries: Tensor, block_table: Tensor, lengths: Tensor, config: AttentionRules
 ) -> AttentionStatistics:
-    from vllm_entropix.kernels.cpu.attention import measure_rows
-    from vllm_entropix.kernels.cpu.threads import share_rows
+    from vllm_entropix.kernels.numba_.attention import measure_rows
+    from vllm_entropix.kernels.numba_.threads import share_rows
 
     rows, heads, head_dim = queries.shape
     results = torch.empty(4, rows, dtype=torch.float32)
@@ -69,7 +70,7 @@ def _measure_by_cpu_kernel(
 
 
 def measure_layer_in_pytorch(
-    layer: LayerAttention, queries: Tensor, block_table: Tensor, lengths: Tensor, config: EntropixConfig
+    layer: LayerAttention, queries: Tensor, block_table: Tensor, lengths: Tensor, config: AttentionRules
 ) -> AttentionStatistics:
     """The same as :func:`measure_layer`, for every kind of layer."""
     results = AttentionStatistics(*(torch.empty(len(lengths), dtype=torch.float32, device=lengths.device) for _ in range(4)))
@@ -86,7 +87,7 @@ def measure_layer_in_pytorch(
 
 
 def head_statistics(
-    layer: LayerAttention, queries: Tensor, block_table: Tensor, lengths: Tensor, config: EntropixConfig
+    layer: LayerAttention, queries: Tensor, block_table: Tensor, lengths: Tensor, config: AttentionRules
 ) -> Iterator[tuple[Tensor, HeadStatistics]]:
     """One layer's heads, a group of rows at a time, with the rows' indices; arguments as of :func:`measure_layer`."""
     for rows in _groups(lengths, layer):

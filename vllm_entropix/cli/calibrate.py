@@ -18,12 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_entropix.cli.demo import Prompt, load_prompts
-from vllm_entropix.config import DEFAULT_PRESET, ConfigError, EntropixConfig
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.terminal import printable
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.regimes import Regime
 from vllm_entropix.records.trace import traces
+from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig
+from vllm_entropix.settings.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -247,7 +247,7 @@ def plugin() -> Iterator[Check]:
     others = sorted(set(found) - {ENTRY_POINT})
     if others:
         yield Check("other plugins", "note", ", ".join(others))
-    from vllm_entropix.kernels import cpu
+    from vllm_entropix.kernels import numba_ as cpu
 
     if cpu.available():
         yield Check("CPU kernels", "ok", "in use")

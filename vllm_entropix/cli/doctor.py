@@ -16,9 +16,10 @@ from rich.text import Text
 
 from vllm_entropix.cli import checks
 from vllm_entropix.cli.checks import Check, State
-from vllm_entropix.config import ConfigError, EntropixConfig, as_mapping, quoted
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.engine import expected, patches, vllm_check
+from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
+from vllm_entropix.settings.errors import ConfigError, quoted
 
 _SIGNS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "note": ("•", "yellow"), "broken": ("✗", "bold red")}
 

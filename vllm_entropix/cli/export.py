@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from vllm_entropix.config import ConfigError
 from vllm_entropix.observability.export import to_csv, to_parquet
 from vllm_entropix.observability.tracefile import read_traces
+from vllm_entropix.settings.errors import ConfigError
 
 WRITERS = {".parquet": to_parquet, ".csv": to_csv}
 

@@ -11,8 +11,8 @@ import typer
 
 from vllm_entropix._version import __version__
 from vllm_entropix.cli import calibrate, demo, doctor, export, presets, report, schema, whatif
-from vllm_entropix.config import ConfigError
 from vllm_entropix.observability.tracefile import TraceFileError
+from vllm_entropix.settings.errors import ConfigError
 
 app = typer.Typer(
     name="vllm-entropix",

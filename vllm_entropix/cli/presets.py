@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from vllm_entropix.config import DEFAULT_PRESET, EntropixConfig
+from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig
 
 
 def settings(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:

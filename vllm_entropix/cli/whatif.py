@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_entropix.config import EntropixConfig
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.observability.whatif import Transitions, transitions
 from vllm_entropix.records.regimes import Regime
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
 
 def whatif(

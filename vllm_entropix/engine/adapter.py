@@ -15,14 +15,15 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError, find_attention_layers, select_layers
+from vllm_entropix.distribution.attention import AttentionStatistics
 from vllm_entropix.engine.outputs import RECORDS, Records, by_request
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
-from vllm_entropix.kernels import kernels_for
+from vllm_entropix.kernels.backend import kernels_for
 from vllm_entropix.kernels.ranks import Ranks
-from vllm_entropix.requests import GREEDY_BELOW, RequestSettings
-from vllm_entropix.sampling.batch import BatchSampler, Rows
-from vllm_entropix.sampling.metrics import AttentionStatistics
-from vllm_entropix.sampling.sequences import Sequence
+from vllm_entropix.rows.batch import BatchSampler
+from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.table import Sequence
+from vllm_entropix.samplers.request import GREEDY_BELOW, RequestSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -158,7 +159,7 @@ class RunnerAdapter(ABC):
         """
         if kernels_for(self.device) != "numba":
             return
-        from vllm_entropix.kernels.cpu.machine_code import kept_on_disk
+        from vllm_entropix.kernels.numba_.machine_code import kept_on_disk
 
         start = time.monotonic()
         if self.samples:

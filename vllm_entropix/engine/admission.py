@@ -7,13 +7,13 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_entropix.config import ConfigError, quoted
 from vllm_entropix.engine.engine_config import RESOLVED
 from vllm_entropix.engine.internal import is_internal
 from vllm_entropix.engine.outputs import COUNTED, TRACED, WRITTEN
 from vllm_entropix.engine.placement import is_ours
 from vllm_entropix.observability import prometheus
-from vllm_entropix.requests import GREEDY_BELOW, PREFIX, RequestSettings
+from vllm_entropix.samplers.request import GREEDY_BELOW, PREFIX, RequestSettings
+from vllm_entropix.settings.errors import ConfigError, quoted
 
 
 class RequestSettingsError(VLLMValidationError, ValueError):  # type: ignore[misc]

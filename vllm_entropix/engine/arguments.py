@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from vllm_entropix import config
-from vllm_entropix.config import ConfigError, as_mapping, quoted
+from vllm_entropix.samplers.entropix.settings import as_mapping
+from vllm_entropix.settings.errors import ConfigError, quoted
+from vllm_entropix.settings.load import merge as overlay
 
 SAMPLERS = ("vllm", "entropix")
 KEY = "entropix"
@@ -85,7 +86,7 @@ def merge(additional: Mapping[str, Any], *sources: Words, names: tuple[str, str]
     elif sampler == "entropix" or settings:
         table = {} if before is None or isinstance(before, bool) else as_mapping(before)
         for over in settings:
-            table = config.merge(table, as_mapping(over))
+            table = overlay(table, as_mapping(over))
         merged[KEY] = table
     return merged
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_entropix._version import __version__
-from vllm_entropix.config import MAX_CLARIFICATION_TOKENS, ConfigError, EntropixConfig, as_mapping, quoted
 from vllm_entropix.engine import vllm_check
 from vllm_entropix.engine.arguments import KEY, FromCommandLine
 from vllm_entropix.engine.subclasses import SCHEDULER, WORKER, qualified_name
 from vllm_entropix.observability import disk, hints
+from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
+from vllm_entropix.settings.errors import ConfigError, quoted
+from vllm_entropix.settings.server import MAX_CLARIFICATION_TOKENS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

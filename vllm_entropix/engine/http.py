@@ -13,13 +13,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_entropix.config import ConfigError
 from vllm_entropix.engine import answers
 from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.engine_config import RESOLVED
 from vllm_entropix.engine.internal import wrap_internal
 from vllm_entropix.engine.placement import is_ours, misplaced, refusal
-from vllm_entropix.requests import PREFIX, RequestSettings
+from vllm_entropix.samplers.request import PREFIX, RequestSettings
+from vllm_entropix.settings.errors import ConfigError
 
 # Of the request that is being handled, for what the engine is asked meanwhile.
 _COLLECTING: ContextVar[Collected | None] = ContextVar("entropix_collecting", default=None)

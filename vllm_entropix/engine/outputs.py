@@ -15,12 +15,12 @@ import numpy as np
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_entropix.config import Trace
 from vllm_entropix.engine.engine_config import Resolved
 from vllm_entropix.observability import disk, prometheus
 from vllm_entropix.records.fields import record_bytes
 from vllm_entropix.records.trace import TokenTrace
-from vllm_entropix.requests import RequestSettings
+from vllm_entropix.samplers.request import RequestSettings
+from vllm_entropix.settings.server import Trace
 
 # Request id → (is it traced?, rows, their records one after the other).
 Records = dict[str, tuple[bool, int, bytes]]

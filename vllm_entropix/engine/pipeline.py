@@ -16,7 +16,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_entropix.attention import AttentionObserver
 from vllm_entropix.attention.stages import StageStatistics, mean_over_stages
-from vllm_entropix.sampling.metrics import AttentionStatistics
+from vllm_entropix.distribution.attention import AttentionStatistics
 
 KEY = "entropix_attention"
 

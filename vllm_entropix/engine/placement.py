@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_entropix.config import quoted
-from vllm_entropix.requests import PREFIX
+from vllm_entropix.samplers.request import PREFIX
+from vllm_entropix.settings.errors import quoted
 
 # Below these a user's own names stand: of JSON schemas, grammars and tools. Lists, such as messages, aren't searched either.
 _USERS_OWN = frozenset({"response_format", "structured_outputs", "guided_json", "output_config", "text", "tool_choice"})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_entropix.engine.adapter import RunnerAdapter
-from vllm_entropix.sampling.batch import Rows
+from vllm_entropix.rows.rows import Rows
 
 if TYPE_CHECKING:
     import numpy as np

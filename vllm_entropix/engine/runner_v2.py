@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from vllm_entropix.engine.adapter import RunnerAdapter
-from vllm_entropix.sampling.batch import Rows
+from vllm_entropix.rows.rows import Rows
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,11 +20,12 @@ import numpy as np
 import tomli_w
 import torch
 
-from vllm_entropix.config import ConfigError, EntropixConfig, Thresholds
+from vllm_entropix.distribution.constants import Constants
 from vllm_entropix.observability.terminal import printable
 from vllm_entropix.records.regimes import REGIMES
-from vllm_entropix.sampling.constants import Constants
-from vllm_entropix.sampling.regimes import classify
+from vllm_entropix.samplers.entropix.regimes import classify
+from vllm_entropix.samplers.entropix.settings import EntropixConfig, Thresholds
+from vllm_entropix.settings.errors import ConfigError
 
 # A choice and no finding: sure in two of five tokens, asking and resampling rare. The rest is ADAPTIVE.
 DEFAULT_SHARES: Mapping[str, float] = {"LELV": 0.40, "HELV": 0.01, "LEHV": 0.08, "HEHV": 0.03}

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 from pydantic_core import to_json
 
-from vllm_entropix.config import ConfigError, Trace
 from vllm_entropix.observability import prometheus
 from vllm_entropix.observability.background import Background
 from vllm_entropix.records.encoding import PART, entries_json
@@ -36,6 +35,8 @@ from vllm_entropix.records.fields import all_fields
 from vllm_entropix.records.line import VERSION, prompt_hash
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenTrace
+from vllm_entropix.settings.errors import ConfigError
+from vllm_entropix.settings.server import Trace
 
 FLUSH_SECONDS = 0.5
 # How long the end of a process waits for a disk that takes nothing.

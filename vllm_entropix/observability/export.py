@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_entropix.config import ConfigError
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.records.fields import all_fields, names
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.schema import TokenEntry
 from vllm_entropix.records.trace import traces
+from vllm_entropix.settings.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas

@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 
-from vllm_entropix.config import EntropixConfig
 from vllm_entropix.records.fields import column
 from vllm_entropix.records.regimes import Regime
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
 # Tokens after which it is said that none was forced.
 WATCHED = 1000

@@ -23,12 +23,12 @@ from typing import Any, Self
 import numpy as np
 
 from vllm_entropix._version import __version__
-from vllm_entropix.config import ConfigError
 from vllm_entropix.observability.overview import Overview, answer_start, interest, kind_of, sequence_title
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.records.fields import Field, metrics, parameters
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.regimes import Regime
+from vllm_entropix.settings.errors import ConfigError
 
 # The charts are plotly.js's smallest bundle: the one that Python's plotly brings takes a browser a second longer to start.
 TEMPLATES = ("report.html.j2", "report.css", "report.js", "plotly/plotly-basic.min.js")

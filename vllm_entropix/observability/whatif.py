@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_entropix.config import ConfigError, EntropixConfig
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.regimes import REGIMES, regime_of
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.settings.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +74,8 @@ def transitions(lines: Iterable[TraceLine], config: EntropixConfig) -> Transitio
     try:
         import torch
 
-        from vllm_entropix.sampling.constants import Constants
-        from vllm_entropix.sampling.regimes import classify
+        from vllm_entropix.distribution.constants import Constants
+        from vllm_entropix.samplers.entropix.regimes import classify
     except ImportError as error:
         raise ConfigError(f"whatif needs torch ({error})") from None
     # The engine's precision, so that a token on a border falls on the same side.

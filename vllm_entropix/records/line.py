@@ -13,11 +13,11 @@ from typing import Any, Self, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from vllm_entropix.config import EntropixConfig, Thresholds
 from vllm_entropix.records import fields
 from vllm_entropix.records.schema import Count, TokenEntry, TokenId
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenTrace
+from vllm_entropix.samplers.entropix.settings import EntropixConfig, Thresholds
 
 VERSION = 1
 

@@ -1,0 +1,1 @@
+"""What all samplers share: statistics of rows, the plan, filters and how they are written."""

@@ -1,0 +1,53 @@
+"""The rows of one step's logits, as the engine lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from vllm_entropix.distribution.attention import AttentionStatistics
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one step's logits.
+
+    Attributes:
+        slots: int64 ``[rows]`` on the device: each row's slot in the sequence table.
+        host_slots: int64, the slots of the step's sequences, each at least once; equal to ``slots`` if no sequence has
+            more than one row.
+        positions: int64 ``[rows]``: position of the token that was fed at the row; the drawn token goes to the next.
+        fed: int64 ``[rows]``: that token.
+        valid: bool ``[rows]``: False for rows whose token is thrown away (an unfinished prefill).
+        batch: int64 ``[rows]``: the row's sequence's place in the batch that the model ran.
+        draft_index: ``[rows]``, a row's place among its sequence's rows; None if every sequence has one row.
+        draft_rows: the most rows that a sequence can have.
+    """
+
+    slots: Tensor
+    host_slots: np.ndarray
+    positions: Tensor
+    fed: Tensor
+    valid: Tensor
+    batch: Tensor
+    draft_index: Tensor | None = None
+    draft_rows: int = 1
+
+    def select(self, index: Tensor) -> Rows:
+        """Some of the rows."""
+        return replace(
+            self,
+            slots=self.slots[index],
+            positions=self.positions[index],
+            fed=self.fed[index],
+            valid=self.valid[index],
+            batch=self.batch[index],
+            draft_index=None if self.draft_index is None else self.draft_index[index],
+        )
+
+
+# Rows and a bool mask [rows] of those whose attention is wanted → their statistics, or None if there are none to be had.
+Measure = Callable[[Rows, Tensor], AttentionStatistics | None]

@@ -1,0 +1,30 @@
+"""The shipped presets: their names and their settings."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from vllm_entropix.settings.errors import ConfigError, quoted
+
+
+@cache
+def preset_names() -> tuple[str, ...]:
+    """Names of the shipped presets, sorted."""
+    folder = files(__name__)
+    return tuple(sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")))
+
+
+@cache
+def preset_text(name: str) -> str:
+    """A shipped preset as TOML."""
+    return (files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def read_preset(name: Any) -> dict[str, Any]:
+    """The settings of a shipped preset; ConfigError that lists the presets if there is none of this name."""
+    if not isinstance(name, str) or name not in preset_names():
+        raise ConfigError(f"unknown preset {quoted(name)}; there are {', '.join(preset_names())}")
+    return tomllib.loads(preset_text(name))

@@ -1,0 +1,196 @@
+"""Composes metrics, regimes, parameters and filters for a batch of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_entropix.distribution import filters
+from vllm_entropix.distribution.attention import AttentionStatistics, Metrics
+from vllm_entropix.distribution.best_of_n import best_of_n as fold
+from vllm_entropix.distribution.constants import Constants
+from vllm_entropix.distribution.filters import Distribution
+from vllm_entropix.distribution.plan import Parameters
+from vllm_entropix.distribution.statistics import LogitsMetrics, metrics_by_kernel
+from vllm_entropix.kernels.backend import kernels_for
+from vllm_entropix.samplers.entropix.parameters import base_parameters, confidence, parameters
+from vllm_entropix.samplers.entropix.regimes import classify
+
+if TYPE_CHECKING:
+    from vllm_entropix.samplers.entropix.settings import EntropixConfig
+    from vllm_entropix.settings.rules import Fidelity
+
+StatisticsOfRegimes = Callable[[Tensor], AttentionStatistics | None]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with each row, and why.
+
+    Attributes:
+        regime: int64 ``[rows]``, values of :class:`Regime`.
+        parameters: temperature, top_p, top_k, min_p and number of draws of each row.
+        confidence: the score's constant C, ``[rows]``.
+        metrics: the six metrics.
+        log_normaliser: ln Σ exp(logits), ``[rows]``.
+    """
+
+    regime: Tensor
+    parameters: Parameters
+    confidence: Tensor
+    metrics: Metrics
+    log_normaliser: Tensor
+    _logits: Tensor
+    _fidelity: Fidelity
+
+    @property
+    def temperature(self) -> Tensor:
+        """Temperature of each row, ``[rows]``; 0 is argmax."""
+        return self.parameters.temperature
+
+    @property
+    def top_p(self) -> Tensor:
+        """Kept probability mass of each row, ``[rows]``."""
+        return self.parameters.top_p
+
+    @property
+    def top_k(self) -> Tensor:
+        """Number of candidates of each row, int64 ``[rows]``."""
+        return self.parameters.top_k
+
+    @property
+    def min_p(self) -> Tensor:
+        """Smallest probability of each row relative to its largest, ``[rows]``."""
+        return self.parameters.min_p
+
+    def distribution(self, best_of_n: bool = True) -> Distribution:
+        """The distribution that each row's token is drawn from.
+
+        Args:
+            best_of_n: fold ADAPTIVE's best of n draws in; False gives the filtered distribution alone.
+        """
+        return filters.compact(*self.candidates(int(self.top_k.max()), best_of_n))
+
+    def candidates(self, count: int, best_of_n: bool = True) -> tuple[filters.Candidates, Tensor]:
+        """The ``count`` largest logits of each row and their probabilities ``[rows, count]``; at least the largest top_k."""
+        logits = self._logits if self._logits.dtype == torch.float64 else self._logits.to(torch.float32)
+        kept = filters.candidates(logits, count)
+        log_normaliser = filters.log_normaliser_at(logits, self.temperature) if self._fidelity == "original" else None
+        probabilities = filters.filtered(kept, self.parameters, self._fidelity, log_normaliser)
+        if best_of_n:
+            probabilities = fold(kept, probabilities, self.parameters.samples)
+        return kept, probabilities
+
+
+class EntropixSampler:
+    """The entropix decision for a batch of rows, in plain PyTorch.
+
+    Rows never influence one another. float64 logits give float64 results, others float32.
+
+    Examples:
+        >>> sampler = EntropixSampler(EntropixConfig.preset("jax-2024-10"))
+        >>> decision = sampler.decide(torch.randn(2, 100))
+        >>> [Regime(r).name for r in decision.regime.tolist()]
+        ['ADAPTIVE', 'ADAPTIVE']
+    """
+
+    def __init__(self, config: EntropixConfig, kernels: bool = False) -> None:
+        """``kernels``: decide by kernels where there are some for the logits' device and type."""
+        self.config = config
+        self.kernels = kernels
+
+    def decide(
+        self,
+        logits: Tensor,
+        statistics: AttentionStatistics | StatisticsOfRegimes | None = None,
+        constants: Constants | None = None,
+    ) -> Decision:
+        """Decide for ``logits [rows, vocab]``.
+
+        Args:
+            logits: as they reach the draw: masked and penalised, before temperature and filters.
+            statistics: attention statistics of the rows; None runs on the logits alone. A callable is given the regimes
+                ``[rows]`` and returns the statistics, so that rows whose regime reads no attention needn't be measured.
+            constants: numbers of each row's own configuration; by default this sampler's for all.
+        """
+        by_kernels = self.kernels and kernels_for(logits.device) == "numba" and logits.dtype == torch.float32
+        metrics = metrics_by_kernel(logits) if self.kernels else LogitsMetrics.from_logits(logits)
+        if constants is None:
+            constants = Constants.of(self.config, metrics.entropy.dtype, logits.device)
+        if by_kernels:
+            regime, attention, chosen, score = self._by_cpu_kernels(metrics, statistics, constants)
+        else:
+            regime = classify(metrics.entropy, metrics.varentropy, constants)
+            attention = statistics(regime) if callable(statistics) else statistics
+            chosen = parameters(regime, metrics, attention, constants)
+            score = confidence(metrics, attention, constants)
+        if not self.config.regimes:
+            chosen = base_parameters(metrics.entropy, constants)
+        return Decision(
+            regime=regime,
+            parameters=chosen,
+            confidence=score,
+            metrics=_joined(metrics, attention),
+            log_normaliser=metrics.log_normaliser,
+            _logits=logits,
+            _fidelity=self.config.fidelity,
+        )
+
+    @staticmethod
+    def _by_cpu_kernels(
+        metrics: LogitsMetrics, statistics: AttentionStatistics | StatisticsOfRegimes | None, constants: Constants
+    ) -> tuple[Tensor, AttentionStatistics | None, Parameters, Tensor]:
+        """Regime, attention, parameters and confidence: what ``decide`` otherwise does in PyTorch."""
+        from vllm_entropix.samplers.entropix import numba_rule as kernel
+
+        rows = len(metrics.entropy)
+        numbers = constants.values.numpy()
+        entropy, varentropy = metrics.entropy.numpy(), metrics.varentropy.numpy()
+        regime = torch.empty(rows, dtype=torch.int64)
+        kernel.classify(entropy, varentropy, numbers, regime.numpy())
+        attention = statistics(regime) if callable(statistics) else statistics
+        attended = torch.zeros(4, rows)
+        measured = torch.zeros(rows, dtype=torch.bool)
+        if attention is not None:
+            attended[0], attended[1] = attention.attention_entropy, attention.attention_varentropy
+            attended[2], attended[3] = attention.agreement, attention.interaction_strength
+            measured = torch.ones(rows, dtype=torch.bool) if attention.measured is None else attention.measured
+        floats, integers = torch.empty(4, rows), torch.empty(2, rows, dtype=torch.int64)
+        (temperature, top_p, min_p, score), (top_k, samples) = floats, integers
+        kernel.decide(
+            regime.numpy(),
+            entropy,
+            varentropy,
+            attended.numpy(),
+            measured.numpy(),
+            numbers,
+            temperature.numpy(),
+            top_p.numpy(),
+            top_k.numpy(),
+            min_p.numpy(),
+            samples.numpy(),
+            score.numpy(),
+        )
+        return regime, attention, Parameters(temperature, top_p, top_k, min_p, samples), score
+
+
+def _joined(logits: LogitsMetrics, attention: AttentionStatistics | None) -> Metrics:
+    if attention is None:
+        unmeasured = torch.full_like(logits.entropy, torch.nan)
+        return Metrics(logits.entropy, logits.varentropy, unmeasured, unmeasured, unmeasured, unmeasured)
+    attended = (
+        metric.to(logits.entropy.dtype)
+        if attention.measured is None
+        else torch.where(attention.measured, metric.to(logits.entropy.dtype), torch.nan)
+        for metric in (
+            attention.attention_entropy,
+            attention.attention_varentropy,
+            attention.agreement,
+            attention.interaction_strength,
+        )
+    )
+    return Metrics(logits.entropy, logits.varentropy, *attended)

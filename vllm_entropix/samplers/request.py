@@ -1,0 +1,160 @@
+"""Per-request settings: their names, what they may be, and how they lie over the server's configuration.
+
+Offline they are ``SamplingParams(extra_args={...})``, over HTTP ``vllm_xargs``, whose values are strings, numbers or lists.
+Hence flat names and tolerant booleans.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache, lru_cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.settings.errors import QUOTED, ConfigError, quoted
+from vllm_entropix.settings.rules import BaseSource, Fidelity
+from vllm_entropix.settings.section import describe, refuse_truth_value
+from vllm_entropix.settings.server import BaseParameters
+
+PREFIX = "entropix"
+# vLLM's own border: a temperature below is 0.
+GREEDY_BELOW = 1e-5
+
+_ON = frozenset({"on", "true", "yes", "1", "1.0"})
+_OFF = frozenset({"off", "false", "no", "0", "0.0"})
+
+
+def _switch(value: Any) -> bool:
+    if isinstance(value, str):
+        value = value.strip().lower()
+        if value in _ON or value in _OFF:
+            return value in _ON
+    elif isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise ValueError("it should be on or off")
+
+
+def _known_preset(value: Any) -> Any:
+    if value not in EntropixConfig.preset_names():
+        raise ValueError(f"there are {', '.join(EntropixConfig.preset_names())}")
+    return value
+
+
+def _base(name: str) -> Any:
+    """A field of the same range as the server's base parameter of this name."""
+    source = BaseParameters.model_fields[name]
+    field: Any = Field(None, alias=f"{PREFIX}_{name}", description=f"This request's {source.description}")
+    field.metadata.extend(source.metadata)
+    return field
+
+
+Switch = Annotated[bool, BeforeValidator(_switch)]
+
+
+class RequestSettings(BaseModel):
+    """What one request may say about entropix. Everything is optional; names as users write them are the aliases."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: Switch = Field(True, alias=PREFIX, description="on or off; off samples as vLLM does without the plugin.")
+    preset: Annotated[str, BeforeValidator(_known_preset)] | None = Field(
+        None, alias=f"{PREFIX}_preset", description="Preset whose constants this request uses instead of the server's."
+    )
+    base: BaseSource | None = Field(
+        None,
+        alias=f"{PREFIX}_base",
+        description="Take base temperature, top_p, top_k and min_p from the preset, or from the request's own parameters; "
+        "unset: as the server's base.source says.",
+    )
+    temperature: float | None = _base("temperature")
+    top_p: float | None = _base("top_p")
+    top_k: int | None = _base("top_k")
+    min_p: float | None = _base("min_p")
+    clarification: Switch | None = Field(
+        None, alias=f"{PREFIX}_clarification", description="on or off: may clarification tokens be forced into this request?"
+    )
+    trace: Switch | None = Field(None, alias=f"{PREFIX}_trace", description="on or off: return a record per generated token.")
+
+    @field_validator("temperature", "top_p", "top_k", "min_p", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any) -> Any:
+        return refuse_truth_value(value)
+
+    @classmethod
+    def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestSettings:
+        """Settings among a request's ``extra_args``; other plugins' names are left alone.
+
+        Raises:
+            ConfigError: a name that is one of ours misspelt, or a bad value; names the key, the value and what is allowed.
+        """
+        if not extra_args:
+            return _DEFAULTS
+        if not isinstance(extra_args, Mapping):
+            raise ConfigError(f"a request's settings are {quoted(extra_args)}, but they should be a table")
+        for key in extra_args:
+            if key not in _NAMES:
+                _refuse_misspelt(key)
+        ours = {key: extra_args[key] for key in _NAMES if key in extra_args}
+        if not ours:
+            return _DEFAULTS
+        try:
+            return cls.model_validate(ours)
+        except ValidationError as error:
+            raise ConfigError(describe(error, cls)) from None
+
+    def config(self, server: EntropixConfig) -> EntropixConfig:
+        """The configuration that this request starts from: the server's, or the preset it names."""
+        return server if self.preset is None else _preset(self.preset, server.fidelity)
+
+    def constants(self, server: EntropixConfig, own: Mapping[str, float]) -> list[float]:
+        """This request's numbers, in the order of :meth:`EntropixConfig.numbers`.
+
+        Args:
+            server: the server's configuration.
+            own: the request's own temperature, top_p, top_k and min_p, used if ``base``, or else the server's
+                ``base.source``, is ``request``.
+        """
+        source = self.base or server.base.source
+        numbers = dict(self.config(server).numbers())
+        for name in BaseParameters.model_fields:
+            value = getattr(self, name)
+            if value is None and source == "request":
+                value = own[name]
+            if value is not None:
+                numbers[f"base.{name}"] = float(value)
+                if name == "min_p":  # a request knows one min_p, which is ADAPTIVE's as well
+                    numbers["adaptive.min_p"] = float(value)
+        return list(numbers.values())
+
+
+_DEFAULTS = RequestSettings()
+# What the settings are called → the letters that matter in it.
+_NAMES = {str(field.alias): str(field.alias).replace("_", "") for field in RequestSettings.model_fields.values()}
+
+
+def _refuse_misspelt(key: Any) -> None:
+    """ConfigError if ``key``, which is no setting, is meant as one: ``entropix.trace``, ``Entropix-Trace``, ``entropx``."""
+    if not isinstance(key, str):
+        raise ConfigError(f"a request's settings have the key {quoted(key)}, but keys should be text")
+    problem = _misspelt(key[:QUOTED])
+    if problem is not None:
+        raise ConfigError(f"unknown setting {quoted(key)}; {problem}")
+
+
+@lru_cache(maxsize=1024)
+def _misspelt(key: str) -> str | None:
+    """What there is instead of a name that looks like ours; None for another plugin's."""
+    letters = re.sub("[^a-z0-9]", "", key.lower())
+    close = get_close_matches(letters, _NAMES.values(), n=1, cutoff=0.9)
+    if close:
+        return f"did you mean {next(name for name, known in _NAMES.items() if known == close[0])!r}?"
+    return f"there are {', '.join(_NAMES)}" if letters.startswith(PREFIX) else None
+
+
+@cache
+def _preset(name: str, fidelity: Fidelity) -> EntropixConfig:
+    return EntropixConfig.preset(name, fidelity=fidelity)

@@ -1,0 +1,1 @@
+"""Settings of server and request: sections, units and ranges, files. Imports nothing of the package."""

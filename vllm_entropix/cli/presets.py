@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import takewhile
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from vllm_entropix.samplers.entropix.presets import preset_text
 from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig
 
 
@@ -79,8 +79,7 @@ def markdown_table() -> str:
 
 def description(preset: str) -> str:
     """What a shipped preset is: the comment that its file begins with."""
-    text = (files("vllm_entropix") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
-    comment = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    comment = takewhile(lambda line: line.startswith("#"), preset_text(preset).splitlines())
     return " ".join(line.lstrip("# ") for line in comment).replace("`", "")
 
 

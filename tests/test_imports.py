@@ -19,7 +19,7 @@ HEAVY = ("torch", "vllm", "numpy", "pydantic", "transformers", "triton")
 SETTINGS = {"settings", "_version"}
 MAY_IMPORT = {
     "settings": {"_version"},
-    "records": SETTINGS,
+    "records": SETTINGS | {"samplers"},
     "kernels": SETTINGS,
     "distribution": SETTINGS | {"kernels"},
     "attention": SETTINGS | {"kernels", "distribution"},

@@ -10,11 +10,21 @@ import pytest
 from fastapi.responses import JSONResponse
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason
 
 from vllm_entropix.engine import patches
 from vllm_entropix.engine.answers import chunk_with_traces, with_traces, wrap_json_response
 from vllm_entropix.engine.collected import Collected
-from vllm_entropix.engine.outputs import TRACED, merge_traces, receive_records
+from vllm_entropix.engine.outputs import (
+    COUNTED,
+    RECORDS,
+    TRACED,
+    WRITTEN,
+    EntropixSchedulerMixin,
+    merge_traces,
+    receive_records,
+)
+from vllm_entropix.observability import disk
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.schema import ChoiceTrace
 from vllm_entropix.records.trace import TokenTrace
@@ -160,6 +170,79 @@ def test_a_delta_counts_its_own_tokens_without_records():
         ([3], 2),
         ([], 1),
     ]
+
+
+def request_output_of_033(
+    state,
+    new_token_ids,
+    pooling_output,
+    finish_reason,
+    stop_reason,
+    kv_transfer_params=None,
+    ec_transfer_params=None,
+    error=None,
+):
+    """Has the signature of vLLM 0.33; makes the output of two sequences of one request, of which the second ran nothing."""
+    state.calls.append((kv_transfer_params, error))
+    return SimpleNamespace(outputs=[completion(0, [1, 2]), completion(1, [])]) if finish_reason else None
+
+
+def test_a_failed_request_keeps_its_records(monkeypatch):
+    written = []
+    monkeypatch.setattr(disk, "write", lambda settings, counted, sequence: written.append(sequence))
+    make = patches._wrap_make_request_output(request_output_of_033)
+    parent = SimpleNamespace(entropix_traces=None)
+    ran, rejected = State(RequestOutputKind.FINAL_ONLY), State(RequestOutputKind.FINAL_ONLY)
+    for index, state in enumerate((ran, rejected)):
+        vars(state).update(
+            parent_req=parent, request_index=index, calls=[], external_req_id="r", prompt_token_ids=[5], prompt=None
+        )
+        state.detokenizer = SimpleNamespace(output_token_ids=[1, 2])
+    label = {"trace": {}, "counted": False, "line": {}}
+    carried = {TRACED: [WIDTH, record(1) + record(2)], WRITTEN: label, "others": 3}
+    assert make(ran, [1, 2], None, None, None, carried, None, error=None) is None
+    # 0.33 hands these to whoever reads no queue; for a queue it makes no output at all.
+    first = make(rejected, [], None, FinishReason.ERROR, None, None, None, error="paused")
+    last = make(ran, [], None, FinishReason.ERROR, None, None, None, error="lost its cache")
+    assert ran.calls == [({"others": 3}, None), (None, "lost its cache")]
+    assert rejected.calls == [(None, "paused")]
+    for result in (first, last):
+        assert entropies(result.outputs[0].entropix_trace) == [1, 2]
+        assert getattr(result.outputs[1], "entropix_trace", None) is None
+    assert [(one.index, one.finish_reason, entropies(one.trace)) for one in written] == [(0, "error", [1, 2])]
+
+
+def test_a_request_that_failed_having_run_nothing():
+    make = patches._wrap_make_request_output(request_output_of_033)
+    state = State(RequestOutputKind.CUMULATIVE)
+    state.calls = []
+    made = make(state, [], None, FinishReason.ERROR, None, error="paused")
+    assert state.calls == [(None, "paused")]
+    assert [type(one) for one in made.outputs] == [CompletionOutput, CompletionOutput]
+
+
+def test_the_scheduler_sends_no_records_with_a_failure():
+    """What a step has computed for a request that has failed meanwhile belongs to no token."""
+
+    class Scheduler:
+        def update_from_output(self, scheduler_output, model_runner_output):
+            return {0: SimpleNamespace(outputs=self.outputs)}
+
+    class Ours(EntropixSchedulerMixin, Scheduler):
+        def __init__(self):
+            self._entropix_counted, self._entropix_to_disk, self._entropix_cap = True, False, 100
+            self._entropix_sent = {"failed": 3}
+
+    def output(request_id, tokens, error=None):
+        return SimpleNamespace(request_id=request_id, new_token_ids=tokens, kv_transfer_params=None, error=error)
+
+    ours = Ours()
+    ours.outputs = [output("runs", [7]), output("failed", [], "lost its cache"), output("rejected", [], "paused")]
+    step = SimpleNamespace(**{RECORDS: {"runs": (True, 1, record(7)), "failed": (True, 1, record(8))}})
+    ours.update_from_output(SimpleNamespace(finished_req_ids=set()), step)
+    assert [one.kv_transfer_params for one in ours.outputs] == [{COUNTED: record(7), TRACED: [WIDTH, record(7)]}, None, None]
+    ours.update_from_output(SimpleNamespace(finished_req_ids={"failed"}), SimpleNamespace())
+    assert ours._entropix_sent == {"runs": 1}
 
 
 @pytest.mark.parametrize("aggregate", [True, False])

@@ -110,13 +110,27 @@ def test_an_interrupt(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("command", [["demo"], ["calibrate", "demo"]], ids=["demo", "calibrate"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("not here.txt", "No such file or directory"), (".", "Is a directory"), ("latin.txt", "not UTF-8 text")],
+)
+def test_prompts_that_cant_be_read(command, name, reason, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    monkeypatch.setattr(sys, "argv", ["vllm-entropix", *command, "--prompts", name])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == f"vllm-entropix: can't read the prompts in {name}: {reason}"
+
+
 @pytest.mark.parametrize(
     ("missing", "arguments", "words"),
     [
         (
             "torch",
             ["whatif", "given.jsonl", "--preset", "jax-2024-10"],
-            "needs torch",
+            "install vllm-entropix[cuda] or vllm-entropix[cpu]",
         ),
         ("pandas", ["export", "given.jsonl", "-o", "out.csv"], "install vllm-entropix[report]"),
         ("vllm", ["calibrate", "demo", "--prompts", "given.txt"], "vLLM"),

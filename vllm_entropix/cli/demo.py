@@ -68,8 +68,10 @@ def load_prompts(path: Path) -> list[Prompt]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"can't read the prompts in {path}: {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"can't read the prompts in {path}: not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"can't read the prompts in {path}: {error.strerror or error}") from None
     if path.suffix != ".json":
         prompts = [Prompt(f"line {number}", text=line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:

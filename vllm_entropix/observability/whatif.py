@@ -77,7 +77,7 @@ def transitions(lines: Iterable[TraceLine], config: EntropixConfig) -> Transitio
         from vllm_entropix.distribution.constants import Constants
         from vllm_entropix.samplers.entropix.regimes import classify
     except ImportError as error:
-        raise ConfigError(f"whatif needs torch ({error})") from None
+        raise ConfigError(f"whatif needs torch ({error}); install vllm-entropix[cuda] or vllm-entropix[cpu]") from None
     # The engine's precision, so that a token on a border falls on the same side.
     constants = Constants.of(config, torch.float32, "cpu")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from vllm_entropix.observability.overview import sequence_title
 from vllm_entropix.observability.terminal import printable
 from vllm_entropix.observability.tracefile import TraceFileError, read_traces
+from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 
@@ -72,7 +73,7 @@ def answers_of_the_shipped_model(samples: int) -> Iterator[TraceLine]:
                 prompt_token_ids=output.prompt_token_ids,
                 completion=completion,
                 trace=completion.entropix_trace,
-                config=EntropixConfig.from_dict(settings),
+                sampler=EntropixPart.from_config(EntropixConfig.from_dict(settings)),
                 tokenizer=llm.get_tokenizer(),
             )
             yield line.model_copy(update={"prompt": question})

@@ -65,6 +65,7 @@ class Stage(vLLMEngineStageUDF):
 
     def _of_output(self, output: Any) -> dict[str, Any]:
         from vllm_entropix import EntropixConfig
+        from vllm_entropix.records.entropix import EntropixPart
         from vllm_entropix.records.line import TraceLine
         from vllm_entropix.samplers.entropix.settings import as_mapping
 
@@ -78,7 +79,7 @@ class Stage(vLLMEngineStageUDF):
                 prompt_token_ids=output.prompt_token_ids,
                 completion=completion,
                 trace=trace,
-                config=EntropixConfig.from_dict({} if settings is True else as_mapping(settings)),
+                sampler=EntropixPart.from_config(EntropixConfig.from_dict({} if settings is True else as_mapping(settings))),
                 tokenizer=self.llm.engine.get_tokenizer(),
                 model=self.model,
             ).model_dump_json()

@@ -81,9 +81,9 @@ def test_a_line_per_traced_sequence(traced):
         if output is not outputs[4]:
             # vLLM keeps the bytes of an unfinished character back.
             assert "".join(line.texts).removesuffix("\ufffd") == completion.text
-    assert lines[outputs[2].request_id, 1].preset == "torch-2024-10"
-    assert lines[outputs[2].request_id, 1].thresholds.helv.entropy_above == 3.0
-    assert lines[outputs[0].request_id, 0].preset == "jax-2024-10"
+    assert lines[outputs[2].request_id, 1].sampler.preset == "torch-2024-10"
+    assert lines[outputs[2].request_id, 1].sampler.thresholds.helv.entropy_above == 3.0
+    assert lines[outputs[0].request_id, 0].sampler.preset == "jax-2024-10"
     assert lines[outputs[3].request_id, 0].not_kept == 10
     assert set(lines[outputs[4].request_id, 0].texts) == {""}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -8,6 +8,7 @@ from vllm_entropix.observability.export import columns, to_pandas
 from vllm_entropix.observability.report import Source, report
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.observability.whatif import transitions
+from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.line import TraceLine, write_traces
 from vllm_entropix.records.trace import TokenRecord
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
@@ -36,7 +37,7 @@ def traced(tiny, tmp_path_factory):
                         prompt_token_ids=output.prompt_token_ids,
                         completion=completion,
                         trace=completion.entropix_trace,
-                        config=EntropixConfig(),
+                        sampler=EntropixPart.from_config(EntropixConfig()),
                         tokenizer=llm.get_tokenizer(),
                     )
                     for completion in output.outputs
@@ -73,7 +74,7 @@ def test_the_rule_gives_the_engines_regimes_again(traced):
 def test_tables_of_outputs_and_of_the_file_are_the_same(traced):
     outputs, path = traced
     of_file, of_outputs = to_pandas(path), to_pandas(outputs)
-    unknown = ["model", "preset", "fidelity", "prompt_hash", "text"]
+    unknown = ["model", "sampler", "preset", "fidelity", "prompt_hash", "text"]
     pd.testing.assert_frame_equal(of_outputs.drop(columns=unknown), of_file.drop(columns=unknown))
     assert of_outputs[unknown].isna().all().all()
     assert tuple(of_file.columns) == columns()

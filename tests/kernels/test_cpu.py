@@ -162,7 +162,7 @@ def test_forced_rows():
     got, records = apply(logits, True, sampled, clarification=(17, 18))
     want, expected = apply(logits, False, sampled, clarification=(17, 18))
     assert_records_close(records, expected, logits)
-    forced = records[:, 13] > 0
+    forced = records[:, 1 + names().index("forced")] > 0
     assert forced.any()
     assert torch.equal(got[forced], want[forced])
     assert (got[forced].argmax(-1) == 17).all()

@@ -18,6 +18,7 @@ import pytest
 
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import background, disk
+from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.fields import all_fields, column
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.regimes import REGIMES
@@ -28,12 +29,7 @@ from vllm_entropix.settings.server import Trace
 
 ALTERNATIVES = 3
 CONFIG = EntropixConfig()
-LABEL = {
-    "model": "demo",
-    "preset": CONFIG.preset_name,
-    "fidelity": CONFIG.fidelity,
-    "thresholds": CONFIG.thresholds.model_dump(),
-}
+LABEL = {"model": "demo", "sampler": EntropixPart.from_config(CONFIG).model_dump()}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +97,7 @@ def test_a_line_is_what_the_format_says(tokenizer, tokens, kept, unmeasured):
         prompt_token_ids=[5, 6, 7],
         completion=SimpleNamespace(token_ids=finished.token_ids, index=0, finish_reason="stop"),
         trace=trace,
-        config=CONFIG,
+        sampler=EntropixPart.from_config(CONFIG),
         tokenizer=tokenizer,
         model="demo",
     )

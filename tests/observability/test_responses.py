@@ -46,7 +46,7 @@ def test_a_completion(tmp_path, indent):
     for line in lines:
         assert line.token_ids == [10, 11, 12]
         assert [record.model_dump() for record in line.records] == ENTRIES
-        assert (line.preset, line.fidelity, line.prompt_hash, line.thresholds) == (None, None, None, None)
+        assert (line.sampler, line.prompt_hash) == (None, None)
     assert lines[0].texts == ["", "", "It is 4"], "without logprobs nobody knows whose the text is"
     assert lines[1].texts == PIECES
 

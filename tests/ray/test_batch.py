@@ -41,7 +41,7 @@ def command(prompts, output):
             "--model",
             str(shipped_model()),
         ),
-        *("--engine-kwargs", json.dumps(ENGINE), "--sampling-params", '{"max_tokens": 24}'),
+        *("--engine-kwargs", json.dumps(ENGINE), "--sampling-params", '{"max_tokens": 12}'),
         *("--sampler-config", '{"attention": {"layers": "all"}}'),
     )
 

@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 
 from tests.support import fast, runners
@@ -24,6 +25,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
+
+# How long an example takes says nothing beside other tests.
+hypothesis.settings.register_profile("beside_others", deadline=None)
+hypothesis.settings.load_profile("beside_others")
 
 # Begun late they would keep one core busy when the others have nothing left to do.
 LONGEST = ("test_speculation.py", "test_serve.py")

@@ -344,7 +344,7 @@ def test_what_only_a_gpu_can_have_is_refused(tiny, part, setting, value, named):
     # it takes here is given by its own arguments in test_unsupported_layouts.py.
     from vllm import EngineArgs
 
-    from vllm_entropix.engine.engine_config import finalise
+    from vllm_entropix.engine.finalise import finalise
 
     config = EngineArgs(str(tiny)).create_engine_config()
     object.__setattr__(config if part is None else getattr(config, part), setting, value)

@@ -8,7 +8,7 @@ from tests.support import layouts
 from tests.support.engine import close_engine
 from tests.support.models import tiny_llama
 from vllm_entropix import __version__
-from vllm_entropix.engine import engine_config
+from vllm_entropix.engine import resolved
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
@@ -67,7 +67,7 @@ def test_pipeline_parallel(monkeypatch, four_layers, of_one_worker):
 
 def test_a_worker_with_another_version_is_refused(monkeypatch, capfd, four_layers):
     close_engine()
-    monkeypatch.setattr(engine_config, "__version__", "0.0.1")  # here, and not in the worker's process
+    monkeypatch.setattr(resolved, "__version__", "0.0.1")  # here, and not in the worker's process
     with pytest.raises(Exception, match="initialization failed"):
         layouts.layout(monkeypatch, four_layers, distributed_executor_backend="mp", tensor_parallel_size=2)
     told = capfd.readouterr().out

@@ -59,7 +59,7 @@ def test_refused_where_vllm_alone_would_start(one_key_head, arguments, feature, 
 def test_a_lossy_verification_of_a_later_vllm_is_refused(one_key_head, method):
     from vllm import EngineArgs
 
-    from vllm_entropix.engine.engine_config import finalise
+    from vllm_entropix.engine.finalise import finalise
 
     config = EngineArgs(str(one_key_head)).create_engine_config()
     config.speculative_config = SimpleNamespace(rejection_sample_method=method)  # which this version doesn't take

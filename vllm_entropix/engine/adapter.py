@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
-    from vllm_entropix.engine.engine_config import Resolved
+    from vllm_entropix.engine.resolved import Resolved
 
 # Under vLLM's own logger, whose handlers are set up in every process.
 logger = init_logger("vllm.plugins.entropix")

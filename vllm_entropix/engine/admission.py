@@ -7,10 +7,10 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_entropix.engine.engine_config import RESOLVED
 from vllm_entropix.engine.internal import is_internal
 from vllm_entropix.engine.outputs import COUNTED, TRACED, WRITTEN
 from vllm_entropix.engine.placement import is_ours
+from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.observability import prometheus
 from vllm_entropix.samplers.request import GREEDY_BELOW, PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError, quoted
@@ -34,8 +34,7 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
         RequestSettingsError: names the setting, its value and what is allowed.
     """
     _refuse_our_names(params)
-    additional = processor.vllm_config.additional_config
-    resolved = additional.get(RESOLVED) if isinstance(additional, dict) else None
+    resolved = resolved_values(processor.vllm_config)
     if resolved is None:
         _refuse_unread(getattr(params, "extra_args", None))
         return validate()

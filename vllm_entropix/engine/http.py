@@ -15,9 +15,9 @@ from typing import Any
 
 from vllm_entropix.engine import answers
 from vllm_entropix.engine.collected import Collected
-from vllm_entropix.engine.engine_config import RESOLVED
 from vllm_entropix.engine.internal import wrap_internal
 from vllm_entropix.engine.placement import is_ours, misplaced, refusal
+from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.samplers.request import PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError
 
@@ -101,12 +101,11 @@ async def _stream(chunks: AsyncGenerator[Any, None], collected: Collected) -> As
         await chunks.aclose()
 
 
-def _resolved(serving: Any) -> dict[str, Any] | None:
+def _resolved(serving: Any) -> Mapping[str, Any] | None:
     """Our settings in the configuration of the engine that serves; None if it doesn't run entropix."""
     # vLLM 0.33 keeps the client of the decisions' endpoint further down.
     client = serving.engine_client if hasattr(serving, "engine_client") else serving.strategy.context.engine_client
-    additional = client.vllm_config.additional_config
-    return additional.get(RESOLVED) if isinstance(additional, dict) else None
+    return resolved_values(client.vllm_config)
 
 
 def _is_of_server(raw_request: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_entropix.engine.engine_config import Resolved
+from vllm_entropix.engine.resolved import Resolved
 from vllm_entropix.observability import disk, prometheus
 from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.fields import record_bytes
@@ -63,7 +63,7 @@ class EntropixSchedulerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        resolved = Resolved.of(self.vllm_config, "the scheduler")  # type: ignore[attr-defined]
+        resolved = Resolved.from_config(self.vllm_config, "the scheduler")  # type: ignore[attr-defined]
         self._entropix_counted = resolved.counted
         self._entropix_config = resolved.config
         self._entropix_cap = resolved.config.trace.max_tokens

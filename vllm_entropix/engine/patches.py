@@ -64,7 +64,7 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
                 if additional.get("entropix") not in (None, False):
                     init_logger("vllm.plugins.entropix").warning_once(_SWITCHED_OFF)
                 return vllm_config
-            from vllm_entropix.engine.engine_config import finalise
+            from vllm_entropix.engine.finalise import finalise
 
             return finalise(vllm_config, additional, statistics=not self.disable_log_stats)
         return vllm_config

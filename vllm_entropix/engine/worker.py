@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_entropix.engine.adapter import RunnerAdapter
-from vllm_entropix.engine.engine_config import Resolved
+from vllm_entropix.engine.resolved import Resolved
 
 
 class EntropixWorkerMixin:
@@ -18,7 +18,7 @@ class EntropixWorkerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         worker: Any = self
-        self._entropix_resolved = Resolved.of(worker.vllm_config, f"worker {worker.rank}")
+        self._entropix_resolved = Resolved.from_config(worker.vllm_config, f"worker {worker.rank}")
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then put entropix between its logits and vLLM's draw."""

@@ -14,16 +14,10 @@ from vllm.v1.engine import FinishReason
 
 from vllm_entropix.engine import patches
 from vllm_entropix.engine.answers import chunk_with_traces, with_traces, wrap_json_response
+from vllm_entropix.engine.carrier import COUNTED, RECORDS, TRACED, WRITTEN
 from vllm_entropix.engine.collected import Collected
-from vllm_entropix.engine.outputs import (
-    COUNTED,
-    RECORDS,
-    TRACED,
-    WRITTEN,
-    EntropixSchedulerMixin,
-    merge_traces,
-    receive_records,
-)
+from vllm_entropix.engine.frontend import merge_traces, receive_records
+from vllm_entropix.engine.scheduler import EntropixSchedulerMixin
 from vllm_entropix.observability import disk
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.schema import ChoiceTrace

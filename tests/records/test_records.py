@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vllm_entropix.engine.outputs import by_request
+from vllm_entropix.engine.carrier import by_request
 from vllm_entropix.records.choice import choice_json
 from vllm_entropix.records.encoding import record_values
 from vllm_entropix.records.fields import all_fields, names, record_bytes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError, find_attention_layers, select_layers
 from vllm_entropix.distribution.attention import AttentionStatistics
-from vllm_entropix.engine.outputs import RECORDS, Records, by_request
+from vllm_entropix.engine.carrier import StepRecords, attach_to_step
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
 from vllm_entropix.kernels.backend import kernels_for
 from vllm_entropix.kernels.ranks import Ranks
@@ -33,27 +33,6 @@ if TYPE_CHECKING:
 
 # Under vLLM's own logger, whose handlers are set up in every process.
 logger = init_logger("vllm.plugins.entropix")
-
-
-@dataclass
-class StepRecords:
-    """Trace records of some rows of a step, on their way to the host.
-
-    Attributes:
-        requests: slot → (request id, is it traced?).
-        values: float32 ``[rows, columns]`` on the host: slot (0 for rows to skip), record, alternatives. Complete once
-            ``ready`` has returned.
-        ready: waits for the copy.
-    """
-
-    requests: dict[int, tuple[str, bool]]
-    values: Tensor
-    ready: Callable[[], None]
-
-    def by_request(self) -> Records:
-        """Each sequence's records, one after the other; without alternatives if it is only counted."""
-        self.ready()
-        return by_request(self.values.numpy(), self.requests)
 
 
 class RunnerAdapter(ABC):
@@ -229,15 +208,7 @@ class RunnerAdapter(ABC):
         if records is None:
             return
         requests = self.batch.sequences.requests_of(rows.host_slots)
-        if records.device.type == "cpu":
-            self._records.append(StepRecords(requests, records, _nothing_to_wait_for))
-            return
-        # Without waiting for the device: pinned memory, and an event that is waited for where the output is completed.
-        values = torch.empty(records.shape, dtype=records.dtype, pin_memory=True)
-        values.copy_(records, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._records.append(StepRecords(requests, values, event.synchronize))
+        self._records.append(StepRecords.from_device(requests, records))
 
     def measure(self, rows: Rows, wanted: Tensor) -> AttentionStatistics | None:
         """Attention statistics of the wanted rows, NaN for the others; None if no row wants them."""
@@ -251,26 +222,7 @@ class RunnerAdapter(ABC):
     def with_records(self, output: Any) -> Any:
         """The runner's output with this step's trace records attached, once it is complete."""
         records, self._records = self._records, []
-        if not records or output is None:
-            return output
-        if not hasattr(output, "get_output"):
-            setattr(output, RECORDS, _joined(records))
-            return output
-        # Asynchronous scheduling: the output is completed later, in another thread.
-        original = output.get_output
-
-        def get_output() -> Any:
-            result = original()
-            setattr(result, RECORDS, _joined(records))
-            return result
-
-        output.get_output = get_output
-        return output
-
-
-def _joined(parts: list[StepRecords]) -> Records:
-    """Records by request id; a step's batch may have been sampled in several parts, each with whole sequences."""
-    return {request_id: records for part in parts for request_id, records in part.by_request().items()}
+        return attach_to_step(output, records) if records and output is not None else output
 
 
 def _ranks() -> Ranks | None:
@@ -288,7 +240,3 @@ def _is_others(processor: Any) -> bool:
 
 def _name_of(processor: Any) -> str:
     return f"{type(processor).__module__}.{type(processor).__qualname__}"
-
-
-def _nothing_to_wait_for() -> None:
-    """The records are on the host already."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_entropix.engine.carrier import OURS
 from vllm_entropix.engine.internal import is_internal
-from vllm_entropix.engine.outputs import COUNTED, TRACED, WRITTEN
 from vllm_entropix.engine.placement import is_ours
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.observability import prometheus
@@ -74,5 +74,5 @@ def _refuse_our_names(params: Any) -> None:
     extra_args = getattr(params, "extra_args", None)
     handed_in = extra_args.get("kv_transfer_params") if isinstance(extra_args, dict) else None
     if isinstance(handed_in, dict):
-        for name in handed_in.keys() & {TRACED, COUNTED, WRITTEN}:
+        for name in handed_in.keys() & OURS:
             raise RequestSettingsError(f"kv_transfer_params has {name!r}, which is the engine's own; leave it out")

@@ -76,7 +76,7 @@ def _wrap_make_request_output(original: Callable[..., Any]) -> Callable[..., Any
     names = list(inspect.signature(original).parameters)[1:]
 
     def make_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_entropix.engine.outputs import receive_records
+        from vllm_entropix.engine.frontend import receive_records
 
         # By hand: this runs for every sequence in every step, and Signature.bind takes longer than all else here.
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -96,7 +96,7 @@ def _wrap_validate_params(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap_add(original: Callable[..., Any]) -> Callable[..., Any]:
     def add(self: Any, next_output: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_entropix.engine.outputs import merge_traces
+        from vllm_entropix.engine.frontend import merge_traces
 
         return merge_traces(self, next_output, lambda: original(self, next_output, *args, **kwargs))
 

@@ -11,10 +11,6 @@ from typing import Any
 
 _PREFIX = f"{__name__}."
 WORKER, SCHEDULER = "EntropixWorker", "EntropixScheduler"
-_MIXINS = {
-    WORKER: ("vllm_entropix.engine.worker", "EntropixWorkerMixin"),
-    SCHEDULER: ("vllm_entropix.engine.outputs", "EntropixSchedulerMixin"),
-}
 
 
 def qualified_name(kind: str, base: str) -> str:
@@ -25,14 +21,23 @@ def qualified_name(kind: str, base: str) -> str:
     return f"{_PREFIX}{kind}<{base.replace('.', '/')}>"
 
 
+def _mixin(kind: str) -> type:
+    """What is mixed in front; imported here, because each process needs one of them."""
+    if kind == WORKER:
+        from vllm_entropix.engine.worker import EntropixWorkerMixin
+
+        return EntropixWorkerMixin
+    from vllm_entropix.engine.scheduler import EntropixSchedulerMixin
+
+    return EntropixSchedulerMixin
+
+
 def __getattr__(name: str) -> Any:
     kind, bracket, rest = name.partition("<")
-    if kind not in _MIXINS or not bracket or not rest.endswith(">"):
+    if kind not in (WORKER, SCHEDULER) or not bracket or not rest.endswith(">"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, base_name = rest[:-1].replace("/", ".").rpartition(".")
     base = getattr(importlib.import_module(module), base_name)
-    mixin_module, mixin_name = _MIXINS[kind]
-    mixin = getattr(importlib.import_module(mixin_module), mixin_name)
-    subclass = type(name, (mixin, base), {"__module__": __name__})
+    subclass = type(name, (_mixin(kind), base), {"__module__": __name__})
     globals()[name] = subclass
     return subclass

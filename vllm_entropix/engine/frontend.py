@@ -1,0 +1,128 @@
+"""What the frontend does with records: counts them, hangs them on the outputs of traced requests, has them written to disk.
+
+They are collected per sequence as ``CompletionOutput.entropix_trace``. A finished sequence is written if the server's settings
+name a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
+
+from vllm_entropix.engine.carrier import COUNTED, TRACED, WRITTEN, without_ours
+from vllm_entropix.observability import disk, prometheus
+from vllm_entropix.records.trace import TokenTrace
+from vllm_entropix.settings.server import Trace
+
+
+@dataclass(repr=False)
+class TracedCompletion(CompletionOutput):  # type: ignore[misc]  # vLLM isn't typed here
+    """vLLM's CompletionOutput with its trace as a field, which ``dataclasses.replace`` keeps and ``==`` compares."""
+
+    entropix_trace: TokenTrace | None = None
+
+
+def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """Collect what came with a request's new tokens, and hang it on the outputs that are made of them.
+
+    Args:
+        state: the frontend's RequestState.
+        arguments: of its ``make_request_output``, by name; our bytes are taken out of them.
+        make: calls it with them.
+    """
+    carried = arguments.get("kv_transfer_params")
+    # Children of one request with n > 1 share the parent, which hands out all their outputs together.
+    shared = state.parent_req or state
+    collected: dict[int, TokenTrace] | None = getattr(shared, "entropix_traces", None)
+    if not carried and not collected:
+        return make()
+    tokens = len(arguments["new_token_ids"])
+    traced = counted = None
+    if carried:
+        traced, counted = carried.get(TRACED), carried.get(COUNTED)
+        if traced or counted:
+            if WRITTEN in carried:
+                state.entropix_label = carried[WRITTEN]
+            arguments["kv_transfer_params"] = without_ours(carried)
+    if counted and tokens:
+        prometheus.count(counted, tokens)
+    if traced:
+        if collected is None:
+            collected = shared.entropix_traces = {}
+        width, records = traced
+        trace = collected.get(state.request_index)
+        if trace is None:
+            trace = collected[state.request_index] = TokenTrace(width)
+        trace.extend(records, tokens)
+    elif collected and state.request_index in collected:
+        collected[state.request_index].extend(b"", tokens)  # beyond the cap
+    result = make()
+    if not collected:
+        return result
+    finish_reason = arguments["finish_reason"]
+    if finish_reason is not None and getattr(state, "entropix_label", None) is not None:
+        _write(state, str(finish_reason), collected[state.request_index])
+    if result is not None:
+        for completion in result.outputs:
+            trace = collected.get(completion.index)
+            if trace is not None:
+                completion.__class__ = TracedCompletion
+                completion.entropix_trace = _handed_out(trace, completion, state.output_kind)
+    return result
+
+
+def _handed_out(trace: TokenTrace, completion: Any, kind: RequestOutputKind) -> TokenTrace:
+    """The trace of the tokens that a completion holds: a value, which doesn't grow with the sequence."""
+    if kind != RequestOutputKind.DELTA:
+        return trace[:]
+    tokens = len(completion.token_ids)
+    before = len(trace) + trace.not_kept - tokens
+    part = trace[before:] if before < len(trace) else trace[:0]
+    part.not_kept = tokens - len(part)
+    return part
+
+
+def merge_traces(output: Any, following: Any, merge: Callable[[], Any]) -> Any:
+    """Join the traces of two outputs of a request, whose deltas vLLM joins because nobody has read the first yet.
+
+    Args:
+        output: vLLM's RequestOutput, which gets what the other has.
+        following: the other.
+        merge: does so with all that vLLM knows.
+    """
+    before = {completion.index: completion for completion in output.outputs}
+    result = merge()
+    after = {completion.index: completion for completion in output.outputs}
+    for completion in following.outputs:
+        trace, same = getattr(completion, "entropix_trace", None), before.get(completion.index)
+        # Otherwise it was taken over as it is: a first of its index, or one that holds all tokens so far.
+        if trace is not None and same is not None and same is after[completion.index]:
+            same.entropix_trace.join(trace)
+    return result
+
+
+def _write(state: Any, finish_reason: str, trace: TokenTrace) -> None:
+    """Have a finished sequence written to disk."""
+    label, state.entropix_label = state.entropix_label, None
+    settings = Trace.model_validate(label["trace"])
+    # Children of one request with n > 1 share its prompt.
+    prompt: disk.Prompt | None = getattr(state.parent_req, "entropix_prompt", None)
+    if prompt is None:
+        prompt = disk.Prompt.of(state.prompt_token_ids or (), state.prompt, settings.prompts)
+        if state.parent_req is not None:
+            state.parent_req.entropix_prompt = prompt
+    sequence = disk.Finished(
+        label=label["line"],
+        request_id=state.external_req_id,
+        index=state.request_index,
+        prompt=prompt,
+        token_ids=disk.compact(state.detokenizer.output_token_ids),
+        finish_reason=finish_reason,
+        trace=trace,
+        tokenizer=getattr(state.detokenizer, "tokenizer", None),
+    )
+    disk.write(settings, label["counted"], sequence)

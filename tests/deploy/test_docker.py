@@ -8,10 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
-from packaging.specifiers import SpecifierSet
 
-from tests.support.deployments import CHART, DOCKERFILES, argument, environment, health_command, instructions, replica
+from tests.support.deployments import DOCKERFILES, argument, environment, health_command, instructions, replica
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -35,16 +33,6 @@ def test_what_the_build_reads_of_the_project_is_copied(path):
     sources = " ".join(texts(path, "COPY"))
     for needed in ("pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "vllm_entropix"):
         assert needed in sources
-
-
-def test_versions_agree():
-    [version] = re.findall(r"^ARG VLLM_VERSION=(\S+)$", (ROOT / "deploy/docker/Dockerfile").read_text(), flags=re.M)
-    for extra in ("cuda", "cpu"):
-        [requirement] = PROJECT["optional-dependencies"][extra]
-        assert version in SpecifierSet(re.sub(r"^[\w-]+", "", requirement))
-    assert re.search(rf'VLLM = .*"{re.escape(version)}"', (ROOT / "scripts/set_up.py").read_text())
-    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == version
-    assert yaml.safe_load((CHART / "values.yaml").read_text())["image"]["tag"] == version
 
 
 @EACH

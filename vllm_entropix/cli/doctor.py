@@ -18,6 +18,7 @@ from vllm_entropix.cli import checks
 from vllm_entropix.cli.checks import Check, State
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.engine import expected, patches, vllm_check
+from vllm_entropix.engine.versions import SUPPORTED
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 from vllm_entropix.settings.errors import ConfigError, quoted
 
@@ -170,12 +171,12 @@ def _hooks() -> Iterator[Check]:
             yield Check(patch.name, "ok", f"not needed without {patch.package}")
             continue
         missing = patch.missing()
-        cure = f"install a vLLM in {vllm_check.SUPPORTED}, without the other plugin" if missing else ""
+        cure = f"install a vLLM in {SUPPORTED}, without the other plugin" if missing else ""
         yield Check(patch.name, "broken" if missing else "ok", missing or "in place", cure)
     # After the servers' modules were imported, so that these are looked at, too.
     mismatches = vllm_check.problems()
     for mismatch in mismatches:
-        yield Check("expected of vLLM", "broken", mismatch, f"install a vLLM in {vllm_check.SUPPORTED}")
+        yield Check("expected of vLLM", "broken", mismatch, f"install a vLLM in {SUPPORTED}")
     if not mismatches:
         yield Check("expected of vLLM", "ok", f"{len(expected.MODULES)} modules have what the adapters use")
 

@@ -9,6 +9,7 @@ from vllm_entropix._version import __version__
 from vllm_entropix.engine import vllm_check
 from vllm_entropix.engine.arguments import KEY
 from vllm_entropix.engine.resolved import RESOLVED
+from vllm_entropix.engine.versions import SUPPORTED
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import ConfigError, quoted
 
@@ -39,7 +40,7 @@ def refuse_unsupported(vllm_config: VllmConfig, config: EntropixConfig) -> None:
     mismatches = vllm_check.problems()
     if mismatches:
         raise ConfigError(
-            f"vllm-entropix {__version__} works with vLLM {vllm_check.SUPPORTED}, but of this one {'; '.join(mismatches)}; "
+            f"vllm-entropix {__version__} works with vLLM {SUPPORTED}, but of this one {'; '.join(mismatches)}; "
             "install a version in this range, or start without --sampler entropix"
         )
     for unsupported, feature, way_out in _features(vllm_config):

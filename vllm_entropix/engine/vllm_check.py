@@ -11,9 +11,7 @@ from typing import Any
 
 from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
 from vllm_entropix.engine.sources import Sources
-
-SUPPORTED = ">=0.31,<0.34"
-_SUPPORTED_MINORS = (31, 32, 33)
+from vllm_entropix.engine.versions import MINORS
 
 
 def problems() -> list[str]:
@@ -63,7 +61,7 @@ def problems_of_sources(root: Path) -> list[str]:
 
 def _version_problems(version: str) -> list[str]:
     parts = version.split(".")
-    known = parts[0] == "0" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) in _SUPPORTED_MINORS
+    known = parts[0] == "0" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) in MINORS
     return [] if known else [f"its version is {version}"]
 
 

@@ -48,7 +48,7 @@ HOLDERS = {
     "engine/scheduler.py": ("scheduler_output", "model_runner_output", "output", "outputs", "result"),
     "engine/worker.py": ("worker", "runner"),
     "attention/observer.py": ("layer", "impl", "module", "builder", "common_attn_metadata", "metadata"),
-    "attention/paged_keys.py": ("layer",),
+    "attention/layouts.py": ("layer",),
     "cli/calibrate.py": ("llm",),
     "cli/demo.py": ("llm",),
     "cli/doctor.py": ("plain",),

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vllm_entropix.attention.launches import measure_layers, measured_by_triton
 from vllm_entropix.attention.layers import LayerAttention, LayerRows
-from vllm_entropix.attention.paged_keys import UnsupportedAttentionError, key_reader
+from vllm_entropix.attention.layouts import key_reader
+from vllm_entropix.attention.paged_keys import UnsupportedAttentionError
 from vllm_entropix.attention.ranks import measure_over_ranks, measure_over_ranks_by_triton
 from vllm_entropix.attention.statistics import measure_layer
 from vllm_entropix.distribution.attention import AttentionStatistics

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from vllm_entropix.kernels.numba_ import AMX_BFLOAT16, VECTOR_BFLOAT16, VECTOR_FLOAT32
 
-# Backends that keep plain keys: a cache [blocks, kv_heads, block_size, head_dim + value_dim], keys first, of any strides.
-PLAIN_BACKENDS = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION"})
 _AMX_ROWS = 16
 
 
@@ -132,33 +130,3 @@ class CpuAmxKeys:
 def _bits(cache: Tensor) -> np.ndarray:
     """A bfloat16 cache as uint16, which numpy knows."""
     return cache.flatten(2).view(torch.int16).numpy().view(np.uint16)
-
-
-def key_reader(layer: Any) -> KeyReader:
-    """The reader for an attention layer's cache.
-
-    Args:
-        layer: vLLM's ``Attention`` module, after its cache was bound.
-
-    Raises:
-        UnsupportedAttentionError: the cache is packed in a way that no reader knows.
-    """
-    backend = layer.attn_backend.get_name()
-    dtype = str(layer.kv_cache_dtype)
-    if backend == "CPU_ATTN":
-        if dtype.startswith("fp8"):
-            raise UnsupportedAttentionError("the CPU backend's fp8 key cache is packed")
-        isa = getattr(layer, "isa", None)
-        if isa in ("vec", "vec16"):
-            return CpuVectorKeys(layer.kv_cache)
-        if isa == "amx":
-            return CpuAmxKeys(layer.kv_cache)
-        raise UnsupportedAttentionError(f"the CPU backend packs keys for {isa}")
-    if backend not in PLAIN_BACKENDS:
-        raise UnsupportedAttentionError(f"attention backend {backend} keeps its keys in a form of its own")
-    if dtype in ("fp8", "fp8_e4m3", "fp8_e5m2"):
-        cache = layer.kv_cache.view(torch.float8_e5m2 if dtype == "fp8_e5m2" else torch.float8_e4m3fn)
-        return PlainKeys(cache, layer.head_size, layer._k_scale)
-    if layer.kv_cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedAttentionError(f"a key cache of type {dtype} is packed")
-    return PlainKeys(layer.kv_cache, layer.head_size)

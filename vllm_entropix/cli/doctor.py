@@ -216,9 +216,9 @@ def _model(model: str, settings: dict[str, Any]) -> Iterator[Check]:
 
 
 def _attention(backend: str) -> Check:
-    from vllm_entropix.attention.paged_keys import PLAIN_BACKENDS
+    from vllm_entropix.attention.layouts import READERS
 
-    if backend in PLAIN_BACKENDS or backend == "CPU_ATTN":
+    if backend in READERS:
         return Check("attention backend", "ok", f"{backend}: statistics from the paged keys")
     return Check(
         "attention backend", "note", f"{backend}: keeps keys in a form of its own, so the sampler runs on the logits alone"

@@ -4,7 +4,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 from vllm_entropix.cli.main import app
@@ -13,7 +12,6 @@ from vllm_entropix.samplers.request import RequestSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def test_the_settings_table_is_the_generated_one():
@@ -31,20 +29,6 @@ def test_the_example_of_a_settings_file_is_the_demo_models():
     example = README.partition("```toml\n")[2].partition("```")[0]
     shipped = as_mapping(str(ROOT / "vllm_entropix" / "demo_model" / "entropix.toml"))
     assert tomllib.loads(example) == shipped
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
-    assert [target for target in targets if target and not (page.parent / target).exists()] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_named_tests_and_modules_exist(page):
-    text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:tests|benchmarks|deploy|docs|examples|patches|vllm_entropix)/[\w./-]+)`", text))
-    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
 def test_commands_of_the_page_exist():

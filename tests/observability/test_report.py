@@ -541,3 +541,25 @@ def test_headings_and_numbers_are_whole_at_any_width(width):
     ):
         assert heading in shown
     assert shown.count("1234") == 3
+
+
+def test_tokens_without_a_regime_are_a_kind_of_their_own(browser, tmp_path):
+    """Those of samplers that have no regimes, beside entropix's."""
+    plain = line(WORDS, name="entropix", prompt_text="with")
+    records = [entry.model_copy(update={"regime": None, "confidence": None}) for entry in plain.records]
+    without = plain.model_copy(update={"records": records, "sampler": None, "request_id": "another", "prompt": "without"})
+    with opened(browser, made(tmp_path / "report.html", without, plain)) as page:
+        page.locator("#sequence-0").click()
+        until(page, "document.querySelector('.pane .id').textContent === 'another'")
+        assert page.locator(".text bdi.NONE").count() == len(WORDS)
+        assert {name for name, *_ in dots(page)} == {"NONE"}
+        page.locator(".text bdi").first.focus()
+        assert "NONE a sampler without regimes" in page.locator("#details").inner_text()
+        page.locator("#sequence-1").click()
+        until(page, "document.querySelector('.pane .id').textContent === 'entropix'")
+        assert page.locator(".text bdi.NONE").count() == 0
+        page.get_by_role("link", name="All together").click()
+        until(
+            page,
+            "!document.querySelector('#view-all').hidden && document.querySelector('#regimes').textContent.includes('NONE')",
+        )

@@ -39,7 +39,7 @@ def columns() -> tuple[str, ...]:
 
 
 def to_pandas(source: str | Path | TraceLine | Iterable[Any]) -> pandas.DataFrame:
-    """A DataFrame with a row per traced token (columns: :func:`columns`).
+    """A DataFrame with a row per traced token (columns: ``columns``).
 
     Metrics that weren't measured are NaN. Of vLLM's outputs, which know neither model nor settings nor the tokens' texts, those
     columns are empty; outputs without a trace give no rows.
@@ -73,7 +73,7 @@ def to_pandas(source: str | Path | TraceLine | Iterable[Any]) -> pandas.DataFram
 
 
 def to_parquet(source: str | Path | TraceLine | Iterable[Any], path: str | Path) -> int:
-    """Write the table of :func:`to_pandas` as Parquet; returns the number of rows, errors as there and for pyarrow."""
+    """Write the table of ``to_pandas`` as Parquet; returns the number of rows, errors as there and for pyarrow."""
     try:
         import pyarrow  # noqa: F401
     except ImportError as error:
@@ -82,7 +82,7 @@ def to_parquet(source: str | Path | TraceLine | Iterable[Any], path: str | Path)
 
 
 def to_csv(source: str | Path | TraceLine | Iterable[Any], path: str | Path) -> int:
-    """Write the table of :func:`to_pandas` as CSV; returns the number of rows, errors as there.
+    """Write the table of ``to_pandas`` as CSV; returns the number of rows, errors as there.
 
     A text that a spreadsheet would take for a formula gets an apostrophe in front, which makes it text there.
     """

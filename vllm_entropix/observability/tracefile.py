@@ -1,4 +1,4 @@
-"""Reads files of traces: JSON lines (:mod:`vllm_entropix.records.line`) or saved responses, packed or broken as they may be."""
+"""Reads files of traces: JSON lines (``vllm_entropix.records.line``) or saved responses, packed or broken as they may be."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TraceFileError(ValueError):
 def read_traces(
     path: str | Path, progress: Callable[[int], object] | None = None, left_out: Callable[[int], object] | None = None
 ) -> Iterator[TraceLine]:
-    """The sequences of a file of traces, or of saved HTTP responses (see :mod:`.responses`), one after the other.
+    """The sequences of a file of traces, or of saved HTTP responses (see ``responses``), one after the other.
 
     Lines that aren't traces, such as those that a killed server left half written, are left out. One warning at the end tells
     how many, and which.

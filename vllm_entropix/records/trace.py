@@ -15,7 +15,7 @@ _CHUNK = 256
 
 
 class TokenRecord:
-    """Why one token was drawn as it was: a value with an attribute for each field of the table (:mod:`.fields`).
+    """Why one token was drawn as it was: a value with an attribute for each field of the table (``fields``).
 
     A number that wasn't measured or isn't finite is None, as is a field that the token's sampler doesn't have.
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from vllm_entropix.observability.overview import sequence_title
 from vllm_entropix.observability.terminal import printable
 from vllm_entropix.observability.tracefile import TraceFileError, read_traces
-from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.line import TraceLine
+from vllm_entropix.samplers.entropix.record import EntropixPart
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 
 QUESTIONS = ("What is 384 + 259?", "What has keys but opens no door?", "What is in the sealed box?")

@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 
 from tests.support.odd_values import HUGE, LARGE, anything
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
-from vllm_entropix.samplers.request import RequestSettings
+from vllm_entropix.samplers.registry import parse_request, request_settings
 from vllm_entropix.settings.errors import ConfigError
 
-KEYS = [str(field.alias) for field in RequestSettings.model_fields.values()]
+KEYS = [str(field.alias) for field in request_settings().model_fields.values()]
 
 OWN = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125}
 
 
 def refusal(extra_args) -> str:
     with pytest.raises(ConfigError) as caught:
-        RequestSettings.parse(extra_args)
+        parse_request(extra_args)
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 400
@@ -55,11 +55,11 @@ def test_other_unknown_names_of_ours_are_refused_with_all_there_are():
 
 @pytest.mark.parametrize("key", ["trace", "entropy_trace", "top_k", "my_plugin", "", "min_p", "anthropic", "x" * 1000])
 def test_other_plugins_names_are_left_alone(key):
-    assert RequestSettings.parse({key: HUGE}) == RequestSettings()
+    assert parse_request({key: HUGE}) == request_settings()()
 
 
 def test_nothing_given_is_nothing_said():
-    assert RequestSettings.parse(None) == RequestSettings.parse({}) == RequestSettings()
+    assert parse_request(None) == parse_request({}) == request_settings()()
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_an_error_repeats_no_more_than_a_hundred_characters_of_a_value(key, valu
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=12) | st.integers(), anything, max_size=4))
 def test_whatever_is_sent_is_taken_or_refused_in_one_sentence(extra_args):
-    taken, message = RequestSettings(), ""
+    taken, message = request_settings()(), ""
     try:
-        taken = RequestSettings.parse(extra_args)
+        taken = parse_request(extra_args)
     except ConfigError as error:
         message = str(error)
     assert "\n" not in message
@@ -120,7 +120,7 @@ def test_whatever_is_sent_is_taken_or_refused_in_one_sentence(extra_args):
 def base_of(extra_args, **server) -> list[float]:
     config = EntropixConfig.from_dict(server)
     names = [name for name, _ in config.numbers()]
-    numbers = dict(zip(names, RequestSettings.parse(extra_args).constants(config, OWN), strict=True))
+    numbers = dict(zip(names, parse_request(extra_args).constants(config, OWN), strict=True))
     assert numbers["adaptive.min_p"] == numbers["base.min_p"]
     return [numbers[f"base.{name}"] for name in OWN]
 

@@ -27,6 +27,9 @@ def __getattr__(name: str) -> Any:
         return getattr(config, name)
     if name in ("TokenRecord", "TokenTrace", "traces"):
         from vllm_entropix.records import trace
+        from vllm_entropix.samplers import registry
+
+        registry.known()
 
         return getattr(trace, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

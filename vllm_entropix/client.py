@@ -13,6 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_entropix.records.schema import ChoiceTrace, TokenEntry
+from vllm_entropix.samplers import registry
+
+# What samplers add to records is read here, too.
+registry.known()
 
 __all__ = ["ASK", "ChoiceTrace", "StreamTraces", "TokenEntry", "trace_of"]
 

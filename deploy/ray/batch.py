@@ -65,8 +65,8 @@ class Stage(vLLMEngineStageUDF):
 
     def _of_output(self, output: Any) -> dict[str, Any]:
         from vllm_entropix import EntropixConfig
-        from vllm_entropix.records.entropix import EntropixPart
         from vllm_entropix.records.line import TraceLine
+        from vllm_entropix.samplers.entropix.record import EntropixPart
         from vllm_entropix.samplers.entropix.settings import as_mapping
 
         [completion] = output.outputs

@@ -237,7 +237,7 @@ def test_additional_config_is_merged_and_not_replaced(parser):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--sampler", "enthropix"], "unknown sampler 'enthropix'; there are vllm and entropix"),
+        (["--sampler", "enthropix"], "unknown sampler 'enthropix'; there are vllm, entropix, min_p and top_n_sigma"),
         (["--sampler", "entropix", "--sampler-config", "gpt"], "unknown preset 'gpt'"),
         (["--sampler", "entropix", "--sampler-config", "{bad"], "not valid JSON"),
         (["--sampler", "entropix", "--sampler-config", "/nowhere/x.toml"], "can't read the sampler config /nowhere/x.toml"),

@@ -8,9 +8,9 @@ from vllm_entropix.observability.export import columns, to_pandas
 from vllm_entropix.observability.report import Source, report
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.observability.whatif import transitions
-from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.line import TraceLine, write_traces
 from vllm_entropix.records.trace import TokenRecord
+from vllm_entropix.samplers.entropix.record import EntropixPart
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
 pytestmark = pytest.mark.engine

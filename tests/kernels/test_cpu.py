@@ -15,6 +15,7 @@ from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import LayerAttention
 from vllm_entropix.attention.paged_keys import CpuAmxKeys, CpuVectorKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
+from vllm_entropix.distribution.backend import Backend
 from vllm_entropix.distribution.constants import Constants
 from vllm_entropix.kernels import numba_ as cpu
 from vllm_entropix.kernels.numba_ import threads
@@ -109,7 +110,8 @@ def apply(logits, kernels, sampled, clarification=None, base=None, fidelity="cor
     config = EntropixConfig.from_dict({"base": base or {}, "fidelity": fidelity})
     rows = len(logits)
     batch = BatchSampler(config, rows, clarification, "cpu")
-    batch.sampler.kernels = kernels
+    if not kernels:
+        batch.backend = Backend("cpu")
     numbers = [value for _, value in config.numbers()]
     for row in range(rows):
         batch.add(str(row), Sequence(numbers, sampled=bool(sampled[row]), traced=True, clarified=True, prompt_length=1))

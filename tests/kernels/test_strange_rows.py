@@ -14,27 +14,20 @@ from tests.support import strange_rows
 from tests.support.strange_rows import assert_same_draws, has_softmax
 from vllm_entropix import EntropixConfig
 from vllm_entropix.distribution import filters
-from vllm_entropix.distribution import statistics as row_statistics
+from vllm_entropix.distribution.backend import Backend, NumbaBackend
 from vllm_entropix.records.fields import names
-from vllm_entropix.rows import batch
-from vllm_entropix.sampling import AttentionStatistics, Decision, EntropixSampler, LogitsMetrics, Metrics, Regime
+from vllm_entropix.sampling import AttentionStatistics, EntropixSampler, LogitsMetrics, Regime
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NUMBA = NumbaBackend("cpu")
 PRESETS = EntropixConfig.preset_names()
-
-
-def decision_of(logits, parameters):
-    nothing = torch.full((len(logits),), torch.nan)
-    metrics = Metrics(*[nothing] * 6)
-    log_normaliser = LogitsMetrics.from_logits(logits).log_normaliser
-    return Decision(torch.full((len(logits),), 4), parameters, nothing, metrics, log_normaliser, logits, "corrected")
 
 
 @PROPERTY
 @given(strange_rows.logits(dtypes=FLOATS))
 def test_metrics(logits):
-    got = row_statistics._metrics_by_cpu_kernel(logits.float())
+    got = NUMBA.statistics(logits.float())
     want = LogitsMetrics.from_logits(logits)
     for name in ("entropy", "varentropy", "log_normaliser"):
         one, other = getattr(got, name), getattr(want, name)
@@ -48,14 +41,14 @@ def test_metrics(logits):
 def test_draws(data, logits, forcing):
     rows, vocabulary = logits.shape
     parameters = data.draw(strange_rows.parameters(rows))
-    decision = decision_of(logits.clone(), parameters)
+    log_normaliser = LogitsMetrics.from_logits(logits).log_normaliser
     forced = torch.full((rows,), -1)
     if forcing:
         forced[::2] = vocabulary - 1
     sampled = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
     got, want = logits.clone(), logits.clone()
-    batch._write_by_cpu_kernel(got, decision, forced, sampled)
-    batch._write(want, decision, forced, int(parameters.top_k.max()), sampled)
+    for backend, target in ((NUMBA, got), (Backend("cpu"), want)):
+        backend.write(target, parameters, "corrected", forced, sampled, log_normaliser, vocabulary, vocabulary)
     for written in (got, want):
         torch.testing.assert_close(written[~sampled], logits[~sampled], rtol=0, atol=0, equal_nan=True)
     free = sampled & (forced < 0)
@@ -67,7 +60,7 @@ def test_draws(data, logits, forcing):
 @given(strange_rows.logits(), st.integers(1, 20))
 def test_alternatives(logits, count):
     count = min(count, logits.shape[1])
-    values, token_ids = batch._largest_by_cpu_kernel(logits, LogitsMetrics.from_logits(logits).log_normaliser, count)
+    values, token_ids = NUMBA.largest(logits, LogitsMetrics.from_logits(logits).log_normaliser, count)
     want = filters.candidates(logits, count)
     torch.testing.assert_close(values, want.logits, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(token_ids, want.token_ids)

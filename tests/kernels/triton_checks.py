@@ -27,12 +27,9 @@ from vllm_entropix.attention.launches import measure_layers
 from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.paged_keys import CpuVectorKeys, PlainKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
-from vllm_entropix.distribution import filters
-from vllm_entropix.distribution import statistics as row_statistics
+from vllm_entropix.distribution import backend, filters
 from vllm_entropix.distribution.best_of_n import best_of_n
 from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
-from vllm_entropix.rows import batch
-from vllm_entropix.samplers.entropix import sampler
 from vllm_entropix.sampling import LogitsMetrics, Parameters
 
 # The interpreter takes its time.
@@ -595,11 +592,7 @@ def the_sampler_decides_and_writes_by_them():
     logits, sampled = mixed_logits(12, 3000, 11), np.array([row % 5 != 3 for row in range(12)])
     for base in ({}, {"top_k": 2000, "top_p": 0.99, "min_p": 0.0}):
         want, want_records = apply(logits, False, sampled, clarification=(17, 18), base=base)
-        with (
-            mock.patch.object(batch, "kernels_for", return_value="triton"),
-            mock.patch.object(sampler, "kernels_for", return_value="triton"),
-            mock.patch.object(row_statistics, "kernels_for", return_value="triton"),
-        ):
+        with mock.patch.object(backend, "kernels_for", return_value="triton"):
             got, got_records = apply(logits, True, sampled, clarification=(17, 18), base=base)
         torch.testing.assert_close(got_records, want_records, rtol=1e-5, atol=1e-5, equal_nan=True)
         assert torch.equal(got[~torch.from_numpy(sampled)], logits[~torch.from_numpy(sampled)])

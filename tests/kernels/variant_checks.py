@@ -24,10 +24,8 @@ from vllm_entropix.attention.launches import measure_layers
 from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.paged_keys import PlainKeys
 from vllm_entropix.attention.ranks import measure_over_ranks_by_triton
-from vllm_entropix.distribution import statistics
+from vllm_entropix.distribution import backend as row_backend
 from vllm_entropix.kernels.ranks import Ranks
-from vllm_entropix.rows import batch
-from vllm_entropix.samplers.entropix import sampler
 
 SIZES = (1, 2, 3, 4, 5, 15, 16, 17, 32, 64)
 
@@ -61,9 +59,7 @@ def main():
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(batch, "kernels_for", return_value="triton"),
-        mock.patch.object(sampler, "kernels_for", return_value="triton"),
-        mock.patch.object(statistics, "kernels_for", return_value="triton"),
+        mock.patch.object(row_backend, "kernels_for", return_value="triton"),
     ):
         for size in SIZES:
             step(size)

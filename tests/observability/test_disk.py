@@ -18,11 +18,11 @@ import pytest
 
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import background, disk
-from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.fields import all_fields, column
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.records.trace import TokenTrace
+from vllm_entropix.samplers.entropix.record import EntropixPart
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import ConfigError
 from vllm_entropix.settings.server import Trace

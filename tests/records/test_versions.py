@@ -10,8 +10,8 @@ from tests.support.traces import line, written
 from vllm_entropix.cli.main import app
 from vllm_entropix.observability.export import to_pandas
 from vllm_entropix.observability.tracefile import TraceFileError, read_traces
-from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.line import SamplerPart, TraceLine
+from vllm_entropix.samplers.entropix.record import EntropixPart
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "traces-version-1.jsonl"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support import strange_rows
 from vllm_entropix import EntropixConfig
 from vllm_entropix.distribution.constants import Constants
-from vllm_entropix.rows.table import SequenceTable
+from vllm_entropix.samplers.entropix import Entropix
 from vllm_entropix.samplers.entropix.parameters import confidence, parameters
 from vllm_entropix.samplers.entropix.regimes import classify
 from vllm_entropix.sampling import AttentionStatistics, EntropixSampler, LogitsMetrics, Regime
@@ -69,7 +69,7 @@ def by_pytorch(metrics, attention, constants):
 
 
 def by_kernel(metrics, attention, constants):
-    regime, _, chosen, score = EntropixSampler._by_cpu_kernels(metrics, attention, constants)
+    regime, _, chosen, score = EntropixSampler._by_numba(metrics, attention, constants)
     return results(regime, chosen, score)
 
 
@@ -108,9 +108,11 @@ def test_all_settings_moved(seed, preset, kind, one_row_of_constants):
     got = by_kernel(metrics, attention, constants)
     assert_same(got, by_pytorch(metrics, attention, constants), "all moved")
     # The third place that knows the rule: how many candidates there may be.
-    table = SequenceTable(EntropixConfig(), 2, "cpu")
-    most = torch.tensor([table._largest_top_k(row) for row in constants.values.numpy()])
-    assert (got["top_k"] <= most).all()
+    sampler = Entropix(EntropixConfig())
+    bounds = [sampler.bounds(dict(zip(COLUMNS, row, strict=True)), {}) for row in constants.values.tolist()]
+    assert (got["top_k"] <= torch.tensor([bound.candidates for bound in bounds])).all()
+    drawn = got["samples"] > 1
+    assert (got["top_k"] <= torch.tensor([bound.drawn for bound in bounds]))[drawn].all()
 
 
 @pytest.mark.parametrize("fidelity", ["corrected", "original"])

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from vllm_entropix.distribution.constants import Constants
-from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.line import TraceLine, prompt_hash, write_traces
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.records.schema import TokenEntry
+from vllm_entropix.samplers.entropix.record import EntropixPart
 from vllm_entropix.samplers.entropix.regimes import classify
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 

@@ -22,10 +22,10 @@ from vllm_entropix._version import __version__
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.report import Source, write_report
 from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table
-from vllm_entropix.records.entropix import EntropixPart
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import traces
+from vllm_entropix.samplers.entropix.record import EntropixPart
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 from vllm_entropix.settings.errors import ConfigError
 

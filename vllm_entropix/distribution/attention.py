@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vllm_entropix.distribution.statistics import LN2
+from vllm_entropix.distribution.statistics import LN2, LogitsMetrics
 
 if TYPE_CHECKING:
     from vllm_entropix.settings.rules import AttentionVarentropy
@@ -161,6 +161,18 @@ class AttentionStatistics:
             spread(self.interaction_strength),
         )
 
+    def overlaid(self, mask: Tensor, others: AttentionStatistics) -> AttentionStatistics:
+        """``others`` in the rows of the bool ``mask``, and these in the rest."""
+        everywhere = torch.ones_like(mask)
+        mine, theirs = (everywhere if of.measured is None else of.measured for of in (self, others))
+        return AttentionStatistics(
+            others.attention_entropy.where(mask, self.attention_entropy),
+            others.attention_varentropy.where(mask, self.attention_varentropy),
+            others.agreement.where(mask, self.agreement),
+            others.interaction_strength.where(mask, self.interaction_strength),
+            theirs.where(mask, mine),
+        )
+
     def mean_over_layers(self) -> AttentionStatistics:
         """The mean over the leading (layer) dimension."""
         return AttentionStatistics(
@@ -188,3 +200,22 @@ class Metrics:
     attention_varentropy: Tensor
     agreement: Tensor
     interaction_strength: Tensor
+
+
+def joined(logits: LogitsMetrics, attention: AttentionStatistics | None) -> Metrics:
+    """Both as six metrics; NaN where attention wasn't measured."""
+    if attention is None:
+        unmeasured = torch.full_like(logits.entropy, torch.nan)
+        return Metrics(logits.entropy, logits.varentropy, unmeasured, unmeasured, unmeasured, unmeasured)
+    attended = (
+        metric.to(logits.entropy.dtype)
+        if attention.measured is None
+        else torch.where(attention.measured, metric.to(logits.entropy.dtype), torch.nan)
+        for metric in (
+            attention.attention_entropy,
+            attention.attention_varentropy,
+            attention.agreement,
+            attention.interaction_strength,
+        )
+    )
+    return Metrics(logits.entropy, logits.varentropy, *attended)

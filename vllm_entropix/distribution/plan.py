@@ -1,10 +1,16 @@
-"""What a sampler decides for each row: the numbers that shape its distribution."""
+"""What a sampler decides for each row: the numbers that shape its distribution, and what it asks for beside them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_entropix.distribution.attention import AttentionStatistics
+    from vllm_entropix.settings.rules import Fidelity
 
 
 @dataclass(frozen=True)
@@ -34,3 +40,32 @@ class Parameters:
             min_p=self.min_p.masked_fill(rows, 0.0),
             samples=self.samples.masked_fill(rows, 1),
         )
+
+    def where(self, mask: Tensor, others: Parameters) -> Parameters:
+        """These in the rows of the bool ``mask``, and ``others`` in the rest."""
+        return Parameters(
+            temperature=self.temperature.where(mask, others.temperature),
+            top_p=self.top_p.where(mask, others.top_p),
+            top_k=self.top_k.where(mask, others.top_k),
+            min_p=self.min_p.where(mask, others.min_p),
+            samples=self.samples.where(mask, others.samples),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sampler decides for the rows it is shown.
+
+    Attributes:
+        parameters: the five numbers of each row.
+        order: how filters follow one another: ``corrected``, or as the ``original`` has them (D4, D5).
+        forces: bool ``[rows]``: would the server's clarification be forced here? None: nowhere.
+        attention: what was measured for the plan; None if nothing was.
+        fields: the sampler's own fields of a record, ``[rows]`` each, by name.
+    """
+
+    parameters: Parameters
+    order: Fidelity = "corrected"
+    forces: Tensor | None = None
+    attention: AttentionStatistics | None = None
+    fields: Mapping[str, Tensor] = field(default_factory=dict)

@@ -9,11 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from vllm_entropix.kernels.backend import kernels_for
 
 LN2 = math.log(2.0)
 # Rows are taken in chunks of about this many logits: 1 MiB of float32, which stays in a core's L2 cache over the passes below.
@@ -84,28 +81,15 @@ def row_sums(values: Tensor) -> Tensor:
     return partial if whole == length else partial + values[:, whole:].sum(dim=-1)
 
 
-def metrics_by_kernel(logits: Tensor) -> LogitsMetrics:
-    """``LogitsMetrics.from_logits`` by the kernel for the logits' device and type, if there is one."""
-    kernels = kernels_for(logits.device)
-    if kernels == "numba" and logits.dtype == torch.float32:
-        return _metrics_by_cpu_kernel(logits)
-    if kernels == "triton" and logits.dtype != torch.float64:
-        return _metrics_by_triton_kernel(logits)
-    return LogitsMetrics.from_logits(logits)
+def spread(logits: Tensor) -> Tensor:
+    """Population standard deviation of the finite ``logits [rows, vocab]``, ``[rows]``; 0 where there are none.
 
-
-def _metrics_by_cpu_kernel(logits: Tensor) -> LogitsMetrics:
-    from vllm_entropix.kernels.numba_.metrics import metrics_of_rows
-    from vllm_entropix.kernels.numba_.threads import share_rows
-
-    rows, vocabulary = logits.shape
-    entropy, varentropy, log_normaliser = torch.empty(3, rows)
-    arguments = (logits.numpy(), entropy.numpy(), varentropy.numpy(), log_normaliser.numpy())
-    share_rows(np.full(rows, vocabulary), lambda first, last: metrics_of_rows(*arguments, first, last))
-    return LogitsMetrics(entropy, varentropy, log_normaliser)
-
-
-def _metrics_by_triton_kernel(logits: Tensor) -> LogitsMetrics:
-    from vllm_entropix.kernels.triton_.logits_metrics import logits_metrics
-
-    return LogitsMetrics(*logits_metrics(logits))
+    In float64 if they are float64, otherwise in float32.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    finite = logits.isfinite()
+    count = row_sums(finite.to(dtype)).clamp_min(1.0)
+    values = torch.where(finite, logits.to(dtype), 0.0)
+    mean = row_sums(values) / count
+    deviations = torch.where(finite, values - mean.unsqueeze(-1), 0.0)
+    return (row_sums(deviations.square()) / count).sqrt()

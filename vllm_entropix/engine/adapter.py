@@ -23,7 +23,8 @@ from vllm_entropix.kernels.ranks import Ranks
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
-from vllm_entropix.samplers.request import GREEDY_BELOW, RequestSettings
+from vllm_entropix.samplers.registry import parse_request, sampler_of
+from vllm_entropix.samplers.request import GREEDY_BELOW
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -172,7 +173,7 @@ class RunnerAdapter(ABC):
 
     def _sequence(self, params: SamplingParams, prompt_length: int) -> Sequence | None:
         """The settings of a request, or None if entropix has nothing to do with it."""
-        settings = RequestSettings.parse(params.extra_args)
+        settings = parse_request(params.extra_args)
         if not settings.enabled:
             return None
         greedy = params.temperature < GREEDY_BELOW
@@ -181,12 +182,15 @@ class RunnerAdapter(ABC):
             return None
         top_k = params.top_k if params.top_k > 0 else self.vocabulary
         own = {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k, "min_p": params.min_p}
+        sampler = sampler_of(settings, self.config)
         return Sequence(
-            constants=settings.constants(self.config, own),
+            constants=self.batch.samplers[sampler].numbers_of_request(settings, own),
             sampled=not greedy,
             traced=traced,
             clarified=settings.clarification is not False,
             prompt_length=prompt_length,
+            sampler=sampler,
+            base=(params.temperature, params.top_p, top_k, params.min_p),
         )
 
     def after_forward(self) -> None:  # noqa: B027  (V1 needs nothing here)

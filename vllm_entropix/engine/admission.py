@@ -12,6 +12,7 @@ from vllm_entropix.engine.internal import is_internal
 from vllm_entropix.engine.placement import is_ours
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.observability import prometheus
+from vllm_entropix.samplers import registry
 from vllm_entropix.samplers.request import GREEDY_BELOW, PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError, quoted
 
@@ -43,19 +44,20 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
     if is_internal():
         params.extra_args = {**(params.extra_args or {}), PREFIX: "off"}
         return validate()
-    settings = _settings(params.extra_args)
+    settings = _settings(params.extra_args, resolved["config"])
     result = validate()
     if resolved["counted"]:
-        preset = settings.preset or resolved["config"]["preset"]
-        prometheus.count_request(preset if settings.enabled else "off", greedy=params.temperature < GREEDY_BELOW)
+        sampler = registry.registry().classes[registry.sampler_of(settings, resolved["config"])]
+        label = sampler.label(settings, resolved["config"])
+        prometheus.count_request(label if settings.enabled else "off", greedy=params.temperature < GREEDY_BELOW)
         if resolved["clarification"] is not None:
             prometheus.watch_clarification()
     return result
 
 
-def _settings(extra_args: Any) -> RequestSettings:
+def _settings(extra_args: Any, server: Any = None) -> RequestSettings:
     try:
-        return RequestSettings.parse(extra_args)
+        return registry.parse_request(extra_args, server)
     except ConfigError as error:
         raise RequestSettingsError(str(error)) from None
 

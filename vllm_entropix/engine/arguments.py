@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from vllm_entropix.samplers import registry
 from vllm_entropix.samplers.entropix.settings import as_mapping
 from vllm_entropix.settings.errors import ConfigError, quoted
 from vllm_entropix.settings.load import merge as overlay
 
-SAMPLERS = ("vllm", "entropix")
 KEY = "entropix"
 # What the two are called on a command line, and in Python.
 _OPTIONS = ("--sampler {}", "--sampler-config")
@@ -46,9 +46,7 @@ class Words:
 
 def check_sampler(name: Any) -> str:
     """The sampler's name; ConfigError if there is none of this name."""
-    if not isinstance(name, str) or name not in SAMPLERS:
-        raise ConfigError(f"unknown sampler {quoted(name)}; there are {' and '.join(SAMPLERS)}")
-    return name
+    return registry.check(name, others=(registry.VLLM,))
 
 
 def merge(additional: Mapping[str, Any], *sources: Words, names: tuple[str, str] = _KEYWORDS) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def merge(additional: Mapping[str, Any], *sources: Words, names: tuple[str, str]
             sampler, last = check_sampler(name), place
     merged = dict(additional)
     before = merged.get(KEY)
-    asked = sampler == "entropix" or (sampler is None and before is not None and before is not False)
+    asked = sampler not in (None, registry.VLLM) or (sampler is None and before is not None and before is not False)
     # What a stronger source switches off may have settings.
     settings = list(chain.from_iterable(source.settings for source in sources[0 if asked else last :]))
     if settings and not asked:
@@ -81,12 +79,14 @@ def merge(additional: Mapping[str, Any], *sources: Words, names: tuple[str, str]
             else f"{settings_name} is given with {sampler_name.format(sampler)}, which has no settings; "
             f"leave it out, or ask for {wanted}"
         )
-    if sampler == "vllm":
+    if sampler == registry.VLLM:
         merged.pop(KEY, None)
-    elif sampler == "entropix" or settings:
+    elif sampler is not None or settings:
         table = {} if before is None or isinstance(before, bool) else as_mapping(before)
         for over in settings:
             table = overlay(table, as_mapping(over))
+        if sampler is not None and sampler != table.get("sampler", KEY):
+            table["sampler"] = sampler
         merged[KEY] = table
     return merged
 
@@ -116,14 +116,15 @@ def add_arguments(parser: Any) -> Any:
     group.add_argument(
         "--sampler",
         action="append",
-        metavar="{vllm,entropix}",
-        help="entropix samples each token according to the model's uncertainty about it. Default: vllm.",
+        metavar="NAME",
+        help="entropix samples each token according to the model's uncertainty about it; `vllm-entropix samplers` lists the "
+        "others. Default: vllm.",
     )
     group.add_argument(
         "--sampler-config",
         action="append",
         metavar="PRESET|JSON|FILE",
-        help="Settings of the sampler entropix: a preset's name, JSON text, or a .json, .toml or .yaml file. If there are "
+        help="Settings of the sampler: a preset's name, JSON text, or a .json, .toml or .yaml file. If there are "
         "several, each is laid over those before it. `vllm-entropix presets` lists presets and settings.",
     )
     parse = parser.parse_known_args

@@ -13,7 +13,8 @@ from vllm_entropix.engine.clarification import clarification_ids
 from vllm_entropix.engine.resolved import RESOLVED, Resolved
 from vllm_entropix.engine.subclasses import SCHEDULER, WORKER, qualified_name
 from vllm_entropix.observability import disk, hints
-from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
+from vllm_entropix.samplers import registry
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
         wanted = additional.get(KEY)
         if wanted is None or wanted is False:
             return vllm_config
-        config = EntropixConfig.from_dict({} if wanted is True else as_mapping(wanted))
+        config = registry.load_server(wanted)
         gate.refuse_unsupported(vllm_config, config)
         counted = config.prometheus and statistics
         disk.check(config.trace)

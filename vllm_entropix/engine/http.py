@@ -18,7 +18,8 @@ from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.internal import wrap_internal
 from vllm_entropix.engine.placement import is_ours, misplaced, refusal
 from vllm_entropix.engine.resolved import resolved_values
-from vllm_entropix.samplers.request import PREFIX, RequestSettings
+from vllm_entropix.samplers.registry import parse_request
+from vllm_entropix.samplers.request import PREFIX
 from vllm_entropix.settings.errors import ConfigError
 
 # Of the request that is being handled, for what the engine is asked meanwhile.
@@ -139,7 +140,7 @@ def _is_traced(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolv
     lost = next((name for name in ours if name not in read), None)
     if lost is not None:  # the body was of another kind than the request that was made of it
         raise ConfigError(refusal(f"{endpoint.place}.{lost}", None))
-    settings = RequestSettings.parse(given)  # as it was sent: vLLM makes a number of true
+    settings = parse_request(given)  # as it was sent: vLLM makes a number of true
     if not settings.enabled:
         if settings.trace:
             raise ConfigError(f"{PREFIX}_trace is on, but {PREFIX} is off for this request; leave one of them out")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_entropix._version import __version__
+from vllm_entropix.samplers import registry
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import ConfigError
 
@@ -39,6 +40,7 @@ class Resolved:
             "clarification": None if self.clarification is None else list(self.clarification),
             "counted": self.counted,
             "version": __version__,
+            "samplers": list(registry.names()),
         }
 
     @classmethod
@@ -50,7 +52,7 @@ class Resolved:
             process: what to call this one in an error.
 
         Raises:
-            ConfigError: that process has another version of this package, on another node perhaps; names both.
+            ConfigError: that process has another version of this package, or other samplers, on another node perhaps.
         """
         data = vllm_config.additional_config[RESOLVED]
         if data["version"] != __version__:
@@ -58,9 +60,14 @@ class Resolved:
                 f"{process} on node {platform.node()} has vllm-entropix {__version__}, but the engine was configured by "
                 f"{data['version']}; install the same version on every node"
             )
+        if data["samplers"] != list(registry.names()):
+            raise ConfigError(
+                f"{process} on node {platform.node()} has the samplers {', '.join(registry.names())}, but the engine was "
+                f"configured with {', '.join(data['samplers'])}; install the same packages on every node"
+            )
         clarification = data["clarification"]
         return cls(
-            EntropixConfig.from_dict(data["config"]),
+            registry.load_server(data["config"]),
             None if clarification is None else tuple(clarification),
             data["counted"],
         )

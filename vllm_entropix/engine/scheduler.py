@@ -6,8 +6,7 @@ from typing import Any
 
 from vllm_entropix.engine.carrier import COUNTED, RECORDS, TRACED, WRITTEN, Records, attach_to_sequence
 from vllm_entropix.engine.resolved import Resolved
-from vllm_entropix.records.entropix import EntropixPart
-from vllm_entropix.samplers.request import RequestSettings
+from vllm_entropix.samplers import registry
 
 
 class EntropixSchedulerMixin:
@@ -18,6 +17,7 @@ class EntropixSchedulerMixin:
         resolved = Resolved.from_config(self.vllm_config, "the scheduler")  # type: ignore[attr-defined]
         self._entropix_counted = resolved.counted
         self._entropix_config = resolved.config
+        self._entropix_samplers = registry.instances(resolved.config)
         self._entropix_cap = resolved.config.trace.max_tokens
         self._entropix_to_disk = resolved.config.trace.path is not None
         self._entropix_model = self.vllm_config.model_config.served_model_name  # type: ignore[attr-defined]
@@ -51,13 +51,14 @@ class EntropixSchedulerMixin:
         for request_id, (traced, _, _) in records.items():
             if not traced or request_id in self._entropix_sent or request_id not in requests:
                 continue
-            config = RequestSettings.parse(requests[request_id].sampling_params.extra_args).config(self._entropix_config)
+            settings = registry.parse_request(requests[request_id].sampling_params.extra_args)
+            sampler = self._entropix_samplers[registry.sampler_of(settings, self._entropix_config)]
             labels[request_id] = {
                 "trace": self._entropix_config.trace.model_dump(),
                 "counted": self._entropix_counted,
                 "line": {
                     "model": self._entropix_model,
-                    "sampler": EntropixPart.from_config(config).model_dump(),
+                    "sampler": sampler.described(settings).model_dump(),
                 },
             }
         return labels

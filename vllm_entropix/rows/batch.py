@@ -1,28 +1,34 @@
-"""Entropix for a running engine: turns a batch's logits into the distributions that the engine then draws from."""
+"""The batch's samplers at work: a batch's logits become the distributions that the engine then draws from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_entropix.distribution.attention import AttentionStatistics
-from vllm_entropix.kernels.backend import kernels_for
+from vllm_entropix.distribution.attention import AttentionStatistics, joined
+from vllm_entropix.distribution.backend import Backend, backend_for
+from vllm_entropix.distribution.plan import Plan
+from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.records.fields import names
-from vllm_entropix.records.regimes import Regime
 from vllm_entropix.rows.forcing import Clarification
 from vllm_entropix.rows.rows import Measure, Rows
 from vllm_entropix.rows.table import Sequence, SequenceTable
-from vllm_entropix.samplers.entropix.sampler import Decision, EntropixSampler
+from vllm_entropix.samplers.base import RowView
+from vllm_entropix.samplers.registry import instances
 
 if TYPE_CHECKING:
     from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
+# A bool mask [rows] of those whose attention is wanted → their statistics, or None if there are none to be had.
+Attention = Callable[[Tensor], AttentionStatistics | None]
+
 
 class BatchSampler:
-    """Applies entropix to the rows of sequences that want it, and leaves all others untouched.
+    """Lets each row's sampler plan its distribution, writes it, and leaves all other rows untouched.
 
     Args:
         config: the server's configuration.
@@ -43,8 +49,11 @@ class BatchSampler:
         counted: bool = False,
     ) -> None:
         self.counted = counted
-        self.sampler = EntropixSampler(config, kernels=True)
-        self.sequences = SequenceTable(config, slots + 1, device)
+        self.alternatives = config.trace.alternatives
+        # Engines hand in float32, which kernels are for.
+        self.backend, self.other_types = backend_for(device), Backend(device)
+        self.samplers = instances(config)
+        self.sequences = SequenceTable(self.samplers, config.sampler, slots + 1, device)
         self.clarification = (
             None if clarification is None else Clarification(clarification, config, slots + 1, draft_tokens, device)
         )
@@ -65,7 +74,7 @@ class BatchSampler:
     def warm_up(self, vocabulary: int) -> None:
         """Run a step of a traced row that belongs to nobody, which compiles the kernels that steps run."""
         name, device = "nobody", self.sequences.device
-        constants = [value for _, value in self.sampler.config.numbers()]
+        constants = [value for _, value in self.samplers[self.sequences.default].numbers()]
         self.add(name, Sequence(constants, sampled=True, traced=True, clarified=False, prompt_length=0))
         self.sequences.flush()
         slots = self.sequences.slots_of([name], 1)
@@ -103,149 +112,144 @@ class BatchSampler:
         return records
 
     def _apply(self, logits: Tensor, rows: Rows, measure: Measure | None, tracing: bool, everywhere: bool) -> Tensor | None:
-        table, config = self.sequences, self.sampler.config
+        table = self.sequences
         sampled = table.device_sampled[rows.slots]
         traced = table.device_traced[rows.slots]
 
-        def statistics(regime: Tensor) -> AttentionStatistics | None:
-            if measure is None:
-                return None
-            return measure(rows, rows.valid & (traced | (sampled & (regime != Regime.LELV))))
+        def attention(wanted: Tensor) -> AttentionStatistics | None:
+            return None if measure is None else measure(rows, rows.valid & (traced | (sampled & wanted)))
 
-        decision = self.sampler.decide(logits, statistics, table.of_rows(rows.slots))
-        alternatives = _alternatives(logits, decision, config.trace.alternatives, self.sampler.kernels) if tracing else None
-        forced = self._force(logits, rows, decision, sampled)
-        fused = self.sampler.kernels and config.fidelity == "corrected" and logits.dtype == torch.float32
-        kernels = kernels_for(logits.device) if fused else None
-        # The device isn't asked for the rows' top_k, unless asking costs nothing.
-        on_cpu = logits.device.type == "cpu"
-        if kernels == "numba":
-            _write_by_cpu_kernel(logits, decision, forced, sampled)
-        elif kernels == "triton" and self._draws_fit(rows):
-            _write_by_triton_kernels(logits, decision, forced, sampled, int(table.largest_top_k[rows.host_slots].max()))
-        else:
-            candidates = int(decision.top_k.max() if on_cpu else table.largest_top_k[rows.host_slots].max())
-            _write(logits, decision, forced, candidates, None if everywhere else sampled)
+        backend = self.backend if logits.dtype == torch.float32 else self.other_types
+        statistics = backend.statistics(logits)
+        plans = self._plans(backend, logits, statistics, rows, attention)
+        plan = _mixed(plans)
+        measured = plan.attention
+        if measured is None and tracing:
+            measured = attention(torch.zeros_like(traced))
+        alternatives = self._alternatives(backend, logits, statistics) if tracing else None
+        forced = self._force(logits, rows, plan, statistics, sampled)
+        bounds = (int(of[rows.host_slots].max()) for of in (table.most_candidates, table.most_drawn))
+        most_candidates, most_drawn = bounds
+        orders = {one.order for _, one in plans}
+        for order in sorted(orders):
+            written = sampled
+            if len(orders) > 1:
+                # Rows of another order get theirs in another call.
+                written = sampled & torch.stack([mine for mine, one in plans if one.order == order]).any(dim=0)
+            backend.write(
+                logits,
+                plan.parameters,
+                order,
+                forced,
+                written,
+                statistics.log_normaliser,
+                most_candidates,
+                most_drawn,
+                everywhere and len(orders) == 1,
+            )
         if not (tracing or self.counted):
             return None
         told = (traced | sampled) if self.counted else traced
-        return _records(decision, forced, sampled, torch.where(told & rows.valid, rows.slots, 0), alternatives)
+        slots = torch.where(told & rows.valid, rows.slots, 0)
+        return _records(plan, statistics, measured, forced, sampled, slots, alternatives)
 
-    def _draws_fit(self, rows: Rows) -> bool:
-        """Are the candidates of which ADAPTIVE takes the best of n few enough for the Triton kernels?"""
-        from vllm_entropix.kernels.triton_.candidates import LIMIT
+    def _plans(
+        self,
+        backend: Backend,
+        logits: Tensor,
+        statistics: LogitsMetrics,
+        rows: Rows,
+        attention: Callable[[Tensor], AttentionStatistics | None],
+    ) -> list[tuple[Tensor, Plan]]:
+        """(bool ``[rows]``: its rows, plan) of each sampler in the batch.
 
-        table = self.sequences
-        return bool(table.constants[rows.host_slots, table.columns["adaptive.top_k_max"]].max() <= LIMIT)
+        Each plan covers all rows, since which rows are whose is known on the device only.
+        """
+        table, plans = self.sequences, []
+        present = table.samplers_of(rows.host_slots)
+        for name in present:
+            mine = rows.valid if len(present) == 1 else table.device_sampler[rows.slots] == table.number[name]
+            measure = attention if len(present) == 1 else partial(_of_mine, attention, mine)
+            settings = table.of_rows(name, rows.slots)
+            view = RowView(logits, statistics, settings, backend, partial(table.base_of_rows, rows.slots), measure)
+            plans.append((mine, self.samplers[name].plan(view)))
+        return plans
 
-    def _force(self, logits: Tensor, rows: Rows, decision: Decision, sampled: Tensor) -> Tensor:
+    def _force(self, logits: Tensor, rows: Rows, plan: Plan, statistics: LogitsMetrics, sampled: Tensor) -> Tensor:
         """int64 ``[rows]``: the token forced at each row, -1 for none."""
+        forced = torch.full_like(rows.slots, -1)
         if self.clarification is None:
-            return torch.full_like(decision.regime, -1)
+            return forced
         table = self.sequences
         may = sampled & table.device_clarified[rows.slots]
         generated = rows.positions >= table.device_prompt_length[rows.slots]
-        asks = decision.regime == Regime.HELV
-        forced = torch.full_like(decision.regime, -1)
+        asks = torch.zeros_like(sampled) if plan.forces is None else plan.forces
         # A draft's row starts from the record of the row before it, so these go one after the other. The others of the
         # step are computed along and thrown away: which rows are whose is known on the device only.
         for place in range(rows.draft_rows):
             mine = rows.valid if rows.draft_index is None else rows.valid & (rows.draft_index == place)
             decided = self.clarification.force(
-                logits, rows.slots, rows.positions, rows.fed, generated, asks, may, mine, decision.log_normaliser
+                logits, rows.slots, rows.positions, rows.fed, generated, asks, may, mine, statistics.log_normaliser
             )
             forced = torch.where(mine, decided.token_ids, forced)
         return forced
 
-
-def _write(logits: Tensor, decision: Decision, forced: Tensor, candidates: int, sampled: Tensor | None) -> None:
-    """Overwrite the sampled rows (None: all) with the log-probabilities they are drawn from."""
-    kept, probabilities = decision.candidates(candidates)
-    is_forced = (forced >= 0).unsqueeze(-1)
-    # In a forced row every candidate is the forced token with probability 1: writes to one place must agree.
-    token_ids = torch.where(is_forced, forced.unsqueeze(-1), kept.token_ids)
-    log_probabilities = torch.where(is_forced, 0.0, probabilities.log()).to(logits.dtype)
-    if sampled is None:
-        logits.fill_(-torch.inf)
-    else:
-        # Rows that aren't sampled get their own logits back.
-        log_probabilities = torch.where(sampled.unsqueeze(-1), log_probabilities, kept.logits.to(logits.dtype))
-        token_ids = torch.where(sampled.unsqueeze(-1), token_ids, kept.token_ids)
-        logits.masked_fill_(sampled.unsqueeze(-1), -torch.inf)
-    logits.scatter_(-1, token_ids, log_probabilities)
+    def _alternatives(self, backend: Backend, logits: Tensor, statistics: LogitsMetrics) -> tuple[Tensor, Tensor] | None:
+        """Ids and probabilities (at temperature 1, unfiltered) of the most probable tokens, ``[rows, count]`` each."""
+        count = min(self.alternatives, logits.shape[-1])
+        if not count:
+            return None
+        log_normaliser = statistics.log_normaliser
+        values, token_ids = backend.largest(logits, log_normaliser, count)
+        return token_ids, (values.to(log_normaliser.dtype) - log_normaliser.unsqueeze(-1)).exp()
 
 
-def _write_by_cpu_kernel(logits: Tensor, decision: Decision, forced: Tensor, sampled: Tensor) -> None:
-    """The same in one call."""
-    from vllm_entropix.kernels.numba_.distribute import distribute_rows
-    from vllm_entropix.kernels.numba_.threads import share_rows
-
-    parameters = decision.parameters
-    rows, vocabulary = logits.shape
-    arguments = (
-        logits.numpy(),
-        parameters.temperature.numpy(),
-        parameters.top_p.numpy(),
-        parameters.top_k.numpy(),
-        parameters.min_p.numpy(),
-        parameters.samples.numpy(),
-        decision.log_normaliser.numpy(),
-        forced.numpy(),
-        sampled.numpy(),
-    )
-    share_rows(np.full(rows, 2 * vocabulary), lambda first, last: distribute_rows(*arguments, first, last))
+def _of_mine(attention: Attention, mine: Tensor, wanted: Tensor) -> AttentionStatistics | None:
+    return attention(wanted & mine)
 
 
-def _write_by_triton_kernels(logits: Tensor, decision: Decision, forced: Tensor, sampled: Tensor, largest_top_k: int) -> None:
-    """The same on a GPU; ``largest_top_k`` bounds the rows' own."""
-    from vllm_entropix.kernels.triton_.candidates import LIMIT, distribute
-    from vllm_entropix.kernels.triton_.wide_filters import filter_wide_rows
-
-    p = decision.parameters
-    distribute(logits, p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, sampled, largest_top_k)
-    if largest_top_k > LIMIT:
-        filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, sampled)
-
-
-def _alternatives(logits: Tensor, decision: Decision, count: int, kernels: bool) -> tuple[Tensor, Tensor] | None:
-    """Ids and probabilities (at temperature 1, unfiltered) of the most probable tokens, ``[rows, count]`` each."""
-    count = min(count, logits.shape[-1])
-    if not count:
-        return None
-    if kernels and kernels_for(logits.device) == "numba" and logits.dtype == torch.float32:
-        values, token_ids = _largest_by_cpu_kernel(logits, decision.log_normaliser, count)
-    else:
-        values, token_ids = logits.topk(count, dim=-1)
-    return token_ids, (values.to(decision.log_normaliser.dtype) - decision.log_normaliser.unsqueeze(-1)).exp()
-
-
-def _largest_by_cpu_kernel(logits: Tensor, log_normaliser: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same as ``topk``."""
-    from vllm_entropix.kernels.numba_.alternatives import largest_of_rows
-    from vllm_entropix.kernels.numba_.threads import share_rows
-
-    rows, vocabulary = logits.shape
-    values, token_ids = logits.new_empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
-    arguments = logits.numpy(), log_normaliser.numpy(), values.numpy(), token_ids.numpy()
-    share_rows(np.full(rows, vocabulary), lambda first, last: largest_of_rows(*arguments, first, last))
-    return values, token_ids
+def _mixed(plans: list[tuple[Tensor, Plan]]) -> Plan:
+    """One plan, with what each row's own sampler plans."""
+    (_, first), *others = plans
+    if not others:
+        return first
+    parameters, attention = first.parameters, first.attention
+    for mine, plan in others:
+        parameters = plan.parameters.where(mine, parameters)
+        attention = attention.overlaid(mine, plan.attention) if attention and plan.attention else attention or plan.attention
+    nothing = torch.full_like(parameters.temperature, torch.nan)
+    fields = {
+        name: torch.where(mine, values.to(nothing.dtype), nothing)
+        for mine, plan in plans
+        for name, values in plan.fields.items()
+    }
+    asking = [mine & plan.forces for mine, plan in plans if plan.forces is not None]
+    forces = torch.stack(asking).any(dim=0) if asking else None
+    return Plan(parameters, first.order, forces, attention, fields)
 
 
 def _records(
-    decision: Decision, forced: Tensor, sampled: Tensor, slots: Tensor, alternatives: tuple[Tensor, Tensor] | None
+    plan: Plan,
+    statistics: LogitsMetrics,
+    attention: AttentionStatistics | None,
+    forced: Tensor,
+    sampled: Tensor,
+    slots: Tensor,
+    alternatives: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Slots, records and alternatives ``[rows, columns]``; a greedy row's parameters are those of argmax."""
-    metrics, parameters = decision.metrics, decision.parameters
+    metrics, parameters = joined(statistics, attention), plan.parameters
     if not sampled.all() if sampled.device.type == "cpu" else True:
         parameters = parameters.as_argmax(~sampled)
-    unknown = torch.full_like(metrics.entropy, torch.nan)
 
     def values(field: str) -> Tensor:
         """A field's column: whoever computes it holds it by its name."""
         if field == "forced":
             return forced >= 0
-        holder = next((holder for holder in (metrics, parameters, decision) if hasattr(holder, field)), None)
-        return unknown if holder is None else getattr(holder, field)
+        if field in plan.fields:
+            return plan.fields[field]
+        holder = next((holder for holder in (metrics, parameters) if hasattr(holder, field)), None)
+        return torch.full_like(metrics.entropy, torch.nan) if holder is None else getattr(holder, field)
 
     columns = (slots, *map(values, names()))  # slots are exact, as token ids are: there are fewer than 2**24
     records = torch.stack([column.to(torch.float32) for column in columns], dim=-1)

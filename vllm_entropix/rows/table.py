@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_entropix.distribution.constants import Constants
-
-if TYPE_CHECKING:
-    from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.distribution.plan import Parameters
+from vllm_entropix.samplers.base import Sampler
 
 
 @dataclass(frozen=True)
@@ -21,11 +19,13 @@ class Sequence:
     """Settings of one sequence, as the engine adapter reads them from a request.
 
     Attributes:
-        constants: numbers in the order of :meth:`EntropixConfig.numbers`.
-        sampled: drawn by entropix (False: opted out, or greedy).
+        constants: its sampler's numbers, in the order of :meth:`Sampler.numbers`.
+        sampled: drawn by a sampler of ours (False: opted out, or greedy).
         traced: a record per token is wanted.
         clarified: forced tokens are allowed.
         prompt_length: tokens of the prompt; what follows was generated.
+        sampler: name of its sampler; None: the server's.
+        base: its own temperature, top_p, top_k and min_p.
     """
 
     constants: list[float]
@@ -33,31 +33,51 @@ class Sequence:
     traced: bool
     clarified: bool
     prompt_length: int
+    sampler: str | None = None
+    base: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
+
+
+BASE = ("temperature", "top_p", "top_k", "min_p")
 
 
 class SequenceTable:
     """Slots of the running sequences. Slot 0 belongs to none and is switched off: dummy rows point there.
 
     A sequence keeps its slot from its first step to its end, whatever rows or slots the engine gives it meanwhile.
-    The settings are plain host arrays with a copy on the device, so a step needs no host loop and no synchronisation.
+    The settings are plain host arrays with a copy on the device, so a step needs no host loop and no synchronisation. Each
+    sampler's numbers are a block of columns of their own.
+
+    Args:
+        samplers: by name; the place of a sampler among them is its number here.
+        default: the sampler of sequences that name none.
+        slots: of sequences, with slot 0.
+        device: of the logits.
     """
 
-    def __init__(self, config: EntropixConfig, slots: int, device: torch.device | str) -> None:
+    def __init__(self, samplers: Mapping[str, Sampler], default: str, slots: int, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        names = [name for name, _ in config.numbers()]
-        self.columns = {name: column for column, name in enumerate(names)}
+        self.samplers = dict(samplers)
+        self.default = default
+        self.number = {name: number for number, name in enumerate(samplers)}
+        numbers = {name: sampler.numbers() for name, sampler in samplers.items()}
+        self.columns = {name: {key: column for column, (key, _) in enumerate(of)} for name, of in numbers.items()}
         self._slot_of: dict[str, int] = {}
         self._request_of: dict[int, str] = {}
         self._free: list[int] = []
         self._changed: set[int] = set()
         # On the CPU the device tensors below share the host arrays' memory, and flush() has nothing to do.
-        self.constants = np.tile(np.array([value for _, value in config.numbers()], dtype=np.float32), (slots, 1))
+        self.constants = {
+            name: np.tile(np.array([value for _, value in of], dtype=np.float32), (slots, 1)) for name, of in numbers.items()
+        }
+        self.base = np.tile(np.array(Sequence.base, dtype=np.float32), (slots, 1))
+        self.sampler = np.full(slots, self.number[default], dtype=np.int64)
         self.sampled = np.zeros(slots, dtype=bool)
         self.traced = np.zeros(slots, dtype=bool)
         self.clarified = np.zeros(slots, dtype=bool)
         self.prompt_length = np.zeros(slots, dtype=np.int64)
-        # The largest top_k that a regime can give the sequence: bounds the number of candidates without asking the device.
-        self.largest_top_k = np.zeros(slots, dtype=np.int64)
+        # The sequence's bounds, known without asking the device.
+        self.most_candidates = np.zeros(slots, dtype=np.int64)
+        self.most_drawn = np.zeros(slots, dtype=np.int64)
         self._free.extend(range(slots - 1, 0, -1))
         self._mirror()
 
@@ -73,7 +93,9 @@ class SequenceTable:
         return len(self.sampled)
 
     def _mirror(self) -> None:
-        self.device_constants = torch.from_numpy(self.constants).to(self.device)
+        self.device_constants = {name: torch.from_numpy(block).to(self.device) for name, block in self.constants.items()}
+        self.device_base = torch.from_numpy(self.base).to(self.device)
+        self.device_sampler = torch.from_numpy(self.sampler).to(self.device)
         self.device_sampled = torch.from_numpy(self.sampled).to(self.device)
         self.device_traced = torch.from_numpy(self.traced).to(self.device)
         self.device_clarified = torch.from_numpy(self.clarified).to(self.device)
@@ -87,23 +109,19 @@ class SequenceTable:
                 self._grow()
             slot = self._slot_of[request_id] = self._free.pop()
             self._request_of[slot] = request_id
-        self.constants[slot] = sequence.constants
+        name = sequence.sampler or self.default
+        self.constants[name][slot] = sequence.constants
+        self.base[slot] = sequence.base
+        self.sampler[slot] = self.number[name]
         self.sampled[slot] = sequence.sampled
         self.traced[slot] = sequence.traced
         self.clarified[slot] = sequence.clarified
         self.prompt_length[slot] = sequence.prompt_length
-        self.largest_top_k[slot] = self._largest_top_k(self.constants[slot])
+        numbers = dict(zip(self.columns[name], sequence.constants, strict=True))
+        bounds = self.samplers[name].bounds(numbers, dict(zip(BASE, sequence.base, strict=True)))
+        self.most_candidates[slot], self.most_drawn[slot] = bounds.candidates, bounds.drawn
         self._changed.add(slot)
         return slot
-
-    def _largest_top_k(self, constants: np.ndarray) -> int:
-        def constant(name: str) -> float:
-            return float(constants[self.columns[name]])
-
-        base = constant("base.top_k")
-        # Agreement is never negative, so LEHV widens by its slope at most.
-        lehv = max(constant("lehv.top_k_min"), base * (1 + max(0.0, constant("lehv.top_k_disagreement"))))
-        return int(np.ceil(max(base, lehv, constant("adaptive.top_k_max"))))
 
     def remove(self, request_id: str) -> int | None:
         """Free a sequence's slot; returns it, or None if the sequence isn't known."""
@@ -133,8 +151,15 @@ class SequenceTable:
         changed = np.fromiter(self._changed, dtype=np.int64, count=len(self._changed))
         self._changed.clear()
         index = _to_device(changed, self.device)
+        for name in np.unique(self.sampler[changed]):
+            block = list(self.constants)[name]
+            rows = changed[self.sampler[changed] == name]
+            self.device_constants[block].index_copy_(
+                0, _to_device(rows, self.device), _to_device(self.constants[block][rows], self.device)
+            )
         for array, mirror in (
-            (self.constants, self.device_constants),
+            (self.base, self.device_base),
+            (self.sampler, self.device_sampler),
             (self.sampled, self.device_sampled),
             (self.traced, self.device_traced),
             (self.clarified, self.device_clarified),
@@ -142,14 +167,25 @@ class SequenceTable:
         ):
             mirror.index_copy_(0, index, _to_device(array[changed], self.device))
 
-    def of_rows(self, slots: Tensor) -> Constants:
-        """Each row's constants; ``slots`` int64 ``[rows]`` on the device."""
-        return Constants(self.device_constants[slots], self.columns)
+    def of_rows(self, sampler: str, slots: Tensor) -> Constants:
+        """Each row's numbers for a sampler, its own where it has it; ``slots`` int64 ``[rows]`` on the device."""
+        return Constants(self.device_constants[sampler][slots], self.columns[sampler])
+
+    def base_of_rows(self, slots: Tensor) -> Parameters:
+        """Each row's own temperature, top_p, top_k and min_p, and one draw."""
+        temperature, top_p, top_k, min_p = self.device_base[slots].unbind(-1)
+        return Parameters(temperature, top_p, top_k.to(torch.int64), min_p, torch.ones_like(slots))
+
+    def samplers_of(self, slots: np.ndarray) -> list[str]:
+        """Names of the samplers of these slots, each once."""
+        numbers = np.unique(self.sampler[slots])
+        return [list(self.samplers)[number] for number in numbers]
 
     def _grow(self) -> None:
         old = self.slots
-        self.constants = np.concatenate((self.constants, np.tile(self.constants[:1], (old, 1))))
-        for name in ("sampled", "traced", "clarified", "prompt_length", "largest_top_k"):
+        self.constants = {name: np.concatenate((block, np.tile(block[:1], (old, 1)))) for name, block in self.constants.items()}
+        self.base = np.concatenate((self.base, np.tile(self.base[:1], (old, 1))))
+        for name in ("sampler", "sampled", "traced", "clarified", "prompt_length", "most_candidates", "most_drawn"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate((array, np.zeros_like(array))))
         self._free.extend(range(2 * old - 1, old - 1, -1))

@@ -21,6 +21,8 @@ from vllm_entropix.settings.section import describe, refuse_truth_value
 from vllm_entropix.settings.server import BaseParameters
 
 PREFIX = "entropix"
+# Stands between a sampler's name and its setting's in the name of a field, where no sampler's name has it.
+OF_SAMPLER = "__"
 # vLLM's own border: a temperature below is 0.
 GREEDY_BELOW = 1e-5
 
@@ -60,6 +62,9 @@ class RequestSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    sampler: str | None = Field(
+        None, alias="samplers", description="Sampler of this request, instead of the server's.", min_length=1
+    )
     enabled: Switch = Field(True, alias=PREFIX, description="on or off; off samples as vLLM does without the plugin.")
     preset: Annotated[str, BeforeValidator(_known_preset)] | None = Field(
         None, alias=f"{PREFIX}_preset", description="Preset whose constants this request uses instead of the server's."
@@ -92,19 +97,31 @@ class RequestSettings(BaseModel):
             ConfigError: a name that is one of ours misspelt, or a bad value; names the key, the value and what is allowed.
         """
         if not extra_args:
-            return _DEFAULTS
+            return _nothing(cls)
         if not isinstance(extra_args, Mapping):
             raise ConfigError(f"a request's settings are {quoted(extra_args)}, but they should be a table")
+        names = cls.names()
         for key in extra_args:
-            if key not in _NAMES:
-                _refuse_misspelt(key)
-        ours = {key: extra_args[key] for key in _NAMES if key in extra_args}
+            if key not in names:
+                _refuse_misspelt(key, cls)
+        ours = {key: extra_args[key] for key in names if key in extra_args}
         if not ours:
-            return _DEFAULTS
+            return _nothing(cls)
         try:
             return cls.model_validate(ours)
         except ValidationError as error:
             raise ConfigError(describe(error, cls)) from None
+
+    @classmethod
+    def names(cls) -> Mapping[str, str]:
+        """What the settings are called → the letters that matter in it."""
+        return _names(cls)
+
+    def of_sampler(self, name: str) -> dict[str, float]:
+        """What the request says of a sampler's own numbers."""
+        marked = f"{name}{OF_SAMPLER}"
+        said = ((field, getattr(self, field)) for field in type(self).model_fields if field.startswith(marked))
+        return {field.removeprefix(marked): float(value) for field, value in said if value is not None}
 
     def config(self, server: EntropixConfig) -> EntropixConfig:
         """The configuration that this request starts from: the server's, or the preset it names."""
@@ -131,28 +148,34 @@ class RequestSettings(BaseModel):
         return list(numbers.values())
 
 
-_DEFAULTS = RequestSettings()
-# What the settings are called → the letters that matter in it.
-_NAMES = {str(field.alias): str(field.alias).replace("_", "") for field in RequestSettings.model_fields.values()}
+@cache
+def _nothing(cls: type[RequestSettings]) -> RequestSettings:
+    return cls()
 
 
-def _refuse_misspelt(key: Any) -> None:
+@cache
+def _names(cls: type[RequestSettings]) -> dict[str, str]:
+    return {str(field.alias): str(field.alias).replace("_", "") for field in cls.model_fields.values()}
+
+
+def _refuse_misspelt(key: Any, cls: type[RequestSettings]) -> None:
     """ConfigError if ``key``, which is no setting, is meant as one: ``entropix.trace``, ``Entropix-Trace``, ``entropx``."""
     if not isinstance(key, str):
         raise ConfigError(f"a request's settings have the key {quoted(key)}, but keys should be text")
-    problem = _misspelt(key[:QUOTED])
+    problem = _misspelt(key[:QUOTED], cls)
     if problem is not None:
         raise ConfigError(f"unknown setting {quoted(key)}; {problem}")
 
 
 @lru_cache(maxsize=1024)
-def _misspelt(key: str) -> str | None:
+def _misspelt(key: str, cls: type[RequestSettings]) -> str | None:
     """What there is instead of a name that looks like ours; None for another plugin's."""
     letters = re.sub("[^a-z0-9]", "", key.lower())
-    close = get_close_matches(letters, _NAMES.values(), n=1, cutoff=0.9)
+    names = cls.names()
+    close = get_close_matches(letters, names.values(), n=1, cutoff=0.9)
     if close:
-        return f"did you mean {next(name for name, known in _NAMES.items() if known == close[0])!r}?"
-    return f"there are {', '.join(_NAMES)}" if letters.startswith(PREFIX) else None
+        return f"did you mean {next(name for name, known in names.items() if known == close[0])!r}?"
+    return f"there are {', '.join(names)}" if letters.startswith(PREFIX) else None
 
 
 @cache

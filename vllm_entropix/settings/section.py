@@ -18,7 +18,7 @@ def refuse_truth_value(value: Any) -> Any:
 
 
 def setting(description: str, unit: str = "", **bounds: Any) -> Any:
-    """A field with a unit; ``bounds`` are pydantic's ge, gt, le, lt (which NaN never satisfies)."""
+    """A field with a unit; ``bounds`` are pydantic's default, ge, gt, le, lt (which NaN never satisfies)."""
     return Field(description=description, json_schema_extra={"unit": unit}, **bounds)
 
 

@@ -170,6 +170,23 @@ class Trace(Section):
         return value
 
 
+class ServerSettings(Section):
+    """What a server is told whichever samplers it has; each sampler's own section stands beside these."""
+
+    sampler: str = Field(
+        "entropix",
+        description="Sampler of requests that name none: `vllm-entropix presets` lists them.",
+        json_schema_extra={"unit": ""},
+    )
+    prometheus: bool = Field(
+        True, description="Count tokens, regimes and entropies for vLLM's /metrics.", json_schema_extra={"unit": ""}
+    )
+    base: Base
+    clarification: Clarification = Field(default_factory=lambda: Clarification())
+    attention: Attention = Field(default_factory=lambda: Attention())
+    trace: Trace = Field(default_factory=lambda: Trace())
+
+
 class AttentionRules(Protocol):
     """What attention's statistics are told by a configuration, whichever sampler reads them."""
 

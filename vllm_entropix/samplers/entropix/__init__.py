@@ -1,1 +1,70 @@
 """Entropix: what to do with a row, from entropy and varentropy of its logits and from its attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_entropix.samplers.base import Bounds, Plan, RowView, Sampler
+from vllm_entropix.samplers.entropix.record import FIELDS, EntropixPart
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
+
+
+class Entropix(Sampler):
+    """Regimes by uncertainty, around the base temperature, top_p, top_k and min_p.
+
+    Its settings stand beside the server's common ones rather than in a section: they were there first.
+    """
+
+    name = "entropix"
+    Settings = EntropixConfig
+    fields = FIELDS
+    Part = EntropixPart
+
+    def __init__(self, server: Any) -> None:
+        from vllm_entropix.samplers.entropix.sampler import EntropixSampler
+
+        self.settings: EntropixConfig = server
+        self._rule = EntropixSampler(self.settings).rule
+
+    def plan(self, rows: RowView) -> Plan:
+        """Classify, measure attention where a regime reads it, and follow the regime's rule."""
+        from vllm_entropix.records.regimes import Regime
+
+        regime, attention, parameters, confidence = self._rule(
+            rows.statistics, lambda regime: rows.attention(regime != Regime.LELV), rows.settings, rows.backend.name
+        )
+        return Plan(
+            parameters,
+            order=self.settings.fidelity,
+            forces=regime == Regime.HELV,
+            attention=attention,
+            fields={"regime": regime, "confidence": confidence},
+        )
+
+    def numbers(self) -> list[tuple[str, float]]:
+        """All numbers of the configuration, by dotted name."""
+        return list(self.settings.numbers())
+
+    def numbers_of_request(self, request: Any, own: Mapping[str, float]) -> list[float]:
+        """Those of the request's preset, around its own base parameters where it asks for them."""
+        numbers: list[float] = request.constants(self.settings, own)
+        return numbers
+
+    def described(self, request: Any) -> EntropixPart:
+        """Preset, fidelity and thresholds that the request's tokens are drawn with."""
+        return EntropixPart.from_config(request.config(self.settings))
+
+    @classmethod
+    def label(cls, request: Any, server: Mapping[str, Any]) -> str:
+        """The preset's name."""
+        return str(request.preset or server["preset"])
+
+    def bounds(self, numbers: Mapping[str, float], base: Mapping[str, float]) -> Bounds:
+        """The widest top_k of any regime."""
+        top_k = numbers["base.top_k"]
+        # Agreement is never negative, so LEHV widens by its slope at most.
+        lehv = max(numbers["lehv.top_k_min"], top_k * (1 + max(0.0, numbers["lehv.top_k_disagreement"])))
+        drawn = numbers["adaptive.top_k_max"]
+        return Bounds(math.ceil(max(top_k, lehv, drawn)), math.ceil(drawn))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from vllm_entropix.distribution import filters
-from vllm_entropix.distribution.attention import AttentionStatistics, Metrics
-from vllm_entropix.distribution.best_of_n import best_of_n as fold
+from vllm_entropix.distribution.attention import AttentionStatistics, Metrics, joined
+from vllm_entropix.distribution.backend import Backend, backend_for
 from vllm_entropix.distribution.constants import Constants
 from vllm_entropix.distribution.filters import Distribution
 from vllm_entropix.distribution.plan import Parameters
-from vllm_entropix.distribution.statistics import LogitsMetrics, metrics_by_kernel
-from vllm_entropix.kernels.backend import kernels_for
+from vllm_entropix.distribution.shape import shape
+from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.samplers.entropix.parameters import base_parameters, confidence, parameters
 from vllm_entropix.samplers.entropix.regimes import classify
 
@@ -77,13 +77,7 @@ class Decision:
 
     def candidates(self, count: int, best_of_n: bool = True) -> tuple[filters.Candidates, Tensor]:
         """The ``count`` largest logits of each row and their probabilities ``[rows, count]``; at least the largest top_k."""
-        logits = self._logits if self._logits.dtype == torch.float64 else self._logits.to(torch.float32)
-        kept = filters.candidates(logits, count)
-        log_normaliser = filters.log_normaliser_at(logits, self.temperature) if self._fidelity == "original" else None
-        probabilities = filters.filtered(kept, self.parameters, self._fidelity, log_normaliser)
-        if best_of_n:
-            probabilities = fold(kept, probabilities, self.parameters.samples)
-        return kept, probabilities
+        return shape(self._logits, self.parameters, self._fidelity, count, best_of_n)
 
 
 class EntropixSampler:
@@ -117,12 +111,38 @@ class EntropixSampler:
                 ``[rows]`` and returns the statistics, so that rows whose regime reads no attention needn't be measured.
             constants: numbers of each row's own configuration; by default this sampler's for all.
         """
-        by_kernels = self.kernels and kernels_for(logits.device) == "numba" and logits.dtype == torch.float32
-        metrics = metrics_by_kernel(logits) if self.kernels else LogitsMetrics.from_logits(logits)
+        backend = backend_for(logits.device, logits.dtype) if self.kernels else Backend(logits.device)
+        metrics = backend.statistics(logits)
         if constants is None:
             constants = Constants.of(self.config, metrics.entropy.dtype, logits.device)
-        if by_kernels:
-            regime, attention, chosen, score = self._by_cpu_kernels(metrics, statistics, constants)
+        regime, attention, chosen, score = self.rule(metrics, statistics, constants, backend.name)
+        return Decision(
+            regime=regime,
+            parameters=chosen,
+            confidence=score,
+            metrics=joined(metrics, attention),
+            log_normaliser=metrics.log_normaliser,
+            _logits=logits,
+            _fidelity=self.config.fidelity,
+        )
+
+    def rule(
+        self,
+        metrics: LogitsMetrics,
+        statistics: AttentionStatistics | StatisticsOfRegimes | None,
+        constants: Constants,
+        backend: str,
+    ) -> tuple[Tensor, AttentionStatistics | None, Parameters, Tensor]:
+        """Regime, attention, parameters and confidence of each row, from its metrics.
+
+        Args:
+            metrics: of the logits.
+            statistics: as of :meth:`decide`.
+            constants: of each row.
+            backend: name of the implementation that is at hand; ``numba``'s decides as PyTorch does, to the bit.
+        """
+        if backend == "numba":
+            regime, attention, chosen, score = self._by_numba(metrics, statistics, constants)
         else:
             regime = classify(metrics.entropy, metrics.varentropy, constants)
             attention = statistics(regime) if callable(statistics) else statistics
@@ -130,21 +150,13 @@ class EntropixSampler:
             score = confidence(metrics, attention, constants)
         if not self.config.regimes:
             chosen = base_parameters(metrics.entropy, constants)
-        return Decision(
-            regime=regime,
-            parameters=chosen,
-            confidence=score,
-            metrics=_joined(metrics, attention),
-            log_normaliser=metrics.log_normaliser,
-            _logits=logits,
-            _fidelity=self.config.fidelity,
-        )
+        return regime, attention, chosen, score
 
     @staticmethod
-    def _by_cpu_kernels(
+    def _by_numba(
         metrics: LogitsMetrics, statistics: AttentionStatistics | StatisticsOfRegimes | None, constants: Constants
     ) -> tuple[Tensor, AttentionStatistics | None, Parameters, Tensor]:
-        """Regime, attention, parameters and confidence: what ``decide`` otherwise does in PyTorch."""
+        """What ``rule`` otherwise does in PyTorch."""
         from vllm_entropix.samplers.entropix import numba_rule as kernel
 
         rows = len(metrics.entropy)
@@ -176,21 +188,3 @@ class EntropixSampler:
             score.numpy(),
         )
         return regime, attention, Parameters(temperature, top_p, top_k, min_p, samples), score
-
-
-def _joined(logits: LogitsMetrics, attention: AttentionStatistics | None) -> Metrics:
-    if attention is None:
-        unmeasured = torch.full_like(logits.entropy, torch.nan)
-        return Metrics(logits.entropy, logits.varentropy, unmeasured, unmeasured, unmeasured, unmeasured)
-    attended = (
-        metric.to(logits.entropy.dtype)
-        if attention.measured is None
-        else torch.where(attention.measured, metric.to(logits.entropy.dtype), torch.nan)
-        for metric in (
-            attention.attention_entropy,
-            attention.attention_varentropy,
-            attention.agreement,
-            attention.interaction_strength,
-        )
-    )
-    return Metrics(logits.entropy, logits.varentropy, *attended)

@@ -18,7 +18,7 @@ from vllm_entropix.settings.errors import ConfigError
 from vllm_entropix.settings.load import as_table, merge, read_mapping
 from vllm_entropix.settings.rules import AttentionVarentropy, ClarificationRule, Fidelity
 from vllm_entropix.settings.section import Section, TokenId, describe, numbers_of, setting
-from vllm_entropix.settings.server import Attention, Base, Clarification, Trace
+from vllm_entropix.settings.server import ServerSettings
 
 DEFAULT_PRESET = "jax-2024-10"
 
@@ -150,8 +150,8 @@ class OriginalBehaviour(Section):
     clarification_token_ids: tuple[TokenId, ...] = setting("D11: the clarification of the Llama-3 vocabulary.", "token ids")
 
 
-class EntropixConfig(Section):
-    """All settings of a server: a preset with some settings changed.
+class EntropixConfig(ServerSettings):
+    """All settings of a server that samples by entropix: a preset with some settings changed.
 
     Settings that are not given come from the preset, so ``EntropixConfig()`` is the default preset, corrected.
     """
@@ -169,10 +169,6 @@ class EntropixConfig(Section):
         description="Off: every token is drawn with the base parameters; metrics and regimes are still reported.",
         json_schema_extra={"unit": ""},
     )
-    prometheus: bool = Field(
-        True, description="Count tokens, regimes and entropies for vLLM's /metrics.", json_schema_extra={"unit": ""}
-    )
-    base: Base
     thresholds: Thresholds
     helv: HelvParameters
     lehv: LehvParameters
@@ -180,9 +176,6 @@ class EntropixConfig(Section):
     adaptive: AdaptiveParameters
     confidence: ConfidenceWeights
     original: OriginalBehaviour
-    clarification: Clarification = Field(default_factory=lambda: Clarification())
-    attention: Attention = Field(default_factory=lambda: Attention())
-    trace: Trace = Field(default_factory=lambda: Trace())
 
     @model_validator(mode="before")
     @classmethod

@@ -7,8 +7,8 @@ from typing import Literal, Self
 from pydantic import ConfigDict
 from pydantic import Field as Described
 
-from vllm_entropix.records.fields import Field, register
-from vllm_entropix.records.line import SamplerPart, register_part
+from vllm_entropix.records.fields import Field
+from vllm_entropix.records.line import SamplerPart
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, Thresholds
 
@@ -34,7 +34,3 @@ class EntropixPart(SamplerPart):
     def from_config(cls, config: EntropixConfig) -> Self:
         """What is told of the settings that a sequence ran with, its own preset included."""
         return cls(preset=config.preset_name, fidelity=config.fidelity, thresholds=config.thresholds)
-
-
-register("entropix", FIELDS)
-register_part("entropix", EntropixPart)

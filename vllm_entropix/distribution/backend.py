@@ -1,0 +1,193 @@
+"""What a step does with whole rows of logits, by the kernels for their device: chosen once, where a batch sampler is made.
+
+The reference is PyTorch, which every device has. numba's and Triton's kernels give the same, and are held equal by tests.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from vllm_entropix.distribution.plan import Parameters
+from vllm_entropix.distribution.shape import shape
+from vllm_entropix.distribution.statistics import LogitsMetrics
+from vllm_entropix.kernels.backend import kernels_for
+
+if TYPE_CHECKING:
+    from vllm_entropix.settings.rules import Fidelity
+
+
+class Backend:
+    """Plain PyTorch.
+
+    Attributes:
+        name: by which a sampler chooses among implementations of its own rule.
+        asks_device: may the host look at values of the device, since that costs nothing?
+    """
+
+    name = "torch"
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.asks_device = torch.device(device).type == "cpu"
+
+    def statistics(self, logits: Tensor) -> LogitsMetrics:
+        """Entropy, varentropy and log-normaliser of ``logits [rows, vocab]``."""
+        return LogitsMetrics.from_logits(logits)
+
+    def largest(self, logits: Tensor, log_normaliser: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` largest logits of each row and their ids, as ``topk`` gives them.
+
+        ``log_normaliser [rows]`` isn't finite where a row has NaN.
+        """
+        values, token_ids = logits.topk(count, dim=-1)
+        return values, token_ids
+
+    def write(
+        self,
+        logits: Tensor,
+        parameters: Parameters,
+        order: Fidelity,
+        forced: Tensor,
+        written: Tensor,
+        log_normaliser: Tensor,
+        most_candidates: int,
+        most_drawn: int,
+        everywhere: bool = False,
+    ) -> None:
+        """Overwrite rows with the log-probabilities that their token is drawn with.
+
+        Args:
+            logits: ``[rows, vocab]``, changed in place.
+            parameters: of each row.
+            order: of the filters.
+            forced: int64 ``[rows]``, token forced here, or -1.
+            written: bool ``[rows]``; other rows are left alone.
+            log_normaliser: ``[rows]``.
+            most_candidates: an upper bound of top_k, known to the host.
+            most_drawn: an upper bound of top_k where the best of several draws is kept.
+            everywhere: the host knows that all rows are ``written``.
+        """
+        count = int(parameters.top_k.max()) if self.asks_device else most_candidates
+        kept, probabilities = shape(logits, parameters, order, count)
+        is_forced = (forced >= 0).unsqueeze(-1)
+        # In a forced row every candidate is the forced token with probability 1: writes to one place must agree.
+        token_ids = torch.where(is_forced, forced.unsqueeze(-1), kept.token_ids)
+        log_probabilities = torch.where(is_forced, 0.0, probabilities.log()).to(logits.dtype)
+        if everywhere:
+            logits.fill_(-torch.inf)
+        else:
+            # The other rows get their own logits back.
+            log_probabilities = torch.where(written.unsqueeze(-1), log_probabilities, kept.logits.to(logits.dtype))
+            token_ids = torch.where(written.unsqueeze(-1), token_ids, kept.token_ids)
+            logits.masked_fill_(written.unsqueeze(-1), -torch.inf)
+        logits.scatter_(-1, token_ids, log_probabilities)
+
+
+class NumbaBackend(Backend):
+    """Kernels for float32 on a CPU."""
+
+    name = "numba"
+
+    @override
+    def statistics(self, logits: Tensor) -> LogitsMetrics:
+        from vllm_entropix.kernels.numba_.metrics import metrics_of_rows
+        from vllm_entropix.kernels.numba_.threads import share_rows
+
+        rows, vocabulary = logits.shape
+        entropy, varentropy, log_normaliser = torch.empty(3, rows)
+        arguments = (logits.numpy(), entropy.numpy(), varentropy.numpy(), log_normaliser.numpy())
+        share_rows(np.full(rows, vocabulary), lambda first, last: metrics_of_rows(*arguments, first, last))
+        return LogitsMetrics(entropy, varentropy, log_normaliser)
+
+    @override
+    def largest(self, logits: Tensor, log_normaliser: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        from vllm_entropix.kernels.numba_.alternatives import largest_of_rows
+        from vllm_entropix.kernels.numba_.threads import share_rows
+
+        rows, vocabulary = logits.shape
+        values, token_ids = logits.new_empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
+        arguments = logits.numpy(), log_normaliser.numpy(), values.numpy(), token_ids.numpy()
+        share_rows(np.full(rows, vocabulary), lambda first, last: largest_of_rows(*arguments, first, last))
+        return values, token_ids
+
+    @override
+    def write(
+        self,
+        logits: Tensor,
+        parameters: Parameters,
+        order: Fidelity,
+        forced: Tensor,
+        written: Tensor,
+        log_normaliser: Tensor,
+        most_candidates: int,
+        most_drawn: int,
+        everywhere: bool = False,
+    ) -> None:
+        if order == "original":
+            super().write(logits, parameters, order, forced, written, log_normaliser, most_candidates, most_drawn, everywhere)
+            return
+        from vllm_entropix.kernels.numba_.distribute import distribute_rows
+        from vllm_entropix.kernels.numba_.threads import share_rows
+
+        rows, vocabulary = logits.shape
+        arguments = (
+            logits.numpy(),
+            parameters.temperature.numpy(),
+            parameters.top_p.numpy(),
+            parameters.top_k.numpy(),
+            parameters.min_p.numpy(),
+            parameters.samples.numpy(),
+            log_normaliser.numpy(),
+            forced.numpy(),
+            written.numpy(),
+        )
+        share_rows(np.full(rows, 2 * vocabulary), lambda first, last: distribute_rows(*arguments, first, last))
+
+
+class TritonBackend(Backend):
+    """Kernels for float32 on a GPU."""
+
+    name = "triton"
+
+    @override
+    def statistics(self, logits: Tensor) -> LogitsMetrics:
+        from vllm_entropix.kernels.triton_.logits_metrics import logits_metrics
+
+        return LogitsMetrics(*logits_metrics(logits))
+
+    @override
+    def write(
+        self,
+        logits: Tensor,
+        parameters: Parameters,
+        order: Fidelity,
+        forced: Tensor,
+        written: Tensor,
+        log_normaliser: Tensor,
+        most_candidates: int,
+        most_drawn: int,
+        everywhere: bool = False,
+    ) -> None:
+        from vllm_entropix.kernels.triton_.candidates import LIMIT, distribute
+        from vllm_entropix.kernels.triton_.wide_filters import filter_wide_rows
+
+        if order == "original" or most_drawn > LIMIT:
+            super().write(logits, parameters, order, forced, written, log_normaliser, most_candidates, most_drawn, everywhere)
+            return
+        p = parameters
+        distribute(logits, p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, written, most_candidates)
+        if most_candidates > LIMIT:
+            filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, written)
+
+
+_BACKENDS: dict[str | None, type[Backend]] = {None: Backend, "numba": NumbaBackend, "triton": TritonBackend}
+
+
+def backend_for(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Backend:
+    """The fastest implementation for logits of this device and type."""
+    device = torch.device(device)
+    return _BACKENDS[kernels_for(device) if dtype == torch.float32 else None](device)

@@ -1,0 +1,131 @@
+"""What a sampler is: it looks at a step's rows and plans their distributions. vLLM draws from them.
+
+A sampler is one class in one file of this folder, or one that another package registers as an entry point. Its module must not
+import torch when it is loaded: a process that reads settings alone loads it, too.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vllm_entropix.distribution.plan import Parameters, Plan
+from vllm_entropix.records.line import SamplerPart
+from vllm_entropix.settings.section import Section, numbers_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_entropix.distribution.attention import AttentionStatistics
+    from vllm_entropix.distribution.backend import Backend
+    from vllm_entropix.distribution.constants import Constants
+    from vllm_entropix.distribution.statistics import LogitsMetrics
+    from vllm_entropix.records.fields import Field
+    from vllm_entropix.samplers.request import RequestSettings
+    from vllm_entropix.settings.server import ServerSettings
+
+__all__ = ["Bounds", "Parameters", "Plan", "RowView", "Sampler"]
+
+
+@dataclass(frozen=True)
+class RowView:
+    """What a sampler may look at. What it doesn't ask for isn't computed.
+
+    Attributes:
+        logits: ``[rows, vocab]``, masked and penalised, before temperature and filters.
+        statistics: entropy, varentropy and log-normaliser of each row.
+        settings: the sampler's numbers, of each row's request.
+        backend: what there is for whole rows of logits.
+        own: gives :attr:`base`.
+        measure: gives :meth:`attention`.
+    """
+
+    logits: Tensor
+    statistics: LogitsMetrics
+    settings: Constants
+    backend: Backend
+    own: Callable[[], Parameters]
+    measure: Callable[[Tensor], AttentionStatistics | None]
+
+    def attention(self, wanted: Tensor) -> AttentionStatistics | None:
+        """Attention statistics of the rows of the bool mask ``wanted``; None if the engine observes no attention."""
+        return self.measure(wanted)
+
+    @cached_property
+    def base(self) -> Parameters:
+        """The requests' own temperature, top_p, top_k and min_p, and one draw."""
+        return self.own()
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """Population standard deviation of each row's finite logits, ``[rows]``."""
+        from vllm_entropix.distribution.statistics import spread
+
+        return spread(self.logits)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the host knows of a request's plans without asking the device.
+
+    Attributes:
+        candidates: top_k is at most this.
+        drawn: where the best of several draws is kept, top_k is at most this; 0: there is no such row.
+    """
+
+    candidates: int
+    drawn: int = 0
+
+
+class Sampler(ABC):
+    """Plans the distributions of rows.
+
+    Attributes:
+        name: by which settings, command lines and requests ask for it.
+        Settings: its section of the server's settings. Its numbers may be set per request, too.
+        fields: what it adds to a record.
+        Part: what a line of a trace file tells of it.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[Section]]
+    fields: ClassVar[tuple[Field, ...]] = ()
+    Part: ClassVar[type[SamplerPart]] = SamplerPart
+
+    def __init__(self, server: ServerSettings) -> None:
+        """``server``: all of the server's settings, with this sampler's section in them, or else its defaults hold."""
+        self.settings: Any = getattr(server, self.name, None) or self.Settings()
+
+    @abstractmethod
+    def plan(self, rows: RowView) -> Plan:
+        """What is done with each row. Rows must not influence one another."""
+
+    def numbers(self) -> list[tuple[str, float]]:
+        """(name, value) of the numbers that a row's :attr:`RowView.settings` holds, in a fixed order: the server's."""
+        return [(name.removeprefix("."), value) for name, value in numbers_of("", self.settings)]
+
+    def numbers_of_request(self, request: RequestSettings, own: Mapping[str, float]) -> list[float]:
+        """The same numbers for one request.
+
+        Args:
+            request: its settings.
+            own: its temperature, top_p, top_k and min_p.
+        """
+        said = request.of_sampler(self.name)
+        return [said.get(name, value) for name, value in self.numbers()]
+
+    def described(self, request: RequestSettings) -> SamplerPart:
+        """What a line of a trace file tells of the sampler, and of the numbers that the request's tokens are drawn with."""
+        return self.Part(name=self.name, **dict(self.numbers()) | request.of_sampler(self.name))
+
+    @classmethod
+    def label(cls, request: RequestSettings, server: Mapping[str, Any]) -> str:
+        """What a request counts as on ``/metrics``; ``server``: the server's settings as plain values."""
+        return cls.name
+
+    def bounds(self, numbers: Mapping[str, float], base: Mapping[str, float]) -> Bounds:
+        """Bounds of a request with these numbers and this temperature, top_p, top_k and min_p of its own."""
+        return Bounds(int(base["top_k"]))

@@ -1,0 +1,28 @@
+"""min_p: keep tokens at least so probable, relative to the most probable one (arXiv 2407.01082)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vllm_entropix.samplers.base import Plan, RowView, Sampler
+from vllm_entropix.settings.section import Section, setting
+
+
+class MinPSettings(Section):
+    """Settings of min_p."""
+
+    min_p: float = setting(
+        "Smallest probability relative to the largest, of requests that give none.", "ratio", default=0.05, ge=0, le=1
+    )
+
+
+class MinP(Sampler):
+    """The request's own temperature, top_p and top_k, and a min_p whether it asks for one or not."""
+
+    name = "min_p"
+    Settings = MinPSettings
+
+    def plan(self, rows: RowView) -> Plan:
+        """min_p of the request, or else of the settings."""
+        own = rows.base.min_p
+        return Plan(replace(rows.base, min_p=own.where(own > 0, rows.settings["min_p"])))

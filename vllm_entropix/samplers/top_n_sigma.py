@@ -1,0 +1,37 @@
+"""top-nσ: keep tokens whose logit is within n standard deviations of the largest (arXiv 2411.07641)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vllm_entropix.samplers.base import Plan, RowView, Sampler
+from vllm_entropix.settings.section import Section, setting
+
+
+class TopNSigmaSettings(Section):
+    """Settings of top-nσ."""
+
+    top_n_sigma: float = setting(
+        "How far below the largest logit to keep tokens; 0 or less keeps all.",
+        "standard deviations",
+        default=1.0,
+        ge=-1,
+        le=100,
+    )
+
+
+class TopNSigma(Sampler):
+    """The request's own temperature and filters, on the tokens with a logit of at least max - n·σ.
+
+    σ is the population standard deviation of the row's finite logits. In terms of probabilities at temperature T the floor is
+    ``exp(-n·σ / T)`` of the largest, which is a min_p: a row needs no more than that number.
+    """
+
+    name = "top_n_sigma"
+    Settings = TopNSigmaSettings
+
+    def plan(self, rows: RowView) -> Plan:
+        """The floor as min_p, unless the request's own is higher."""
+        n = rows.settings["top_n_sigma"]
+        floor = (-n * rows.spread / rows.base.temperature).exp().masked_fill(n <= 0, 0.0)
+        return Plan(replace(rows.base, min_p=floor.maximum(rows.base.min_p)))

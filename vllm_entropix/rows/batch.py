@@ -63,9 +63,9 @@ class BatchSampler:
         begins = request_id not in self.sequences
         slot = self.sequences.add(request_id, sequence)
         if self.clarification is not None and begins:
-            if self.sequences.slots > self.clarification.records.shape[0]:
-                self.clarification.grow(self.sequences.slots)
-            self.clarification.forget(slot)
+            if self.sequences.slots > self.clarification.state.slots:
+                self.clarification.state.grow(self.sequences.slots)
+            self.clarification.state.forget(slot)
 
     def remove(self, request_id: str) -> None:
         """A sequence has ended."""

@@ -1,30 +1,40 @@
 """Forced clarification tokens: when HELV asks, which token is forced at a row, and what is remembered.
 
-The state of a sequence is kept **by position**. The decision for the token after position p is recorded under p, together
-with everything it was based on, and the decision at p + 1 starts from the record of p. So a discarded row, a rejected draft, a
-preemption or a reordered batch can't corrupt it: what is decided again is written again. A forced token counts as placed when
-it is seen as the token fed at the next position, and not before.
+What is remembered is kept by position (``state``): a forced token counts as placed when it is seen as the token fed at the
+next position, and not before.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.rows.state import NEVER, PositionRing
+from vllm_entropix.settings.rules import ClarificationRule
+from vllm_entropix.settings.server import Clarification as ClarificationSettings
 
-# Columns of a record.
-_POSITION, _PENDING, _FORCED, _COUNT, _LAST, _SEEN = range(6)
-_FIELDS = 6
-_NEVER = -(2**30)
+# What a record holds where none is known: which token of the clarification is next (-1: none), whether it was forced, how often
+# the clarification was placed, where it last ended, and whether its last token was ever seen.
+_INITIAL = (-1, 0, 0, NEVER, 0)
 
 # So far below the others a token is excluded, as by -inf: the engine forces a token of its own (the end of thinking) by giving
 # it a logit of 1e9, and no model or bias comes near.
 _EXCLUDED = -1e8
+
+
+class ForcingRules(Protocol):
+    """What a configuration says of forced tokens."""
+
+    @property
+    def clarification(self) -> ClarificationSettings:
+        """Cooldown and maximum."""
+
+    @property
+    def clarification_rule(self) -> ClarificationRule:
+        """The rule against repeated clarifications."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Clarification:
     def __init__(
         self,
         token_ids: tuple[int, ...],
-        config: EntropixConfig,
+        config: ForcingRules,
         slots: int,
         draft_tokens: int = 0,
         device: torch.device | str = "cpu",
@@ -67,23 +77,7 @@ class Clarification:
         self.rule = config.clarification_rule
         self.cooldown = config.clarification.cooldown
         self.max_per_request = config.clarification.max_per_request
-        # Far enough back for a step whose tokens are thrown away while the next is already under way.
-        self.ring = 2 * (draft_tokens + 2)
-        self.records = self._empty(slots, device)
-
-    def _empty(self, slots: int, device: torch.device | str) -> Tensor:
-        records = torch.zeros(slots, self.ring, _FIELDS, dtype=torch.int32, device=device)
-        records[..., _POSITION] = _NEVER
-        return records
-
-    def grow(self, slots: int) -> None:
-        """Make room for ``slots`` sequences in all; what is remembered stays."""
-        more = self._empty(slots - self.records.shape[0], self.records.device)
-        self.records = torch.cat((self.records, more))
-
-    def forget(self, slot: int) -> None:
-        """Begin anew in a slot: no insertion yet."""
-        self.records[slot, :, _POSITION] = _NEVER
+        self.state = PositionRing(_INITIAL, torch.int32, slots, draft_tokens, device)
 
     def force(
         self,
@@ -111,15 +105,12 @@ class Clarification:
             valid: bool ``[rows]``, the row's token will be used; others leave no trace.
             log_normaliser: ``[rows]``, ln Σ exp(logits).
         """
-        before = self.records[slots, (positions - 1) % self.ring].to(torch.int64)
-        known = before[:, _POSITION] == positions - 1
-        pending = torch.where(known, before[:, _PENDING], -1)
-        count = torch.where(known, before[:, _COUNT], 0)
-        last = torch.where(known, before[:, _LAST], _NEVER)
-        seen = known & (before[:, _SEEN] > 0)
+        before, _ = self.state.read(slots, positions - 1)
+        pending, was_forced, count, last, was_seen = before.to(torch.int64).unbind(-1)
+        seen = was_seen > 0
 
         expected = self.token_ids[pending.clamp_min(0)]
-        placed = known & (before[:, _FORCED] > 0) & (fed == expected)
+        placed = (was_forced > 0) & (fed == expected)
         count = count + (placed & (pending == 0))
         last = torch.where(placed, positions, last)
         pending = torch.where(placed, pending + 1, pending)
@@ -136,6 +127,6 @@ class Clarification:
         token_ids = self.token_ids[pending.clamp_min(0)]
         allowed = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - log_normaliser > _EXCLUDED
         forced = may & (pending >= 0) & allowed
-        record = torch.stack((positions, pending, forced, count, last, seen), dim=-1).to(torch.int32)
-        self.records[torch.where(valid, slots, 0), positions % self.ring] = record
+        record = torch.stack((pending, forced, count, last, seen), dim=-1)
+        self.state.write(slots, positions, record, valid)
         return ForcedRows(torch.where(forced, token_ids, -1))

@@ -51,7 +51,6 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
     from vllm.v1.sample.sampler import Sampler
 
     from vllm_entropix import EntropixConfig
-    from vllm_entropix.distribution.statistics import metrics_by_kernel
     from vllm_entropix.rows.batch import BatchSampler
     from vllm_entropix.rows.rows import Rows
     from vllm_entropix.rows.table import Sequence
@@ -94,7 +93,7 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
         work.copy_(logits)
 
     def metrics() -> object:
-        return metrics_by_kernel(work)
+        return batch.backend.statistics(work)
 
     def read() -> object:
         return work.sum()

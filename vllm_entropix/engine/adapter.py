@@ -218,7 +218,7 @@ class RunnerAdapter(ABC):
         """Attention statistics of the wanted rows, NaN for the others; None if no row wants them."""
         assert self.observer is not None
         # A GPU isn't asked: its kernels leave unwanted rows out by themselves.
-        if wanted.device.type == "cpu" and not wanted.any():
+        if self.batch.backend.asks_device and not wanted.any():
             return None
         measured_by = self.link or self.observer
         return replace(measured_by.statistics(rows.batch, rows.positions, wanted), measured=wanted)

@@ -102,9 +102,9 @@ class BatchSampler:
             return None
         if concerned.all():
             return self._apply(logits, rows, measure, bool(traced.any()), bool(sampled.all()))
-        if logits.device.type != "cpu":
+        if not self.backend.asks_device:
             return self._apply(logits, rows, measure, bool(traced.any()), everywhere=False)
-        # On the CPU it pays to work on the rows concerned only, and asking for their indices costs nothing.
+        # It pays to work on the rows concerned only, where asking for their indices costs nothing.
         index = (table.device_sampled[rows.slots] | table.device_traced[rows.slots]).nonzero().flatten()
         chosen = logits[index]
         records = self._apply(chosen, rows.select(index), measure, bool(traced.any()), everywhere=False)
@@ -151,7 +151,7 @@ class BatchSampler:
             return None
         told = (traced | sampled) if self.counted else traced
         slots = torch.where(told & rows.valid, rows.slots, 0)
-        return _records(plan, statistics, measured, forced, sampled, slots, alternatives)
+        return _records(plan, statistics, measured, forced, sampled, slots, alternatives, self.backend.asks_device)
 
     def _plans(
         self,
@@ -236,10 +236,11 @@ def _records(
     sampled: Tensor,
     slots: Tensor,
     alternatives: tuple[Tensor, Tensor] | None,
+    asks_device: bool,
 ) -> Tensor:
     """Slots, records and alternatives ``[rows, columns]``; a greedy row's parameters are those of argmax."""
     metrics, parameters = joined(statistics, attention), plan.parameters
-    if not sampled.all() if sampled.device.type == "cpu" else True:
+    if not (asks_device and sampled.all()):
         parameters = parameters.as_argmax(~sampled)
 
     def values(field: str) -> Tensor:

@@ -36,6 +36,15 @@ def test_what_the_build_reads_of_the_project_is_copied(path):
 
 
 @EACH
+def test_ray_finds_the_application_in_it(path):
+    """`serve run deploy.ray.serve:app` imports it from the working directory or PYTHONPATH: each image sets one."""
+    [root] = texts(path, "WORKDIR") or [environment(path)["PYTHONPATH"]]
+    [copied] = [text.split() for text in texts(path, "COPY") if "deploy/ray" in text]
+    assert copied[0] == "deploy/ray"
+    assert Path(root, copied[1]) == Path(root, "deploy/ray")
+
+
+@EACH
 def test_the_base_is_one_release(path):
     [base] = texts(path, "FROM")
     assert re.search(r"@sha256:[0-9a-f]{64}$|:v\$\{VLLM_VERSION\}\$\{VLLM_DIGEST\}$", base)

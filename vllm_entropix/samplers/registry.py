@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, create_model
+from pydantic import BeforeValidator, Field, create_model
 from pydantic_core import PydanticUndefined
 
 from vllm_entropix.records import fields
@@ -26,7 +26,7 @@ from vllm_entropix.samplers.base import Sampler
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 from vllm_entropix.samplers.request import OF_SAMPLER, RequestSettings
 from vllm_entropix.settings.errors import ConfigError, cut, quoted
-from vllm_entropix.settings.section import Section
+from vllm_entropix.settings.section import Section, refuse_truth_value
 from vllm_entropix.settings.server import BaseParameters
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ def request_settings() -> type[RequestSettings]:
             described: Any = Field(None, alias=key, description=f"This request's {info.description}")
             described.metadata.extend(info.metadata)
             assert info.default is not PydanticUndefined
-            numbers[f"{name}{OF_SAMPLER}{setting}"] = (info.annotation | None, described)  # type: ignore[operator]
+            number: Any = Annotated[info.annotation, BeforeValidator(refuse_truth_value)]
+            numbers[f"{name}{OF_SAMPLER}{setting}"] = (number | None, described)
     return create_model("SettingsOfRequest", __base__=RequestSettings, __module__=__name__, **numbers)
 
 
@@ -209,10 +210,9 @@ def parse_request(extra_args: Any, server: Mapping[str, Any] | ServerSettings | 
     if server is None:
         return found
     chosen = sampler_of(found, server)
-    for name, sampler in registry().classes.items():
-        if name != chosen and found.of_sampler(name):
-            key = next(key for key, _ in request_keys(sampler) if key in extra_args)
-            raise ConfigError(f"{key} is a setting of the sampler {name}, but this request's is {chosen}")
+    for name in registry().classes:
+        if name != chosen and (keys := found.keys_of(name)):
+            raise ConfigError(f"{keys[0]} is a setting of the sampler {name}, but this request's is {chosen}")
     return found
 
 

@@ -23,6 +23,8 @@ from vllm_entropix.settings.server import BaseParameters
 PREFIX = "entropix"
 # Stands between a sampler's name and its setting's in the name of a field, where no sampler's name has it.
 OF_SAMPLER = "__"
+# What no other sampler reads, though it stands in no section of the sampler's.
+_OF_ENTROPIX = ("preset", "base", *BaseParameters.model_fields)
 # vLLM's own border: a temperature below is 0.
 GREEDY_BELOW = 1e-5
 
@@ -122,6 +124,12 @@ class RequestSettings(BaseModel):
         marked = f"{name}{OF_SAMPLER}"
         said = ((field, getattr(self, field)) for field in type(self).model_fields if field.startswith(marked))
         return {field.removeprefix(marked): float(value) for field, value in said if value is not None}
+
+    def keys_of(self, name: str) -> list[str]:
+        """Keys of what the request says to this sampler alone."""
+        fields = type(self).model_fields
+        theirs = _OF_ENTROPIX if name == PREFIX else [field for field in fields if field.startswith(f"{name}{OF_SAMPLER}")]
+        return [str(fields[field].alias) for field in theirs if getattr(self, field) is not None]
 
     def config(self, server: EntropixConfig) -> EntropixConfig:
         """The configuration that this request starts from: the server's, or the preset it names."""

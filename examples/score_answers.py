@@ -19,8 +19,8 @@ from vllm_entropix.observability.overview import sequence_title
 from vllm_entropix.observability.terminal import printable
 from vllm_entropix.observability.tracefile import TraceFileError, read_traces
 from vllm_entropix.records.line import TraceLine
-from vllm_entropix.samplers.entropix.record import EntropixPart
-from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
+from vllm_entropix.samplers import registry
+from vllm_entropix.samplers.entropix.settings import as_mapping
 
 QUESTIONS = ("What is 384 + 259?", "What has keys but opens no door?", "What is in the sealed box?")
 SCORES = ("mean_entropy", "max_entropy", "unsure", "surprise")
@@ -73,7 +73,7 @@ def answers_of_the_shipped_model(samples: int) -> Iterator[TraceLine]:
                 prompt_token_ids=output.prompt_token_ids,
                 completion=completion,
                 trace=completion.entropix_trace,
-                sampler=EntropixPart.from_config(EntropixConfig.from_dict(settings)),
+                sampler=registry.part(registry.load_server(settings)),
                 tokenizer=llm.get_tokenizer(),
             )
             yield line.model_copy(update={"prompt": question})

@@ -58,16 +58,14 @@ class Stage(vLLMEngineStageUDF):
 
         async def generate_and_keep(request: Any) -> Any:
             output = await generate(request)
-            self._more[request.request_id] = self._of_output(output)
+            self._more[request.request_id] = self._of_output(output, getattr(request.params, "extra_args", None))
             return output
 
         self.llm._generate_async = generate_and_keep
 
-    def _of_output(self, output: Any) -> dict[str, Any]:
-        from vllm_entropix import EntropixConfig
+    def _of_output(self, output: Any, extra_args: Any) -> dict[str, Any]:
         from vllm_entropix.records.line import TraceLine
-        from vllm_entropix.samplers.entropix.record import EntropixPart
-        from vllm_entropix.samplers.entropix.settings import as_mapping
+        from vllm_entropix.samplers import registry
 
         [completion] = output.outputs
         trace = getattr(completion, "entropix_trace", None)
@@ -79,7 +77,7 @@ class Stage(vLLMEngineStageUDF):
                 prompt_token_ids=output.prompt_token_ids,
                 completion=completion,
                 trace=trace,
-                sampler=EntropixPart.from_config(EntropixConfig.from_dict({} if settings is True else as_mapping(settings))),
+                sampler=registry.part(registry.load_server(settings), extra_args),
                 tokenizer=self.llm.engine.get_tokenizer(),
                 model=self.model,
             ).model_dump_json()
@@ -141,12 +139,13 @@ def run(
     cpu: Annotated[bool, typer.Option(help="Engines on CPUs.")] = False,
 ) -> None:
     """Generate for all rows that have no result yet."""
-    from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
+    from vllm_entropix.samplers import registry
+    from vllm_entropix.samplers.entropix.settings import as_mapping
     from vllm_entropix.settings.errors import ConfigError
 
     try:
         settings = dict(as_mapping(sampler_config))
-        EntropixConfig.from_dict(settings)
+        registry.load_server(settings)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
     base, more = _object("--sampling-params", sampling_params), _object("--engine-kwargs", engine_kwargs)

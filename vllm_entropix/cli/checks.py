@@ -26,6 +26,7 @@ from vllm_entropix._version import __version__
 from vllm_entropix.cli import repairs
 from vllm_entropix.engine.switch import DISABLE, disabled
 from vllm_entropix.engine.versions import SUPPORTED
+from vllm_entropix.samplers import registry
 
 State = Literal["ok", "note", "broken"]
 OURS = "vllm-entropix"
@@ -256,6 +257,13 @@ def plugin() -> Iterator[Check]:
         yield Check(
             "CPU kernels", "note", f"not in use: {why}", "pip install numba" if "numba" in why else f"unset {cpu.SWITCH}"
         )
+
+
+def samplers() -> Iterator[Check]:
+    """Which samplers are there, and which were refused?"""
+    yield Check("samplers", "ok", ", ".join(registry.names()))
+    for name, reason in registry.registry().refused.items():
+        yield Check(name, "note", reason, "mend or uninstall its package, if you want to use it")
 
 
 def folders() -> Iterator[Check]:

@@ -25,7 +25,7 @@ from vllm_entropix.observability.terminal import TracedText, coloured, legend, p
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import traces
-from vllm_entropix.samplers.entropix.record import EntropixPart
+from vllm_entropix.samplers import registry
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 from vllm_entropix.settings.errors import ConfigError
 
@@ -127,7 +127,7 @@ def demo(
     if sampler_config is None and model is None:
         sampler_config = str(shipped_model() / "entropix.toml")
     settings = as_mapping(sampler_config)
-    config = EntropixConfig.from_dict(settings)
+    config = registry.load_server(settings)
     console = Console(record=svg is not None, width=130 if svg is not None else None)
     llm = _start(console, model or str(shipped_model()), settings, max_tokens)
     outputs = _run(console, llm, chosen, config, max_tokens, seed)
@@ -265,7 +265,7 @@ def _report(
                 prompt_token_ids=output.prompt_token_ids,
                 completion=output.outputs[0],
                 trace=trace,
-                sampler=EntropixPart.from_config(config),
+                sampler=registry.part(config),
                 tokenizer=llm.get_tokenizer(),
                 model=Path(model or shipped_model()).name,
             )

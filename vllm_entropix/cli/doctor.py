@@ -19,7 +19,8 @@ from vllm_entropix.cli.checks import Check, State
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.engine import expected, patches, vllm_check
 from vllm_entropix.engine.versions import SUPPORTED
-from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
+from vllm_entropix.samplers import registry
+from vllm_entropix.samplers.entropix.settings import as_mapping
 from vllm_entropix.settings.errors import ConfigError, quoted
 
 _SIGNS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "note": ("•", "yellow"), "broken": ("✗", "bold red")}
@@ -66,6 +67,7 @@ def doctor(
 
     section("Installed", lambda: checks.installed(fix))
     section("Plugin", checks.plugin)
+    section("Samplers", checks.samplers)
     section("Folders", checks.folders)
     # What can't be imported has been said above, once: nothing is asked of it.
     can_import = section("vLLM", _import) and section("Hooks", _hooks)
@@ -138,15 +140,15 @@ def _settings(source: str) -> dict[str, Any] | Check:
     """What a user wants to try, or why it can't be had."""
     try:
         settings = as_mapping(source)
-        EntropixConfig.from_dict(settings)
+        registry.load_server(settings)
     except ConfigError as error:
         return Check("--sampler-config", "broken", str(error), "`vllm-entropix presets` lists what there is")
     return settings
 
 
 def _good_settings(source: str) -> Check:
-    config = EntropixConfig.load(source)
-    return Check("--sampler-config", "ok", f"preset {config.preset_name}, {config.fidelity}")
+    config = registry.load_server(source)
+    return Check("--sampler-config", "ok", f"sampler {config.sampler}, preset {config.preset_name}, {config.fidelity}")
 
 
 def _import() -> Iterator[Check]:

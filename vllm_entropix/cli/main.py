@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vllm_entropix._version import __version__
-from vllm_entropix.cli import calibrate, demo, doctor, export, presets, report, schema, whatif
+from vllm_entropix.cli import calibrate, demo, doctor, export, presets, report, samplers, schema, whatif
 from vllm_entropix.observability.tracefile import TraceFileError
 from vllm_entropix.settings.errors import ConfigError
 
@@ -25,6 +25,7 @@ app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
 app.command("presets")(presets.presets)
+app.command("samplers")(samplers.samplers)
 app.command("report")(report.report)
 app.command("whatif")(whatif.whatif)
 app.command("export")(export.export)

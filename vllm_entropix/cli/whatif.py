@@ -14,7 +14,7 @@ from rich.table import Table
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.observability.whatif import Transitions, transitions
 from vllm_entropix.records.regimes import Regime
-from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.samplers import registry
 
 
 def whatif(
@@ -31,7 +31,7 @@ def whatif(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count which regimes traced tokens would be in under other thresholds, without running the model."""
-    config = EntropixConfig.load(preset)
+    config = registry.load_server(preset)
     found = transitions(chain.from_iterable(map(read_traces, traces)), config)
     if as_json:
         typer.echo(json.dumps({"preset": preset, **found.to_dict()}, indent=2))

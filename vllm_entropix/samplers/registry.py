@@ -134,8 +134,8 @@ def instances(server: ServerSettings) -> dict[str, Sampler]:
     return {name: sampler(server) for name, sampler in registry().classes.items()}
 
 
-def _has_section(sampler: type[Sampler]) -> bool:
-    # One whose settings are the server's own has them beside the common ones.
+def has_section(sampler: type[Sampler]) -> bool:
+    """Whether a sampler has a section of its own: entropix's settings stand beside the common ones."""
     return not issubclass(EntropixConfig, sampler.Settings)
 
 
@@ -144,7 +144,7 @@ def request_keys(sampler: type[Sampler]) -> list[tuple[str, str]]:
 
     temperature, top_p, top_k and min_p are none of them: a request has these of its own.
     """
-    if not _has_section(sampler):
+    if not has_section(sampler):
         return []
     keys = [
         (name if name.startswith(sampler.name) else f"{sampler.name}_{name}", name)
@@ -160,7 +160,7 @@ def server_settings() -> type[EntropixConfig]:
     sections: dict[str, Any] = {
         name: (sampler.Settings, Field(default_factory=sampler.Settings, description=_first_line(sampler)))
         for name, sampler in sorted(registry().classes.items())
-        if _has_section(sampler)
+        if has_section(sampler)
     }
     return create_model("ServerConfig", __base__=EntropixConfig, __module__=__name__, **sections)
 
@@ -221,6 +221,12 @@ def sampler_of(request: RequestSettings, server: Mapping[str, Any] | ServerSetti
     if request.sampler is not None:
         return request.sampler
     return str(server["sampler"] if isinstance(server, Mapping) else server.sampler)
+
+
+def part(server: EntropixConfig, extra_args: Any = None) -> SamplerPart:
+    """What a line of a trace file tells of the sampler of a request with these ``extra_args``."""
+    request = parse_request(extra_args, server)
+    return registry().classes[sampler_of(request, server)](server).described(request)
 
 
 def _first_line(sampler: type[Sampler]) -> str:

@@ -175,7 +175,7 @@ class ServerSettings(Section):
 
     sampler: str = Field(
         "entropix",
-        description="Sampler of requests that name none: `vllm-entropix presets` lists them.",
+        description="Sampler of requests that name none: `vllm-entropix samplers` lists them.",
         json_schema_extra={"unit": ""},
     )
     prometheus: bool = Field(

@@ -9,6 +9,7 @@ import yaml
 
 from tests.support.deployments import CHART, manifests, rendered, replica
 from vllm_entropix import EntropixConfig
+from vllm_entropix.samplers import registry
 
 KUBERNETES = "1.34"
 EVERYTHING = {
@@ -180,9 +181,14 @@ def test_notes_say_what_to_do():
 
 def test_the_sampler_takes_its_settings():
     settings = json.loads(rendered(EVERYTHING)["ConfigMap"]["data"]["sampler.json"])
-    config = EntropixConfig.from_dict(settings)
+    config = registry.load_server(settings)
     assert config.attention.layers == "all"
-    EntropixConfig.from_dict(json.loads(rendered({})["ConfigMap"]["data"]["sampler.json"]))
+    registry.load_server(json.loads(rendered({})["ConfigMap"]["data"]["sampler.json"]))
+
+
+def test_another_sampler():
+    [container] = rendered({"samplerConfig": {"sampler": "min_p"}})["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert "--sampler=min_p" in container["args"]
 
 
 def test_other_settings_of_the_sampler_restart_the_replicas():
@@ -253,5 +259,5 @@ def test_every_value_is_in_the_schema_and_every_name_of_the_schema_has_a_default
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert set(values) == set(schema["properties"]) - {"global"}
     assert schema["properties"]["samplerConfig"]["propertyNames"]["enum"] == list(
-        EntropixConfig.model_json_schema()["properties"]
+        registry.server_settings().model_json_schema()["properties"]
     )

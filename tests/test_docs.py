@@ -45,6 +45,13 @@ def test_what_a_page_names_is_there(page):
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_copy_of_a_file_is_that_file(page):
+    text = page.read_text(encoding="utf-8")
+    for path, copy in re.findall(r"<!-- copy of (\S+) -->\n```\w+\n(.*?)```", text, re.DOTALL):
+        assert copy == (ROOT / path).read_text(encoding="utf-8")
+
+
 def test_paths_are_found_in_a_text():
     text = "`tests/engine`, `rows/batch.py`, `samplers/`, `tests/test_docs.py::test_x`, `kernels/*/decide.py`"
     assert [path for path, _ in named(text)] == [

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.engine import adapter_of, engine
 from tests.support.runners import is_v2
+from vllm_entropix.distribution.backend import backend_for
 
 pytestmark = [
     pytest.mark.engine,
@@ -96,13 +97,17 @@ def vllm_alone(tiny):
 
 @pytest.fixture
 def kernels(request, monkeypatch):
-    """Makes entropix use these kernels, whatever the device: Triton's are interpreted here as vLLM's are."""
+    """Makes entropix use these kernels, whatever the device: Triton's are interpreted here as vLLM's are.
+
+    Gives the implementation that a batch sampler would have chosen when it was made.
+    """
     for module in (
         "distribution.backend",
         "attention.statistics",
         "attention.launches",
     ):
         monkeypatch.setattr(f"vllm_entropix.{module}.kernels_for", lambda device: request.param)
+    return backend_for("cpu")
 
 
 # Launches of Triton's: two for the metrics, one for the distribution; the keys of a CPU's cache, packed, are read by others.
@@ -117,8 +122,9 @@ def kernels(request, monkeypatch):
     ],
     indirect=["kernels"],
 )
-def test_costs_are_constant_in_the_batch(tiny, vllm_alone, kernels, trace, most):
+def test_costs_are_constant_in_the_batch(tiny, vllm_alone, kernels, trace, most, monkeypatch):
     llm = engine(tiny, sampler="entropix", sampler_config=CONFIG)
+    monkeypatch.setattr(adapter_of(llm).batch, "backend", kernels)
     few, many = (decoding_step(llm, rows, entropix_trace=trace) - vllm_alone[rows] for rows in (FEW, MANY))
     assert few == many
     assert few.launches == most.launches

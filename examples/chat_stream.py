@@ -3,7 +3,8 @@
 Start a server, here with the shipped model, then ask it:
 
     MODEL=$(vllm-entropix demo --print-model-path)
-    vllm serve $MODEL --sampler entropix --sampler-config $MODEL/entropix.toml --max-model-len 1024
+    vllm serve $MODEL --host 127.0.0.1 --sampler entropix --sampler-config $MODEL/entropix.toml \\
+        --max-model-len 1024 --kv-cache-memory-bytes 268435456
     python examples/chat_stream.py "Tell me a story about a brave fox called Finn."
 
 Needs the openai client, which comes with vLLM.
@@ -18,7 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_entropix.client import ASK, StreamTraces, trace_of
-from vllm_entropix.observability.terminal import FORCED_STYLE, STYLES, legend, printable
+from vllm_entropix.observability.terminal import FORCED_STYLE, legend, printable
+from vllm_entropix.records.regimes import regime_of
 
 
 def stream(client: openai.OpenAI, question: str, console: Console, **parameters: Any) -> StreamTraces:
@@ -34,7 +36,8 @@ def stream(client: openai.OpenAI, question: str, console: Console, **parameters:
             style = ""
             if trace is not None and trace.tokens:
                 last = trace.tokens[-1]
-                style = FORCED_STYLE if last.forced else STYLES[last.regime]
+                regime = regime_of(last)
+                style = FORCED_STYLE if last.forced else regime.style if regime is not None else ""
             console.print(Text(printable(choice.delta.content or ""), style), end="")
     console.print()
     return traces

@@ -3,7 +3,8 @@
 Start a server, here with the shipped model, then ask it:
 
     MODEL=$(vllm-entropix demo --print-model-path)
-    vllm serve $MODEL --sampler entropix --sampler-config $MODEL/entropix.toml --max-model-len 1024
+    vllm serve $MODEL --host 127.0.0.1 --sampler entropix --sampler-config $MODEL/entropix.toml \\
+        --max-model-len 1024 --kv-cache-memory-bytes 268435456
     python examples/compare_with_greedy.py
     python examples/compare_with_greedy.py --prompts prompts.txt       # a prompt per line
 

@@ -3,7 +3,8 @@
 #
 #   pip install "lm-eval[api]"
 #   MODEL=$(vllm-entropix demo --print-model-path)
-#   vllm serve $MODEL --sampler entropix --sampler-config $MODEL/entropix.toml --max-model-len 1024
+#   vllm serve $MODEL --host 127.0.0.1 --sampler entropix --sampler-config $MODEL/entropix.toml \
+#       --max-model-len 1024 --kv-cache-memory-bytes 268435456
 #   examples/lm_eval.sh [-u URL] [-m MODEL] [-t TASKS] [-l LIMIT] [-o FOLDER]
 #
 # The default task is 40 additions for the shipped model, in examples/lm_eval_tasks. lm-eval's own default is temperature 0, which

@@ -210,7 +210,7 @@ def test_what_contradicts_itself_is_refused(url, body, told):
 
 def test_a_trace_that_nobody_would_fetch_is_refused(url):
     status, text = post(url, "/v1/responses", {"input": "a", "background": True, "store": True, **ASK})
-    assert (status, "background" in text) == (400, True), text
+    assert (status, "entropix_trace can't be had with background" in text) == (400, True), text
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from pydantic import BeforeValidator, Field, create_model
+from pydantic import BeforeValidator, Field, ValidationError, create_model
 from pydantic_core import PydanticUndefined
 
 from vllm_entropix.records import fields
@@ -26,7 +26,7 @@ from vllm_entropix.samplers.base import Sampler
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 from vllm_entropix.samplers.request import OF_SAMPLER, RequestSettings
 from vllm_entropix.settings.errors import ConfigError, cut, quoted
-from vllm_entropix.settings.section import Section, refuse_truth_value
+from vllm_entropix.settings.section import Section, describe, refuse_truth_value
 from vllm_entropix.settings.server import BaseParameters
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def registry() -> Registry:
             _check(found, entry.name, sampler)
             _add(found, sampler)
         except Exception as error:
-            reason = f"{cut(str(error) or type(error).__name__, 300)}"
+            reason = cut(" ".join(str(error).split()) or type(error).__name__, 300)
             found.refused[entry.name] = f"the sampler {entry.name} of the package {package} can't be used: {reason}"
             logger.warning("vllm-entropix: %s", found.refused[entry.name])
     return found
@@ -102,11 +102,22 @@ def _check(found: Registry, name: str, sampler: Any) -> None:
     settings = getattr(sampler, "Settings", None)
     if not (inspect.isclass(settings) and issubclass(settings, Section)):
         raise ValueError("its Settings are no vllm_entropix.settings.section.Section")
-    settings()  # every setting has a default
-    taken = RequestSettings.names().keys() | {key for one in found.classes.values() for key, _ in request_keys(one)}
-    twice = [key for key, _ in request_keys(sampler) if key in taken]
-    if twice:
-        raise ValueError(f"a request's {twice[0]} is another sampler's")
+    try:
+        settings()
+    except ValidationError as error:
+        raise ValueError(f"its Settings need a default each: {describe(error, settings)}") from None
+    taken = {*RequestSettings.names(), *(key for one in found.classes.values() for key, _ in request_keys(one))}
+    for key, _ in request_keys(sampler):
+        if key in taken:
+            raise ValueError(f"a request's {key} is another setting")
+        taken.add(key)
+    part = sampler.Part
+    if part is not SamplerPart and get_args(part.model_fields["name"].annotation) != (name,):
+        raise ValueError(f"its Part lacks name: Literal[{name!r}]")
+    # Every engine makes one of each sampler, whether it is asked for or not.
+    made = sampler(EntropixConfig.preset())
+    made.numbers()
+    made.described(RequestSettings())
 
 
 def known() -> None:

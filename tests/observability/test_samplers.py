@@ -50,7 +50,9 @@ def test_markdown():
 def test_it_can_be_read_on_eighty_columns():
     lines = [line.rstrip() for line in in_a_terminal(command="samplers").splitlines()]
     assert max(map(len, lines)) <= 80
-    assert "  top_n_sigma.top_n_sigma  1.0      top_n_sigma" in lines
+    [at] = [number for number, line in enumerate(lines) if line[2:].split()[:1] == ["top_n_sigma.top_n_sigma"]]
+    assert lines[at].split() == ["top_n_sigma.top_n_sigma", "1.0", "top_n_sigma"]
+    assert lines[at + 1].startswith("      How far")
 
 
 def test_what_was_refused_says_why(refused):

@@ -20,6 +20,7 @@ from tests.support.runners import is_v2
 from tests.support.server import environment, run_vllm
 from vllm_entropix import ConfigError
 from vllm_entropix.engine.arguments import FromCommandLine, merge_keywords
+from vllm_entropix.samplers.registry import names
 
 ON_V2 = is_v2()
 SETTINGS = {"preset": "torch-2024-10", "base": {"top_k": 5}}
@@ -63,6 +64,23 @@ def test_preset_json_and_files_in_any_order(parser, tmp_path):
     assert additional(parser, "--sampler", "entropix", "--sampler-config", "jax-2024-10") == {
         "entropix": {"preset": "jax-2024-10"}
     }
+
+
+def test_any_sampler_by_name(parser, capsys):
+    for name in names():
+        asked = {} if name == "entropix" else {"sampler": name}
+        assert additional(parser, "--sampler", name) == {"entropix": asked}
+        assert additional(parser, "--sampler", "vllm", "--sampler", name) == {"entropix": asked}
+    assert additional(parser, "--sampler", "min_p", "--sampler-config.min_p.min_p", "0.1") == {
+        "entropix": {"sampler": "min_p", "min_p": {"min_p": 0.1}}
+    }
+    # The option goes before what the settings say.
+    assert additional(parser, "--sampler", "entropix", "--sampler-config", '{"sampler": "min_p"}') == {
+        "entropix": {"sampler": "entropix"}
+    }
+    with pytest.raises(SystemExit):
+        additional(parser, "--sampler", "min-p")
+    assert "unknown sampler 'min-p'; there are vllm, entropix, min_p and top_n_sigma" in capsys.readouterr().err
 
 
 DOTTED = [

@@ -64,7 +64,7 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
     batch = BatchSampler(config, rows, None, device)
     numbers = [value for _, value in config.numbers()]
     for row in range(rows):
-        batch.add(str(row), Sequence(numbers, sampled=True, traced=False, clarified=True, prompt_length=1))
+        batch.add(str(row), Sequence(numbers, sampled=True, traced=False, allow_clarification=True, prompt_length=1))
     batch.sequences.flush()
     slots = batch.sequences.slots_of(map(str, range(rows)), rows)
     described = Rows(

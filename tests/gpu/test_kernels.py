@@ -49,7 +49,9 @@ def sampler_step(logits, sampled):
     batch = BatchSampler(config, rows, None, device)
     numbers = [value for _, value in config.numbers()]
     for row in range(rows):
-        batch.add(str(row), Sequence(numbers, sampled=bool(sampled[row]), traced=True, clarified=True, prompt_length=1))
+        batch.add(
+            str(row), Sequence(numbers, sampled=bool(sampled[row]), traced=True, allow_clarification=True, prompt_length=1)
+        )
     batch.sequences.flush()
     slots = batch.sequences.slots_of(map(str, range(rows)), rows)
     described = Rows(

@@ -114,7 +114,9 @@ def apply(logits, kernels, sampled, clarification=None, base=None, fidelity="cor
         batch.backend = Backend("cpu")
     numbers = [value for _, value in config.numbers()]
     for row in range(rows):
-        batch.add(str(row), Sequence(numbers, sampled=bool(sampled[row]), traced=True, clarified=True, prompt_length=1))
+        batch.add(
+            str(row), Sequence(numbers, sampled=bool(sampled[row]), traced=True, allow_clarification=True, prompt_length=1)
+        )
     slots = batch.sequences.slots_of(map(str, range(rows)), rows)
     described = Rows(
         slots=torch.from_numpy(slots),

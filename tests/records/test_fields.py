@@ -45,7 +45,7 @@ def step(rows=3):
     batch = BatchSampler(config, rows, None, "cpu")
     numbers = [value for _, value in config.numbers()]
     for row in range(rows):
-        batch.add(str(row), Sequence(numbers, sampled=True, traced=True, clarified=False, prompt_length=1))
+        batch.add(str(row), Sequence(numbers, sampled=True, traced=True, allow_clarification=False, prompt_length=1))
     slots = batch.sequences.slots_of(map(str, range(rows)), rows)
     zero = torch.zeros(rows, dtype=torch.int64)
     described = Rows(torch.from_numpy(slots), slots, zero + 10, zero, zero == 0, torch.arange(rows))

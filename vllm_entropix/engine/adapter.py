@@ -187,7 +187,7 @@ class RunnerAdapter(ABC):
             constants=self.batch.samplers[sampler].numbers_of_request(settings, own),
             sampled=not greedy,
             traced=traced,
-            clarified=settings.clarification is not False,
+            allow_clarification=settings.clarification is not False,
             prompt_length=prompt_length,
             sampler=sampler,
             base=(params.temperature, params.top_p, top_k, params.min_p),

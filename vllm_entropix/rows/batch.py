@@ -75,7 +75,7 @@ class BatchSampler:
         """Run a step of a traced row that belongs to nobody, which compiles the kernels that steps run."""
         name, device = "nobody", self.sequences.device
         constants = [value for _, value in self.samplers[self.sequences.default].numbers()]
-        self.add(name, Sequence(constants, sampled=True, traced=True, clarified=False, prompt_length=0))
+        self.add(name, Sequence(constants, sampled=True, traced=True, allow_clarification=False, prompt_length=0))
         self.sequences.flush()
         slots = self.sequences.slots_of([name], 1)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
@@ -181,7 +181,7 @@ class BatchSampler:
         if self.clarification is None:
             return forced
         table = self.sequences
-        may = sampled & table.device_clarified[rows.slots]
+        may = sampled & table.device_allow_clarification[rows.slots]
         generated = rows.positions >= table.device_prompt_length[rows.slots]
         asks = torch.zeros_like(sampled) if plan.forces is None else plan.forces
         # A draft's row starts from the record of the row before it, so these go one after the other. The others of the

@@ -22,7 +22,7 @@ class Sequence:
         constants: its sampler's numbers, in the order of :meth:`Sampler.numbers`.
         sampled: drawn by a sampler of ours (False: opted out, or greedy).
         traced: a record per token is wanted.
-        clarified: forced tokens are allowed.
+        allow_clarification: forced tokens are allowed.
         prompt_length: tokens of the prompt; what follows was generated.
         sampler: name of its sampler; None: the server's.
         base: its own temperature, top_p, top_k and min_p.
@@ -31,7 +31,7 @@ class Sequence:
     constants: list[float]
     sampled: bool
     traced: bool
-    clarified: bool
+    allow_clarification: bool
     prompt_length: int
     sampler: str | None = None
     base: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
@@ -73,7 +73,7 @@ class SequenceTable:
         self.sampler = np.full(slots, self.number[default], dtype=np.int64)
         self.sampled = np.zeros(slots, dtype=bool)
         self.traced = np.zeros(slots, dtype=bool)
-        self.clarified = np.zeros(slots, dtype=bool)
+        self.allow_clarification = np.zeros(slots, dtype=bool)
         self.prompt_length = np.zeros(slots, dtype=np.int64)
         # The sequence's bounds, known without asking the device.
         self.most_candidates = np.zeros(slots, dtype=np.int64)
@@ -98,7 +98,7 @@ class SequenceTable:
         self.device_sampler = torch.from_numpy(self.sampler).to(self.device)
         self.device_sampled = torch.from_numpy(self.sampled).to(self.device)
         self.device_traced = torch.from_numpy(self.traced).to(self.device)
-        self.device_clarified = torch.from_numpy(self.clarified).to(self.device)
+        self.device_allow_clarification = torch.from_numpy(self.allow_clarification).to(self.device)
         self.device_prompt_length = torch.from_numpy(self.prompt_length).to(self.device)
 
     def add(self, request_id: str, sequence: Sequence) -> int:
@@ -115,7 +115,7 @@ class SequenceTable:
         self.sampler[slot] = self.number[name]
         self.sampled[slot] = sequence.sampled
         self.traced[slot] = sequence.traced
-        self.clarified[slot] = sequence.clarified
+        self.allow_clarification[slot] = sequence.allow_clarification
         self.prompt_length[slot] = sequence.prompt_length
         numbers = dict(zip(self.columns[name], sequence.constants, strict=True))
         bounds = self.samplers[name].bounds(numbers, dict(zip(BASE, sequence.base, strict=True)))
@@ -127,7 +127,7 @@ class SequenceTable:
         """Free a sequence's slot; returns it, or None if the sequence isn't known."""
         slot = self._slot_of.pop(request_id, None)
         if slot is not None:
-            self.sampled[slot] = self.traced[slot] = self.clarified[slot] = False
+            self.sampled[slot] = self.traced[slot] = self.allow_clarification[slot] = False
             self._changed.add(slot)
             self._free.append(slot)
             del self._request_of[slot]
@@ -162,7 +162,7 @@ class SequenceTable:
             (self.sampler, self.device_sampler),
             (self.sampled, self.device_sampled),
             (self.traced, self.device_traced),
-            (self.clarified, self.device_clarified),
+            (self.allow_clarification, self.device_allow_clarification),
             (self.prompt_length, self.device_prompt_length),
         ):
             mirror.index_copy_(0, index, _to_device(array[changed], self.device))
@@ -185,7 +185,7 @@ class SequenceTable:
         old = self.slots
         self.constants = {name: np.concatenate((block, np.tile(block[:1], (old, 1)))) for name, block in self.constants.items()}
         self.base = np.concatenate((self.base, np.tile(self.base[:1], (old, 1))))
-        for name in ("sampler", "sampled", "traced", "clarified", "prompt_length", "most_candidates", "most_drawn"):
+        for name in ("sampler", "sampled", "traced", "allow_clarification", "prompt_length", "most_candidates", "most_drawn"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate((array, np.zeros_like(array))))
         self._free.extend(range(2 * old - 1, old - 1, -1))

@@ -71,7 +71,7 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
         slots=torch.from_numpy(slots).to(device),
         host_slots=np.asarray(slots),
         positions=torch.full((rows,), 10, device=device),
-        fed=torch.zeros(rows, dtype=torch.int64, device=device),
+        input_ids=torch.zeros(rows, dtype=torch.int64, device=device),
         valid=torch.ones(rows, dtype=torch.bool, device=device),
         batch=torch.arange(rows, device=device),
     )

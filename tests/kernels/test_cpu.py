@@ -122,7 +122,7 @@ def apply(logits, kernels, sampled, clarification=None, base=None, fidelity="cor
         slots=torch.from_numpy(slots),
         host_slots=slots,
         positions=torch.full((rows,), 10),
-        fed=torch.zeros(rows, dtype=torch.int64),
+        input_ids=torch.zeros(rows, dtype=torch.int64),
         valid=torch.ones(rows, dtype=torch.bool),
         batch=torch.arange(rows),
     )

@@ -77,7 +77,7 @@ class RunnerV1(RunnerAdapter):
             slots=torch.from_numpy(slots).to(self.device),
             host_slots=slots,
             positions=self.runner.positions[last].long(),
-            fed=self.runner.input_ids.gpu[last].long(),
+            input_ids=self.runner.input_ids.gpu[last].long(),
             valid=torch.from_numpy(~self.runner.discard_request_mask.np[:count]).to(self.device),
             batch=torch.arange(count, device=self.device),
         )

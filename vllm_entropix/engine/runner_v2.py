@@ -74,7 +74,7 @@ class RunnerV2(RunnerAdapter):
             slots=slots.gpu[mapping],
             host_slots=slots.np[context.idx_mapping_np],
             positions=context.pos,
-            fed=context.input_ids.long(),
+            input_ids=context.input_ids.long(),
             valid=context.pos + 1 >= prefill_length[mapping],
             batch=self._batch_of_slot[mapping],
             draft_index=context.expanded_local_pos if drafts else None,

@@ -79,7 +79,7 @@ class BatchSampler:
         self.sequences.flush()
         slots = self.sequences.slots_of([name], 1)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        rows = Rows(torch.from_numpy(slots).to(device), slots, positions=zero, fed=zero, valid=zero == 0, batch=zero)
+        rows = Rows(torch.from_numpy(slots).to(device), slots, positions=zero, input_ids=zero, valid=zero == 0, batch=zero)
         self.apply(torch.zeros(1, vocabulary, device=device), rows, None)
         self.remove(name)
 
@@ -189,7 +189,7 @@ class BatchSampler:
         for place in range(rows.draft_rows):
             mine = rows.valid if rows.draft_index is None else rows.valid & (rows.draft_index == place)
             decided = self.clarification.force(
-                logits, rows.slots, rows.positions, rows.fed, generated, asks, may, mine, statistics.log_normaliser
+                logits, rows.slots, rows.positions, rows.input_ids, generated, asks, may, mine, statistics.log_normaliser
             )
             forced = torch.where(mine, decided.token_ids, forced)
         return forced

@@ -19,8 +19,8 @@ class Rows:
         slots: int64 ``[rows]`` on the device: each row's slot in the sequence table.
         host_slots: int64, the slots of the step's sequences, each at least once; equal to ``slots`` if no sequence has
             more than one row.
-        positions: int64 ``[rows]``: position of the token that was fed at the row; the drawn token goes to the next.
-        fed: int64 ``[rows]``: that token.
+        positions: int64 ``[rows]``: position of the row's input token; the drawn token goes to the next.
+        input_ids: int64 ``[rows]``: input token of the row.
         valid: bool ``[rows]``: False for rows whose token is thrown away (an unfinished prefill).
         batch: int64 ``[rows]``: the row's sequence's place in the batch that the model ran.
         draft_index: ``[rows]``, a row's place among its sequence's rows; None if every sequence has one row.
@@ -30,7 +30,7 @@ class Rows:
     slots: Tensor
     host_slots: np.ndarray
     positions: Tensor
-    fed: Tensor
+    input_ids: Tensor
     valid: Tensor
     batch: Tensor
     draft_index: Tensor | None = None
@@ -42,7 +42,7 @@ class Rows:
             self,
             slots=self.slots[index],
             positions=self.positions[index],
-            fed=self.fed[index],
+            input_ids=self.input_ids[index],
             valid=self.valid[index],
             batch=self.batch[index],
             draft_index=None if self.draft_index is None else self.draft_index[index],

@@ -25,7 +25,7 @@ from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.paged_keys import PlainKeys
 from vllm_entropix.attention.ranks import measure_over_ranks_by_triton
 from vllm_entropix.distribution import backend as row_backend
-from vllm_entropix.kernels.ranks import Ranks
+from vllm_entropix.kernels.ranks import RankGroup
 
 SIZES = (1, 2, 3, 4, 5, 15, 16, 17, 32, 64)
 
@@ -44,7 +44,7 @@ def step(rows):
     ]
     requests, lengths, wanted = torch.arange(rows), torch.randint(1, 80, (rows,)), torch.ones(rows, dtype=torch.bool)
     measure_layers(layers, requests, lengths, wanted, EntropixConfig())
-    ranks = Ranks(2, lambda share: torch.stack((share, share)))
+    ranks = RankGroup(2, lambda share: torch.stack((share, share)))
     measure_over_ranks_by_triton(layers, requests, lengths, wanted, lengths, EntropixConfig(), ranks)
 
 

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from vllm_entropix.kernels.ranks import Ranks
+from vllm_entropix.kernels.ranks import RankGroup
 
 
 class Meeting:
@@ -36,7 +36,7 @@ class Meeting:
             self._turn.acquire()
             return everything
 
-        return Ranks(self.number, gather) if self.number > 1 else None
+        return RankGroup(self.number, gather) if self.number > 1 else None
 
     def run(self, work):
         """``work(rank)`` on all ranks; their results in order."""

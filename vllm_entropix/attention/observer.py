@@ -21,7 +21,7 @@ from vllm_entropix.attention.paged_keys import UnsupportedAttentionError
 from vllm_entropix.attention.ranks import measure_over_ranks, measure_over_ranks_by_triton
 from vllm_entropix.attention.statistics import measure_layer
 from vllm_entropix.distribution.attention import AttentionStatistics
-from vllm_entropix.kernels.ranks import Ranks
+from vllm_entropix.kernels.ranks import RankGroup
 
 if TYPE_CHECKING:
     from vllm_entropix.settings.server import AttentionRules
@@ -55,7 +55,7 @@ class AttentionObserver:
         config: AttentionRules,
         max_requests: int,
         rows_per_request: int = 1,
-        ranks: Ranks | None = None,
+        ranks: RankGroup | None = None,
     ) -> None:
         self.config = config
         self.layers = dict(layers)

@@ -17,7 +17,7 @@ from vllm_entropix.attention.launches import launches
 from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.statistics import head_statistics
 from vllm_entropix.distribution.attention import AttentionStatistics, HeadStatistics
-from vllm_entropix.kernels.ranks import Ranks
+from vllm_entropix.kernels.ranks import RankGroup
 
 if TYPE_CHECKING:
     from vllm_entropix.settings.server import AttentionRules
@@ -29,7 +29,7 @@ WORTH_WAITING = 1 << 22
 
 
 def combine_shares(
-    shares: Sequence[Tensor], counted: Sequence[Tensor], ranks: Ranks, config: AttentionRules
+    shares: Sequence[Tensor], counted: Sequence[Tensor], ranks: RankGroup, config: AttentionRules
 ) -> AttentionStatistics:
     """The statistics of all layers, ``[layers, rows]`` each, from what each rank's heads say, by one exchange.
 
@@ -43,18 +43,18 @@ def combine_shares(
     flat = torch.cat([share.flatten() for share in shares])
     if not len(flat):  # nothing to exchange, on all ranks alike
         return AttentionStatistics(*(flat.new_empty(len(shares), 0) for _ in range(4)))
-    everything = torch.split(ranks.gather(flat), [share.numel() for share in shares], dim=1)
+    everything = torch.split(ranks.all_gather(flat), [share.numel() for share in shares], dim=1)
     layers = []
     for share, of_ranks, slots in zip(shares, everything, counted, strict=True):
         rows, width = share.shape
-        by_row = of_ranks.view(ranks.number, rows, width).transpose(0, 1)  # [rows, ranks, heads + 2]
+        by_row = of_ranks.view(ranks.size, rows, width).transpose(0, 1)  # [rows, ranks, heads + 2]
         entropy, score_sum, deviation = by_row[:, :, :-2].flatten(1), by_row[:, :, -2], by_row[:, :, -1]
         layers.append(AttentionStatistics.from_heads(entropy, score_sum, deviation, slots, config.attention_varentropy))
     return AttentionStatistics.stacked(layers)
 
 
 def measure_over_ranks(
-    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, config: AttentionRules, ranks: Ranks
+    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, config: AttentionRules, ranks: RankGroup
 ) -> AttentionStatistics:
     """Statistics of several layers in PyTorch, ``[layers, rows]`` each.
 
@@ -93,13 +93,13 @@ def measure_over_ranks(
     return combine_shares(found, counted, ranks, config)
 
 
-def shares_of_heads(parts: Sequence[HeadStatistics], ranks: Ranks) -> list[Tensor]:
+def shares_of_heads(parts: Sequence[HeadStatistics], ranks: RankGroup) -> list[Tensor]:
     """This rank's shares, as :func:`combine_shares` takes them, by one exchange of the sums of weights."""
     sums = [torch.cat((part.weights.sum(dim=1), part.empty_weight.sum(dim=1, keepdim=True)), dim=-1) for part in parts]
-    everything = torch.split(ranks.gather(torch.cat([one.flatten() for one in sums])), [one.numel() for one in sums], dim=1)
+    everything = torch.split(ranks.all_gather(torch.cat([one.flatten() for one in sums])), [one.numel() for one in sums], dim=1)
     shares = []
     for part, one, of_ranks in zip(parts, sums, everything, strict=True):
-        mean = of_ranks.sum(dim=0).view_as(one) / (part.entropy.shape[1] * ranks.number)
+        mean = of_ranks.sum(dim=0).view_as(one) / (part.entropy.shape[1] * ranks.size)
         deviation = part.deviation_from(mean[:, :-1], mean[:, -1])
         means = torch.stack((part.score_sum.mean(dim=1), deviation.mean(dim=1)), dim=-1)
         shares.append(torch.cat((part.entropy, means), dim=-1))
@@ -113,7 +113,7 @@ def measure_over_ranks_by_triton(
     wanted: Tensor,
     bounds: Tensor,
     config: AttentionRules,
-    ranks: Ranks,
+    ranks: RankGroup,
 ) -> AttentionStatistics:
     """The same by the kernels, for layers with plain keys; the device is not waited for unless that saves more than it costs.
 

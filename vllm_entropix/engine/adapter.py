@@ -19,7 +19,7 @@ from vllm_entropix.distribution.attention import AttentionStatistics
 from vllm_entropix.engine.carrier import StepRecords, attach_to_step
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
 from vllm_entropix.kernels.backend import kernels_for
-from vllm_entropix.kernels.ranks import Ranks
+from vllm_entropix.kernels.ranks import RankGroup
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
@@ -229,12 +229,12 @@ class RunnerAdapter(ABC):
         return attach_to_step(output, records) if records and output is not None else output
 
 
-def _ranks() -> Ranks | None:
+def _ranks() -> RankGroup | None:
     """The tensor-parallel ranks that heads are split over; None if there is one."""
     group = get_tp_group()
     if group.world_size == 1:
         return None
-    return Ranks(group.world_size, lambda share: group.all_gather(share, dim=0).view(group.world_size, -1))
+    return RankGroup(group.world_size, lambda share: group.all_gather(share, dim=0).view(group.world_size, -1))
 
 
 def _is_others(processor: Any) -> bool:

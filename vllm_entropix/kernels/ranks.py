@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankGroup:
     """Ranks that heads are split over, each with as many as the others.
 
     Attributes:
-        number: how many.
-        gather: this rank's numbers ``[n]`` → all ranks' ``[number, n]``, in their order. All have to call it.
+        size: number of ranks.
+        all_gather: this rank's numbers ``[n]`` → all ranks' ``[size, n]``, in their order. All have to call it.
     """
 
-    number: int
-    gather: Callable[[Tensor], Tensor]
+    size: int
+    all_gather: Callable[[Tensor], Tensor]

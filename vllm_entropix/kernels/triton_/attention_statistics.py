@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_entropix.kernels.ranks import Ranks
+from vllm_entropix.kernels.ranks import RankGroup
 
 TILE = 64
 SPLITS = 16
@@ -518,7 +518,7 @@ def attention_statistics(layers: PagedLayers, rows: PagedRows, padded: int, vari
     return results
 
 
-def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, attended: Tensor, total: int, ranks: Ranks) -> Tensor:
+def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, attended: Tensor, total: int, ranks: RankGroup) -> Tensor:
     """A rank's share of the statistics, as ``attention.ranks.combine_shares`` takes it: float32 ``[layers, rows, heads + 2]``.
 
     Exchanges the sums of weights once, or more often if memory doesn't allow that. Rows that aren't wanted get anything.
@@ -536,13 +536,13 @@ def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, attended: Ten
     if not shares.numel():
         return shares
     starts = attended.cumsum(0) - attended
-    together = layers_together(number, many, heads, total, ranks.number)
+    together = layers_together(number, many, heads, total, ranks.size)
     for first in range(0, number, together):
         chunk = slice(first, first + together)
         launches = _Launches(layers.part(chunk), rows.part(chunk), padded)
         launches.attend()
         sums = launches.sums(total, starts)
-        everything = ranks.gather(sums.flatten()).view(ranks.number, *sums.shape)
+        everything = ranks.all_gather(sums.flatten()).view(ranks.size, *sums.shape)
         shares[chunk] = launches.shares(everything, starts)
     return shares
 

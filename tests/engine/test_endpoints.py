@@ -175,6 +175,8 @@ def test_settings_are_read_or_refused_with_400(url, path, stream):
         {"entropix": {"trace": 1}},
         {"entropix.trace": 1},
         {"metadata": {"entropix_trace": "1"}},
+        {"samplers": "min_p"},
+        {"top_n_sigma": 1},
         {"extra_body": ASK},
     ]
     if path in place:

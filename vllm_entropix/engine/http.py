@@ -18,7 +18,7 @@ from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.internal import wrap_internal
 from vllm_entropix.engine.placement import is_ours, misplaced, refusal
 from vllm_entropix.engine.resolved import resolved_values
-from vllm_entropix.samplers.registry import parse_request
+from vllm_entropix.samplers.registry import names_for_samplers, parse_request
 from vllm_entropix.samplers.request import PREFIX
 from vllm_entropix.settings.errors import ConfigError
 
@@ -132,6 +132,10 @@ def _is_traced(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolv
     wrong = misplaced(body, endpoint.place)
     if wrong is not None:
         raise ConfigError(refusal(wrong, endpoint.place))
+    # Without entropix these names may be anybody's.
+    stray = next((name for name in body if name in names_for_samplers()), None) if resolved is not None else None
+    if stray is not None:
+        raise ConfigError(refusal(stray, endpoint.place))
     given = _table(body, endpoint.place)
     ours = [name for name in given if is_ours(name)]
     if not ours:

@@ -51,9 +51,13 @@ class Watch:
         """Take note of ``records [tokens, fields]``."""
         if self._over:
             return
-        self._tokens += len(records)
         regime, forced = column("regime"), column("forced")
-        self._lost += 0 if regime is None else int((records[:, regime] == Regime.HELV).sum())
+        if regime is None:
+            return
+        # Samplers without regimes ask for none.
+        records = records[~np.isnan(records[:, regime])]
+        self._tokens += len(records)
+        self._lost += int((records[:, regime] == Regime.HELV).sum())
         if (records[:, forced] > 0).any():
             self._over = True
         elif self._tokens >= WATCHED:

@@ -24,7 +24,7 @@ from vllm_entropix.records import fields
 from vllm_entropix.records.line import SamplerPart, register_part
 from vllm_entropix.samplers.base import Sampler
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
-from vllm_entropix.samplers.request import OF_SAMPLER, RequestSettings
+from vllm_entropix.samplers.request import OF_SAMPLER, PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError, cut, quoted
 from vllm_entropix.settings.section import Section, describe, refuse_truth_value
 from vllm_entropix.settings.server import BaseParameters
@@ -200,6 +200,12 @@ def request_settings() -> type[RequestSettings]:
             number: Any = Annotated[info.annotation, BeforeValidator(refuse_truth_value)]
             numbers[f"{name}{OF_SAMPLER}{setting}"] = (number | None, described)
     return create_model("SettingsOfRequest", __base__=RequestSettings, __module__=__name__, **numbers)
+
+
+@cache
+def names_for_samplers() -> frozenset[str]:
+    """What a request calls the choice of its sampler, and the numbers of each: names without the prefix of ours."""
+    return frozenset(name for name in request_settings().names() if not name.startswith(PREFIX))
 
 
 def parse_request(extra_args: Any, server: Mapping[str, Any] | ServerSettings | None = None) -> RequestSettings:

@@ -156,7 +156,7 @@ def fleet(options: argparse.Namespace) -> dict[str, Any]:
     scrape = len(b"".join(line + b"\n" for line in generate_latest().splitlines() if b"entropix_" in line))
     tokens = options.tokens_per_second * options.replicas
     record = TokenRecord(**EXAMPLE)
-    line = len(TokenEntry.of(12345, record).model_dump_json()) + len('"text",12345,')
+    line = len(TokenEntry.from_record(12345, record).model_dump_json()) + len('"text",12345,')
     return {
         "replicas": options.replicas,
         "series_per_replica": series,

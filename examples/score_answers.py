@@ -68,7 +68,7 @@ def answers_of_the_shipped_model(samples: int) -> Iterator[TraceLine]:
     outputs = llm.chat(messages, SamplingParams(n=samples, max_tokens=120, seed=0, extra_args=extra), use_tqdm=False)
     for question, output in zip(QUESTIONS, outputs, strict=True):
         for completion in output.outputs:
-            line = TraceLine.of(
+            line = TraceLine.from_completion(
                 request_id=output.request_id,
                 prompt_token_ids=output.prompt_token_ids,
                 completion=completion,

@@ -72,7 +72,7 @@ class Stage(vLLMEngineStageUDF):
         line = None
         if trace is not None:
             settings = self.engine_kwargs["additional_config"]["entropix"]
-            line = TraceLine.of(
+            line = TraceLine.from_completion(
                 request_id=output.request_id,
                 prompt_token_ids=output.prompt_token_ids,
                 completion=completion,

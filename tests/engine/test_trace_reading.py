@@ -32,7 +32,7 @@ def traced(tiny, tmp_path_factory):
             write_traces(
                 file,
                 (
-                    TraceLine.of(
+                    TraceLine.from_completion(
                         request_id=output.request_id,
                         prompt_token_ids=output.prompt_token_ids,
                         completion=completion,

@@ -71,7 +71,7 @@ def constants_of(rows):
     """Rows of both presets in turn."""
     presets = [EntropixConfig.preset(name) for name in EntropixConfig.preset_names()]
     values = torch.tensor([[value for _, value in presets[row % 2].numbers()] for row in range(rows)])
-    return Constants(values, Constants.of(presets[0], torch.float32, "cpu").columns)
+    return Constants(values, Constants.from_config(presets[0], torch.float32, "cpu").columns)
 
 
 @pytest.mark.parametrize("measured", [True, False, None])

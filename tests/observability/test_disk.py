@@ -69,7 +69,7 @@ def sequence(tokens=4, name="request", tokenizer=None, kept=None, **changed):
         "label": LABEL,
         "request_id": name,
         "index": 0,
-        "prompt": disk.Prompt.of([5, 6, 7], "the prompt", told=False),
+        "prompt": disk.Prompt.from_ids([5, 6, 7], "the prompt", told=False),
         "token_ids": disk.compact(range(20, 20 + tokens)),
         "finish_reason": "stop",
         "trace": trace,
@@ -92,7 +92,7 @@ def test_a_line_is_what_the_format_says(tokenizer, tokens, kept, unmeasured):
     finished = sequence(tokens, tokenizer=tokenizer, trace=trace)
     line = disk.line_of(finished)
     assert line.endswith(b"}\n")
-    expected = TraceLine.of(
+    expected = TraceLine.from_completion(
         request_id="request",
         prompt_token_ids=[5, 6, 7],
         completion=SimpleNamespace(token_ids=finished.token_ids, index=0, finish_reason="stop"),
@@ -273,7 +273,7 @@ def test_long_prompts_take_no_memory_while_they_wait(writer_at, told):
     tracemalloc.start()
     try:
         for _ in range(250):
-            prompt = disk.Prompt.of(ids.copy(), "word " * 8000, told)
+            prompt = disk.Prompt.from_ids(ids.copy(), "word " * 8000, told)
             writer.put(sequence(10, prompt=prompt))
         held, _ = tracemalloc.get_traced_memory()
     finally:
@@ -299,16 +299,16 @@ def test_what_waits_takes_as_much_memory_as_the_queue_may_hold(writer_at, tokens
 def test_prompts_are_told_where_they_are_asked_for(tokenizer):
     ids = tokenizer.encode("What is in the box?")
     for prompt, shown in (
-        (disk.Prompt.of(ids, "What is", told=False), None),
-        (disk.Prompt.of(ids, "What is", told=True), "What is"),
-        (disk.Prompt.of(ids, None, told=True), tokenizer.decode(ids)),
-        (disk.Prompt.of(ids, None, told=False), None),
-        (disk.Prompt.of((), "", told=True), ""),
+        (disk.Prompt.from_ids(ids, "What is", told=False), None),
+        (disk.Prompt.from_ids(ids, "What is", told=True), "What is"),
+        (disk.Prompt.from_ids(ids, None, told=True), tokenizer.decode(ids)),
+        (disk.Prompt.from_ids(ids, None, told=False), None),
+        (disk.Prompt.from_ids((), "", told=True), ""),
     ):
         line = TraceLine.model_validate_json(disk.line_of(sequence(prompt=prompt, tokenizer=tokenizer)))
         assert line.prompt == shown
         assert line.prompt_tokens == prompt.tokens
-    line = TraceLine.model_validate_json(disk.line_of(sequence(prompt=disk.Prompt.of(ids, None, told=True))))
+    line = TraceLine.model_validate_json(disk.line_of(sequence(prompt=disk.Prompt.from_ids(ids, None, told=True))))
     assert line.prompt is None, "nothing makes a text of it"
 
 

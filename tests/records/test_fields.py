@@ -66,7 +66,7 @@ def test_a_field_is_found_in_all_that_is_made_of_the_table(wonder, tmp_path):
     # JSON and the models of responses.
     read = ChoiceTrace.model_validate_json(b"".join(choice_json([7, 8, 9], trace)))
     assert [entry.wonder for entry in read.tokens] == added.tolist()
-    assert read == ChoiceTrace.of([7, 8, 9], trace)
+    assert read == ChoiceTrace.from_trace([7, 8, 9], trace)
     # Both schemas, and the documentation's table.
     for kind in ("http", "file"):
         entry = json.loads(CliRunner().invoke(app, ["schema", kind]).output)["$defs"]["TokenEntry"]

@@ -101,8 +101,8 @@ def test_any_numbers_become_json_that_the_schema_takes(values, not_kept):
     trace = trace_of_values(values, not_kept)
     ids = [7, 8, 9, 10, 11]
     read = json.loads(b"".join(choice_json(ids, trace)), parse_constant=pytest.fail)
-    assert ChoiceTrace.model_validate(read) == ChoiceTrace.of(ids, trace)
-    assert read == ChoiceTrace.of(ids, trace).model_dump(mode="json")
+    assert ChoiceTrace.model_validate(read) == ChoiceTrace.from_trace(ids, trace)
+    assert read == ChoiceTrace.from_trace(ids, trace).model_dump(mode="json")
     assert read["not_kept"] == not_kept
     for entry, record, row in zip(read["tokens"], trace, values.tolist(), strict=True):
         assert json.loads(json.dumps({"token_id": entry["token_id"], **record.to_dict()}, allow_nan=False)) == entry

@@ -34,7 +34,7 @@ def test_traces_keep_to_the_schema():
     values = records(5, unmeasured=True)
     trace = TokenTrace(4 * values.shape[1])
     trace.extend(values.tobytes(), 6)
-    choice = json.loads(ChoiceTrace.of([1, 2, 3, 4, 5, 6], trace).model_dump_json())
+    choice = json.loads(ChoiceTrace.from_trace([1, 2, 3, 4, 5, 6], trace).model_dump_json())
     jsonschema.validate(choice, json.loads(schema_text(Format.HTTP)), jsonschema.Draft202012Validator)
     assert choice["not_kept"] == 1
     line = json.loads(line_of(sequence(6, trace=trace)))

@@ -286,7 +286,7 @@ LELV, HELV, LEHV, HEHV, ADAPTIVE = (0.01, 0.01), (6.0, 0.01), (3.0, 6.0), (6.0, 
 def decide_parameters(config, points, attention, dtype=torch.float64):
     """Parameters, regime and confidence at given points of the entropy × varentropy plane."""
     entropy, varentropy = (torch.tensor(column, dtype=dtype) for column in zip(*points, strict=True))
-    constants = Constants.of(config, dtype, "cpu")
+    constants = Constants.from_config(config, dtype, "cpu")
     regime = classify(entropy, varentropy, constants)
     metrics = LogitsMetrics(entropy, varentropy, log_normaliser=torch.zeros_like(entropy))
     return parameters(regime, metrics, attention, constants), regime, confidence(metrics, attention, constants)
@@ -581,7 +581,7 @@ def test_regime_borders(preset, dtype):
     ]
     points = list(itertools.product([0.0, *borders, 4.0, 20.0, INF, NAN], repeat=2))
     entropy, varentropy = (torch.tensor(column, dtype=dtype) for column in zip(*points, strict=True))
-    found = classify(entropy, varentropy, Constants.of(EntropixConfig.preset(preset), dtype, "cpu"))
+    found = classify(entropy, varentropy, Constants.from_config(EntropixConfig.preset(preset), dtype, "cpu"))
     expected = [literal_regime(preset, *point, number) for point in points]
     assert [Regime(regime).name for regime in found.tolist()] == expected
     assert set(expected) == {regime.name for regime in Regime}
@@ -600,7 +600,7 @@ def test_regime_borders(preset, dtype):
     ],
 )
 def test_regimes_of_well_known_points(preset, ent, vent, regime):
-    constants = Constants.of(EntropixConfig.preset(preset), torch.float64, "cpu")
+    constants = Constants.from_config(EntropixConfig.preset(preset), torch.float64, "cpu")
     found = classify(*(torch.tensor([value], dtype=torch.float64) for value in (ent, vent)), constants)
     assert Regime(found.item()).name == regime == literal_regime(preset, ent, vent)
 
@@ -677,8 +677,8 @@ def test_adaptive_top_k_rounds_half_to_even(interaction, top_k):
 
 def test_each_row_can_have_its_own_constants():
     configs = [EntropixConfig.preset(preset) for preset in PRESETS]
-    columns = Constants.of(configs[0], torch.float64, "cpu").columns
-    values = torch.cat([Constants.of(config, torch.float64, "cpu").values for config in configs])
+    columns = Constants.from_config(configs[0], torch.float64, "cpu").columns
+    values = torch.cat([Constants.from_config(config, torch.float64, "cpu").values for config in configs])
     logits = torch.zeros(2, 16, dtype=torch.float64)  # 4 bits, varentropy 0: between the presets' borders of HELV
     decision = EntropixSampler(configs[0]).decide(logits, constants=Constants(values, columns))
     assert [Regime(regime).name for regime in decision.regime.tolist()] == ["ADAPTIVE", "HELV"]

@@ -148,5 +148,5 @@ def test_each_setting_moved_and_read_by_both(preset, fidelity):
 
 def test_points_lie_in_all_regimes():
     metrics = some_metrics(np.random.default_rng(0), 512)
-    constants = Constants.of(EntropixConfig(), torch.float32, "cpu")
+    constants = Constants.from_config(EntropixConfig(), torch.float32, "cpu")
     assert set(classify(metrics.entropy, metrics.varentropy, constants).tolist()) == set(map(int, Regime))

@@ -22,7 +22,7 @@ CENTRES = ((0.02, 0.05), (6.0, 0.05), (2.0, 7.0), (6.0, 9.0), (2.0, 1.0))
 def entry(token_id: int, entropy: float | None, varentropy: float | None, *, forced: bool = False) -> TokenEntry:
     """A token's entry; its regime follows from its metrics by the default preset."""
     values = [torch.tensor([float("nan") if value is None else value]) for value in (entropy, varentropy)]
-    regime = REGIMES[int(classify(*values, Constants.of(CONFIG, torch.float32, "cpu")))]
+    regime = REGIMES[int(classify(*values, Constants.from_config(CONFIG, torch.float32, "cpu")))]
     return TokenEntry(
         token_id=token_id,
         regime=regime,

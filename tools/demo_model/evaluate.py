@@ -132,7 +132,7 @@ def teacher_forced(model: Model, documents: int, config: EntropixConfig) -> tupl
     """Perplexity, regimes and designed places of held-out documents in the mixture of the corpus."""
     tallies: dict[str, Tally] = defaultdict(Tally)
     places: dict[str, Place] = defaultdict(Place)
-    constants = Constants.of(config, torch.float32, "cpu")
+    constants = Constants.from_config(config, torch.float32, "cpu")
     stream = islice(Corpus(HELD_OUT_SEED, held_out=True).mixed(), documents)
     items = sorted(encode(model.tokenizer.backend_tokenizer, stream), key=lambda item: len(item.tokens))
     for first in track(range(0, len(items), 16), description="reading", transient=True):

@@ -260,7 +260,7 @@ def _report(
         output = outputs[index, "entropix"]
         [trace] = traces(output)
         if trace is not None:
-            line = TraceLine.of(
+            line = TraceLine.from_completion(
                 request_id=prompt.name,
                 prompt_token_ids=output.prompt_token_ids,
                 completion=output.outputs[0],

@@ -30,7 +30,7 @@ class Constants:
         self.columns = columns
 
     @classmethod
-    def of(cls, config: HasNumbers, dtype: torch.dtype, device: torch.device | str) -> Constants:
+    def from_config(cls, config: HasNumbers, dtype: torch.dtype, device: torch.device | str) -> Constants:
         """The constants of one configuration, for all rows alike."""
         names, values = zip(*config.numbers(), strict=True)
         return cls(torch.tensor([values], dtype=dtype, device=device), {name: column for column, name in enumerate(names)})

@@ -112,7 +112,7 @@ def _write(state: Any, finish_reason: str, trace: TokenTrace) -> None:
     # Children of one request with n > 1 share its prompt.
     prompt: disk.Prompt | None = getattr(state.parent_req, "entropix_prompt", None)
     if prompt is None:
-        prompt = disk.Prompt.of(state.prompt_token_ids or (), state.prompt, settings.prompts)
+        prompt = disk.Prompt.from_ids(state.prompt_token_ids or (), state.prompt, settings.prompts)
         if state.parent_req is not None:
             state.parent_req.entropix_prompt = prompt
     sequence = disk.Finished(

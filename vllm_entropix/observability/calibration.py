@@ -224,7 +224,7 @@ def doubts(found: Calibration) -> list[str]:
 
 def regimes_of(measured: Measured, config: EntropixConfig) -> np.ndarray:
     """The regime of each token under a configuration, by number."""
-    constants = Constants.of(config, torch.float32, "cpu")
+    constants = Constants.from_config(config, torch.float32, "cpu")
     entropy = torch.from_numpy(measured.entropy.astype(np.float32))
     return classify(entropy, torch.from_numpy(measured.varentropy.astype(np.float32)), constants).numpy()
 

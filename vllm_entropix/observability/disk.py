@@ -70,7 +70,7 @@ class Prompt:
     token_ids: array[int] | None = None
 
     @classmethod
-    def of(cls, token_ids: Sequence[int], text: str | None, told: bool) -> Prompt:
+    def from_ids(cls, token_ids: Sequence[int], text: str | None, told: bool) -> Prompt:
         """A prompt as the frontend has it; ``told``: the text is to be written, too."""
         known = prompt_hash(token_ids), len(token_ids)
         if not told:

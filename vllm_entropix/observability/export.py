@@ -134,7 +134,7 @@ def _sequences(source: Any) -> Iterator[Iterator[dict[str, Any]]]:
                     "prompt_tokens": len(item.prompt_token_ids or ()),
                 }
                 ids = list(completion.token_ids)
-                entries = (TokenEntry.of(token, record) for token, record in zip(ids, trace, strict=False))
+                entries = (TokenEntry.from_record(token, record) for token, record in zip(ids, trace, strict=False))
                 yield _rows(known, ids, [None] * len(ids), entries)
 
 

@@ -79,7 +79,7 @@ def transitions(lines: Iterable[TraceLine], config: EntropixConfig) -> Transitio
     except ImportError as error:
         raise ConfigError(f"whatif needs torch ({error}); install vllm-entropix[cuda] or vllm-entropix[cpu]") from None
     # The engine's precision, so that a token on a border falls on the same side.
-    constants = Constants.of(config, torch.float32, "cpu")
+    constants = Constants.from_config(config, torch.float32, "cpu")
 
     def values(line: TraceLine, metric: str) -> Tensor:
         recorded = [getattr(entry, metric) for entry in line.records]

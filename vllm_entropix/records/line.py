@@ -91,7 +91,7 @@ class TraceLine(BaseModel):
         return self
 
     @classmethod
-    def of(
+    def from_completion(
         cls,
         *,
         request_id: str,
@@ -114,7 +114,7 @@ class TraceLine(BaseModel):
             model: name of the model.
         """
         token_ids = list(completion.token_ids)
-        records = [TokenEntry.of(token, record) for token, record in zip(token_ids, trace, strict=False)]
+        records = [TokenEntry.from_record(token, record) for token, record in zip(token_ids, trace, strict=False)]
         alternatives = {token for entry in records for token, _ in entry.alternatives}
         return cls(
             request_id=request_id,

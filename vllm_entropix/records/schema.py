@@ -39,7 +39,7 @@ class TokenEntry(BaseModel):
             """A field of the table."""
 
     @classmethod
-    def of(cls, token_id: int, record: TokenRecord) -> TokenEntry:
+    def from_record(cls, token_id: int, record: TokenRecord) -> TokenEntry:
         """The entry of a token."""
         return cls.model_validate({"token_id": token_id, **record.to_dict()})
 
@@ -55,11 +55,11 @@ class ChoiceTrace(BaseModel):
     bound: Bound | None = Field(None, description="Setting of the server that left tokens without an entry.")
 
     @classmethod
-    def of(cls, token_ids: Sequence[int], trace: TokenTrace, start: int = 0) -> ChoiceTrace:
+    def from_trace(cls, token_ids: Sequence[int], trace: TokenTrace, start: int = 0) -> ChoiceTrace:
         """Entries from token ``start`` on."""
         stop = min(len(trace), len(token_ids))
         records = trace[start:stop] if start < stop else ()
-        return cls(tokens=list(map(TokenEntry.of, token_ids[start:stop], records)), not_kept=trace.not_kept)
+        return cls(tokens=list(map(TokenEntry.from_record, token_ids[start:stop], records)), not_kept=trace.not_kept)
 
 
 _TYPES: dict[str, Any] = {"float": Number, "int": Annotated[int, Field(ge=0, le=2**31 - 1)], "bool": bool}

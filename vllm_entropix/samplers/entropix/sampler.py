@@ -114,7 +114,7 @@ class EntropixSampler:
         backend = backend_for(logits.device, logits.dtype) if self.kernels else Backend(logits.device)
         metrics = backend.statistics(logits)
         if constants is None:
-            constants = Constants.of(self.config, metrics.entropy.dtype, logits.device)
+            constants = Constants.from_config(self.config, metrics.entropy.dtype, logits.device)
         regime, attention, chosen, score = self.rule(metrics, statistics, constants, backend.name)
         return Decision(
             regime=regime,

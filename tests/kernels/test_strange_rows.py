@@ -14,7 +14,7 @@ from tests.support import strange_rows
 from tests.support.strange_rows import assert_same_draws, has_softmax
 from vllm_entropix import EntropixConfig
 from vllm_entropix.distribution import filters
-from vllm_entropix.distribution.backend import Backend, NumbaBackend
+from vllm_entropix.distribution.backend import Backend, Draws, NumbaBackend
 from vllm_entropix.records.fields import names
 from vllm_entropix.sampling import AttentionStatistics, EntropixSampler, LogitsMetrics, Regime
 
@@ -48,7 +48,7 @@ def test_draws(data, logits, forcing):
     sampled = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
     got, want = logits.clone(), logits.clone()
     for backend, target in ((NUMBA, got), (Backend("cpu"), want)):
-        backend.write(target, parameters, "corrected", forced, sampled, log_normaliser, vocabulary, vocabulary)
+        backend.write(target, Draws(parameters, "corrected", forced, sampled, log_normaliser, vocabulary, vocabulary))
     for written in (got, want):
         torch.testing.assert_close(written[~sampled], logits[~sampled], rtol=0, atol=0, equal_nan=True)
     free = sampled & (forced < 0)

@@ -5,12 +5,12 @@ The reference is PyTorch, which every device has. numba's and Triton's kernels g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from vllm_entropix.distribution.plan import Parameters
 from vllm_entropix.distribution.shape import shape
@@ -19,6 +19,31 @@ from vllm_entropix.kernels.backend import kernels_for
 
 if TYPE_CHECKING:
     from vllm_entropix.settings.rules import Fidelity
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What rows of logits are overwritten with.
+
+    Attributes:
+        parameters: of each row.
+        order: of the filters.
+        forced: int64 ``[rows]``, token forced here, or -1.
+        written: bool ``[rows]``; other rows are left alone.
+        log_normaliser: ``[rows]``.
+        most_candidates: an upper bound of top_k, known to the host.
+        most_drawn: an upper bound of top_k where the best of several draws is kept.
+        everywhere: the host knows that all rows are ``written``.
+    """
+
+    parameters: Parameters
+    order: Fidelity
+    forced: Tensor
+    written: Tensor
+    log_normaliser: Tensor
+    most_candidates: int
+    most_drawn: int
+    everywhere: bool = False
 
 
 class Backend:
@@ -46,38 +71,16 @@ class Backend:
         values, token_ids = logits.topk(count, dim=-1)
         return values, token_ids
 
-    def write(
-        self,
-        logits: Tensor,
-        parameters: Parameters,
-        order: Fidelity,
-        forced: Tensor,
-        written: Tensor,
-        log_normaliser: Tensor,
-        most_candidates: int,
-        most_drawn: int,
-        everywhere: bool = False,
-    ) -> None:
-        """Overwrite rows with the log-probabilities that their token is drawn with.
-
-        Args:
-            logits: ``[rows, vocab]``, changed in place.
-            parameters: of each row.
-            order: of the filters.
-            forced: int64 ``[rows]``, token forced here, or -1.
-            written: bool ``[rows]``; other rows are left alone.
-            log_normaliser: ``[rows]``.
-            most_candidates: an upper bound of top_k, known to the host.
-            most_drawn: an upper bound of top_k where the best of several draws is kept.
-            everywhere: the host knows that all rows are ``written``.
-        """
-        count = int(parameters.top_k.max()) if self.asks_device else most_candidates
-        kept, probabilities = shape(logits, parameters, order, count)
+    def write(self, logits: Tensor, draws: Draws) -> None:
+        """Overwrite rows of ``logits [rows, vocab]`` with the log-probabilities that their token is drawn with."""
+        parameters, forced, written = draws.parameters, draws.forced, draws.written
+        count = int(parameters.top_k.max()) if self.asks_device else draws.most_candidates
+        kept, probabilities = shape(logits, parameters, draws.order, count)
         is_forced = (forced >= 0).unsqueeze(-1)
         # In a forced row every candidate is the forced token with probability 1: writes to one place must agree.
         token_ids = torch.where(is_forced, forced.unsqueeze(-1), kept.token_ids)
         log_probabilities = torch.where(is_forced, 0.0, probabilities.log()).to(logits.dtype)
-        if everywhere:
+        if draws.everywhere:
             logits.fill_(-torch.inf)
         else:
             # The other rows get their own logits back.
@@ -92,8 +95,8 @@ class NumbaBackend(Backend):
 
     name = "numba"
 
-    @override
     def statistics(self, logits: Tensor) -> LogitsMetrics:
+        """As :meth:`Backend.statistics`."""
         from vllm_entropix.kernels.numba_.metrics import metrics_of_rows
         from vllm_entropix.kernels.numba_.threads import share_rows
 
@@ -103,8 +106,8 @@ class NumbaBackend(Backend):
         share_rows(np.full(rows, vocabulary), lambda first, last: metrics_of_rows(*arguments, first, last))
         return LogitsMetrics(entropy, varentropy, log_normaliser)
 
-    @override
     def largest(self, logits: Tensor, log_normaliser: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`Backend.largest`."""
         from vllm_entropix.kernels.numba_.alternatives import largest_of_rows
         from vllm_entropix.kernels.numba_.threads import share_rows
 
@@ -114,26 +117,16 @@ class NumbaBackend(Backend):
         share_rows(np.full(rows, vocabulary), lambda first, last: largest_of_rows(*arguments, first, last))
         return values, token_ids
 
-    @override
-    def write(
-        self,
-        logits: Tensor,
-        parameters: Parameters,
-        order: Fidelity,
-        forced: Tensor,
-        written: Tensor,
-        log_normaliser: Tensor,
-        most_candidates: int,
-        most_drawn: int,
-        everywhere: bool = False,
-    ) -> None:
-        if order == "original":
-            super().write(logits, parameters, order, forced, written, log_normaliser, most_candidates, most_drawn, everywhere)
+    def write(self, logits: Tensor, draws: Draws) -> None:
+        """As :meth:`Backend.write`."""
+        if draws.order == "original":
+            super().write(logits, draws)
             return
         from vllm_entropix.kernels.numba_.distribute import distribute_rows
         from vllm_entropix.kernels.numba_.threads import share_rows
 
         rows, vocabulary = logits.shape
+        parameters = draws.parameters
         arguments = (
             logits.numpy(),
             parameters.temperature.numpy(),
@@ -141,9 +134,9 @@ class NumbaBackend(Backend):
             parameters.top_k.numpy(),
             parameters.min_p.numpy(),
             parameters.samples.numpy(),
-            log_normaliser.numpy(),
-            forced.numpy(),
-            written.numpy(),
+            draws.log_normaliser.numpy(),
+            draws.forced.numpy(),
+            draws.written.numpy(),
         )
         share_rows(np.full(rows, 2 * vocabulary), lambda first, last: distribute_rows(*arguments, first, last))
 
@@ -153,34 +146,23 @@ class TritonBackend(Backend):
 
     name = "triton"
 
-    @override
     def statistics(self, logits: Tensor) -> LogitsMetrics:
+        """As :meth:`Backend.statistics`."""
         from vllm_entropix.kernels.triton_.logits_metrics import logits_metrics
 
         return LogitsMetrics(*logits_metrics(logits))
 
-    @override
-    def write(
-        self,
-        logits: Tensor,
-        parameters: Parameters,
-        order: Fidelity,
-        forced: Tensor,
-        written: Tensor,
-        log_normaliser: Tensor,
-        most_candidates: int,
-        most_drawn: int,
-        everywhere: bool = False,
-    ) -> None:
+    def write(self, logits: Tensor, draws: Draws) -> None:
+        """As :meth:`Backend.write`."""
         from vllm_entropix.kernels.triton_.candidates import LIMIT, distribute
         from vllm_entropix.kernels.triton_.wide_filters import filter_wide_rows
 
-        if order == "original" or most_drawn > LIMIT:
-            super().write(logits, parameters, order, forced, written, log_normaliser, most_candidates, most_drawn, everywhere)
+        if draws.order == "original" or draws.most_drawn > LIMIT:
+            super().write(logits, draws)
             return
-        p = parameters
-        distribute(logits, p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, written, most_candidates)
-        if most_candidates > LIMIT:
+        p, forced, written = draws.parameters, draws.forced, draws.written
+        distribute(logits, p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, written, draws.most_candidates)
+        if draws.most_candidates > LIMIT:
             filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, written)
 
 

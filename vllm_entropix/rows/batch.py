@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_entropix.distribution.attention import AttentionStatistics, joined
-from vllm_entropix.distribution.backend import Backend, backend_for
+from vllm_entropix.distribution.backend import Backend, Draws, backend_for
 from vllm_entropix.distribution.plan import Plan
 from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.records.fields import names
@@ -136,8 +136,7 @@ class BatchSampler:
             if len(orders) > 1:
                 # Rows of another order get theirs in another call.
                 written = sampled & torch.stack([mine for mine, one in plans if one.order == order]).any(dim=0)
-            backend.write(
-                logits,
+            draws = Draws(
                 plan.parameters,
                 order,
                 forced,
@@ -147,6 +146,7 @@ class BatchSampler:
                 most_drawn,
                 everywhere and len(orders) == 1,
             )
+            backend.write(logits, draws)
         if not (tracing or self.counted):
             return None
         told = (traced | sampled) if self.counted else traced

@@ -20,7 +20,7 @@ HEAVY = ("torch", "vllm", "numpy", "pydantic", "transformers", "triton")
 SETTINGS = {"settings", "_version"}
 MAY_IMPORT = {
     "settings": {"_version"},
-    "records": SETTINGS | {"samplers"},
+    "records": SETTINGS,
     "kernels": SETTINGS,
     "distribution": SETTINGS | {"kernels"},
     "attention": SETTINGS | {"kernels", "distribution"},

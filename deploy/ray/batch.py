@@ -42,7 +42,7 @@ application = typer.Typer(add_completion=False, no_args_is_help=True, help="Offl
 
 
 class Format(StrEnum):
-    """Of the files that are written."""
+    """Schema of the files that are written."""
 
     jsonl = "jsonl"
     parquet = "parquet"

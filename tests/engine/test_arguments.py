@@ -415,7 +415,7 @@ def test_what_is_said_when_a_configuration_is_made(tiny):
     hint, other = said(clarification={"text": "hm?", "max_per_request": 0}), said(regimes=False)
     assert hint[1:] == ["entropix: the clarification can never be inserted: clarification.max_per_request is 0."]
     assert other == [scheduler]
-    # Of several API servers and the process that starts them only the latter says it.
+    # Several API servers say nothing; the process that starts them does.
     assert said(rank=0, servers=2) == said(rank=1, servers=2) == []
     assert said(rank=-1, servers=2) == [scheduler]
 

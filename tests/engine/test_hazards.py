@@ -259,7 +259,7 @@ def test_the_thinking_budget_wins_over_the_clarification(tiny):
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"])
 def test_scores_in_every_mode(tiny, mode):
-    """Of the prompt's tokens they are the model's own; of drawn ones what the mode says; and asking changes no token."""
+    """The prompt's tokens have the model's own, drawn ones have what the mode says, and asking changes no token."""
     from transformers import AutoModelForCausalLM
 
     llm = engine(tiny, sampler="entropix", logprobs_mode=mode, max_logprobs=512)

@@ -180,7 +180,7 @@ def assert_distributed(drawn, expected, least_cells):
 
 
 def test_distribution_is_exact(tmp_path):
-    """Of three tokens together, so that each position's conditioning on the drafts before it counts."""
+    """Three tokens are counted together, so that each position's conditioning on the drafts before it counts."""
     samples, length, allowed = 256, 3, list(range(64, 68))
     llm = engine(
         tiny_llama(tmp_path, logits_scale=0.5),

@@ -29,7 +29,7 @@ decide(integers[0], one, one, np.ones((4, 1), dtype=np.float32), one > 0, number
        integers[2], floats[3])
 print(floats[0, 0], sum(decide.stats.cache_hits.values()))
 """
-# Of two equal weights, the sum.
+# The sum of two equal weights.
 WEIGH = """
 import numpy as np
 from vllm_entropix.kernels.numba_.attention import _weigh

@@ -284,7 +284,7 @@ def test_long_prompts_take_no_memory_while_they_wait(writer_at, told):
 
 @pytest.mark.parametrize("tokens", [1, 2000])
 def test_what_waits_takes_as_much_memory_as_the_queue_may_hold(writer_at, tokens):
-    """Of short sequences it is what is around the tokens, of long ones their records."""
+    """Short sequences weigh what is around their tokens, long ones their records."""
     writer = writer_at(queue_megabytes=1)
     tracemalloc.start()
     try:

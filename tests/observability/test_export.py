@@ -91,7 +91,7 @@ def test_no_cell_of_a_csv_is_a_formula(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_numbers_that_there_arent(tmp_path, suffix):
-    """Of a row without a finite logit."""
+    """A row without a finite logit."""
     nothing = line(["a"])
     record = nothing.records[0]
     numbers = ("entropy", "varentropy", "temperature", "top_p", "top_k", "min_p", "confidence")

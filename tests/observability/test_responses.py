@@ -91,7 +91,7 @@ def test_a_stream_of_a_chat(tmp_path):
 
 
 def test_answers_without_choices(tmp_path):
-    """Of /v1/responses and of /v1/messages, whole and streamed."""
+    """Answers of /v1/responses and /v1/messages, whole and streamed."""
     usage = {"input_tokens": 7, "output_tokens": 3}
     parts = [{"type": "reasoning", "content": [{"text": "It is"}]}, {"type": "message", "content": [{"text": " 4"}]}]
     response = {"id": "resp_1", "created_at": 1767323045.0, "model": "demo", "output": parts, "status": "completed"}
@@ -118,7 +118,7 @@ def test_answers_without_choices(tmp_path):
 
 
 def test_many_responses(tmp_path):
-    """Of a batch run, of tools that write a line each, and of a list."""
+    """Answers of a batch run, of tools that write a line each, and in a list."""
     batch = {"id": "vllm-1", "custom_id": "a", "response": {"status_code": 200, "body": completion(choice())}, "error": None}
     text = "\n".join(
         map(json.dumps, (batch, completion(choice()), [completion(choice(), id="x"), completion(choice(), id="y")]))

@@ -167,7 +167,7 @@ def test_prometheus_knows_rays_metrics_by_the_names_of_the_dashboard(seen, total
     ]
 
     def value(expression):
-        """Of the one series that an expression gives, or None."""
+        """Value of the one series that an expression gives, or None."""
         url = f"http://127.0.0.1:{port}/api/v1/query?query={urllib.parse.quote(expression)}"
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
             result = json.load(answer)["data"]["result"]

@@ -15,7 +15,7 @@ DENORMAL = np.float32(1e-45)
 KINDS = ("normal", "peaked", "flat", "tied", "huge", "denormal", "low")
 # What then becomes of some of its places.
 FAULTS = ("masked", "all masked", "one allowed", "nan", "only nan allowed", "+inf", "all +inf", "nan and +inf", "one nan")
-# Of the edges of vector registers, of stretches, and of both kernels' blocks.
+# Lengths at the edges of vector registers, of stretches, and of both kernels' blocks.
 VOCABULARIES = (1, 2, 3, 5, 17, 63, 64, 65, 129, 1000, 2047, 2048, 2049, 4095, 4096, 4097)
 
 
@@ -73,7 +73,7 @@ def logits(draw: st.DrawFn, vocabularies: tuple[int, ...] = VOCABULARIES, dtypes
 def parameters(
     draw: st.DrawFn, rows: int, top_ks: tuple[int, ...] = (1, 2, 5, 27, 40, 300), best_of: tuple[int, ...] = (1, 2, 5, 64)
 ):
-    """Of each row its own; no ``top_p`` that a sum of equal shares would meet, where rounding decides."""
+    """Each row has its own; no ``top_p`` that a sum of equal shares would meet, where rounding decides."""
 
     def column(choices: tuple[float, ...]) -> torch.Tensor:
         return torch.tensor(draw(st.lists(st.sampled_from(choices), min_size=rows, max_size=rows)))

@@ -53,7 +53,7 @@ HOLDERS = {
     "cli/demo.py": ("llm",),
     "cli/doctor.py": ("plain",),
 }
-# Of tensors, arrays, containers and modules, as which vLLM's objects end.
+# Names of tensors, arrays, containers and modules, as which vLLM's objects end.
 _PLAIN = {name for kind in (torch.Tensor, torch.nn.Module, np.ndarray, dict, list, str, set, bytes, type) for name in dir(kind)}
 _OF_DICTIONARIES = set(dir(dict))
 

@@ -47,16 +47,16 @@ def measure_layers(
     from vllm_entropix.kernels.triton_.attention_statistics import attention_statistics
 
     found: dict[int, Tensor] = {}
-    for places, paged, rows in launches(layers, requests, lengths, wanted):
+    for indices, paged, rows in launches(layers, requests, lengths, wanted):
         results = attention_statistics(paged, rows, config.padded_positions or 0, VARIANCE_RULES[config.attention_varentropy])
-        found.update(zip(places, results.unbind(dim=1), strict=True))
-    return AttentionStatistics(*torch.stack([found[place] for place in range(len(layers))], dim=1))
+        found.update(zip(indices, results.unbind(dim=1), strict=True))
+    return AttentionStatistics(*torch.stack([found[index] for index in range(len(layers))], dim=1))
 
 
 def launches(
     layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, wanted: Tensor, by_window: bool = False
 ) -> Iterator[tuple[list[int], PagedLayers, PagedRows]]:
-    """Layers that one launch can measure: their places among ``layers``, and what the kernels take.
+    """Layers that one launch can measure: their indices among ``layers``, and what the kernels take.
 
     Args:
         layers: with plain keys.
@@ -71,15 +71,15 @@ def launches(
     from vllm_entropix.kernels.triton_.attention_statistics import PagedRows
 
     kinds: dict[Hashable, list[int]] = defaultdict(list)
-    for place, one in enumerate(layers):
-        kinds[_kind(one), one.layer.window if by_window else None].append(place)
-    for places in kinds.values():
-        same = [layers[place] for place in places]
+    for index, one in enumerate(layers):
+        kinds[_kind(one), one.layer.window if by_window else None].append(index)
+    for indices in kinds.values():
+        same = [layers[index] for index in indices]
         queries = torch.stack([one.queries for one in same])
         tables = tuple(one.block_table.to(torch.int32) for one in same)
         addresses = _addresses(queries.device, tuple(table.data_ptr() for table in tables))
         rows = PagedRows(queries, addresses, tables[0].stride(0), requests, lengths, wanted, tables)
-        yield places, _paged_layers(tuple(one.layer for one in same)), rows
+        yield indices, _paged_layers(tuple(one.layer for one in same)), rows
 
 
 def _kind(one: LayerRows) -> Hashable:

@@ -31,7 +31,7 @@ class LayerAttention:
     sinks: Tensor | None = None
 
     def scores(self, queries: Tensor, block_table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores before the softmax and the place of each row's first real position among them.
+        """Scores before the softmax and the index of each row's first real position among them.
 
         Args:
             queries: ``[rows, heads, head_dim]``.
@@ -58,8 +58,8 @@ class LayerAttention:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         offset = first_blocks * size
         if self.alibi_slopes is not None:
-            place = offset.unsqueeze(-1) + torch.arange(width * size, device=lengths.device)
-            distance = (place - (lengths - 1).unsqueeze(-1)).unsqueeze(1)
+            index = offset.unsqueeze(-1) + torch.arange(width * size, device=lengths.device)
+            distance = (index - (lengths - 1).unsqueeze(-1)).unsqueeze(1)
             scores = scores + self.alibi_slopes.view(1, -1, 1) * distance
         return scores, starts - offset
 

@@ -147,7 +147,7 @@ class AttentionObserver:
         """Attention statistics of some rows of the step that has just run, the mean over the observed layers.
 
         Args:
-            requests: int64 ``[rows]``, the request's place in the batch.
+            requests: int64 ``[rows]``, the request's index in the batch.
             positions: int64 ``[rows]``, the row's position in its sequence: one of the request's last ``rows_per_request``.
             wanted: bool ``[rows]``; the others get NaN and cost nothing. None: all.
         """

@@ -130,13 +130,13 @@ def measure_over_ranks_by_triton(
 
     padded = config.padded_positions or 0
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for places, paged, rows in launches(layers, requests, lengths, wanted, by_window=True):
-        window = layers[places[0]].layer.window
+    for indices, paged, rows in launches(layers, requests, lengths, wanted, by_window=True):
+        window = layers[indices[0]].layer.window
         attended = torch.where(wanted, lengths if window is None else lengths.clamp_max(window), 0)
         total = int((bounds if window is None else bounds.clamp_max(window)).sum())
-        if len(places) * total > WORTH_WAITING:
+        if len(indices) * total > WORTH_WAITING:
             total = int(attended.sum())
-        for place, share in zip(places, head_shares(paged, rows, padded, attended, total, ranks), strict=True):
-            found[place] = torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded)
-    shares, counted = zip(*(found[place] for place in range(len(layers))), strict=True)
+        for index, share in zip(indices, head_shares(paged, rows, padded, attended, total, ranks), strict=True):
+            found[index] = torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded)
+    shares, counted = zip(*(found[index] for index in range(len(layers))), strict=True)
     return combine_shares(shares, counted, ranks, config)

@@ -29,7 +29,7 @@ class StageStatistics:
 
         Args:
             requests: requests in the batch.
-            index: int64 ``[measured]``, places in the batch of those that were measured.
+            index: int64 ``[measured]``, indices in the batch of those that were measured.
             positions: int64 ``[measured, rows]``, negative where a request has no such row.
             per_layer: each metric ``[layers, measured · rows]``.
         """
@@ -50,7 +50,7 @@ class StageStatistics:
         return StageStatistics(torch.cat((self.values[:1], earlier.values[1:] + self.values[1:])))
 
     def sums(self, requests: Tensor, positions: Tensor) -> Tensor:
-        """float32 ``[4, rows]`` of some rows, by their request's place in the batch and their position.
+        """float32 ``[4, rows]`` of some rows, by their request's index in the batch and their position.
 
         NaN for a row that the earlier stages didn't measure: never another row's statistics.
         """

@@ -57,7 +57,7 @@ class HeadStatistics:
             lengths: number of positions the row's query attends to; 0 gives NaN.
             padded_positions: count this many slots, the empty ones with score 0 (D2).
             sinks: ``[heads]``, logits that take weight without being a position (attention sinks).
-            starts: ``[rows]``, place of the first real position in ``scores`` (sliding windows); 0 if not given.
+            starts: ``[rows]``, index of the first real position in ``scores`` (sliding windows); 0 if not given.
         """
         positions = torch.arange(scores.shape[-1], device=scores.device)
         if starts is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Draws:
-    """What rows of logits are overwritten with.
+    """What replaces rows of logits.
 
     Attributes:
         parameters: of each row.
@@ -72,7 +72,7 @@ class Backend:
         return values, token_ids
 
     def write(self, logits: Tensor, draws: Draws) -> None:
-        """Overwrite rows of ``logits [rows, vocab]`` with the log-probabilities that their token is drawn with."""
+        """Overwrite rows of ``logits [rows, vocab]`` with the log-probabilities of their draw."""
         parameters, forced, written = draws.parameters, draws.forced, draws.written
         count = int(parameters.top_k.max()) if self.asks_device else draws.most_candidates
         kept, probabilities = shape(logits, parameters, draws.order, count)

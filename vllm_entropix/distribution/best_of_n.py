@@ -9,7 +9,7 @@ from vllm_entropix.distribution.filters import Candidates, total
 
 
 def _power(base: Tensor, exponent: Tensor) -> Tensor:
-    """``base ** exponent`` for exponents 0 to 127, by squaring: `pow` rounds by an element's place in the tensor."""
+    """``base ** exponent`` for exponents 0 to 127, by squaring: `pow` rounds by an element's index in the tensor."""
     result = torch.ones_like(base)
     for bit in range(7):
         result = torch.where((exponent >> bit) & 1 == 1, result * base, result)

@@ -33,7 +33,7 @@ class Candidates(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """The distribution that a token is drawn from."""
+    """The distribution of a token's draw."""
 
     token_ids: Tensor  # int64 [rows, kept], descending probability, 0 where the probability is 0
     probabilities: Tensor  # [rows, kept], descending, zero-padded

@@ -203,8 +203,8 @@ class RunnerAdapter(ABC):
     def _concerned(self) -> tuple[int, Tensor]:
         request_ids, drawn = self.batch_of_step()
         slots = self.batch.sequences.slots_of(request_ids, len(request_ids))
-        places = np.flatnonzero(drawn & (slots > 0))
-        return len(request_ids), torch.from_numpy(places).to(self.device, non_blocking=True)
+        indices = np.flatnonzero(drawn & (slots > 0))
+        return len(request_ids), torch.from_numpy(indices).to(self.device, non_blocking=True)
 
     def apply(self, logits: Tensor, rows: Rows) -> None:
         """Turn rows of the step's logits into final distributions, in place, and keep their trace records."""

@@ -21,7 +21,7 @@ FIELD = "entropix"
 _DATA = "data: "
 # Events of a stream without choices that carry what was drawn since the last; those at the end do even if that is nothing.
 _LAST = frozenset({"message_delta", "response.completed", "response.incomplete", "response.failed"})
-# Of the answer that is about to be made JSON, in the task that handles its request.
+# The answer that is about to be made JSON, in the task that handles its request.
 _ANSWERED: ContextVar[Collected | None] = ContextVar("entropix_answered", default=None)
 
 
@@ -79,7 +79,7 @@ def _of_event(kind: str, collected: Collected) -> Part | None:
 
 
 def wrap_json_response(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What an endpoint makes its JSON with."""
+    """Makes an endpoint's JSON."""
 
     def json_response(content: Any = None, *args: Any, **kwargs: Any) -> Any:
         collected = _ANSWERED.get()

@@ -63,9 +63,9 @@ def merge(additional: Mapping[str, Any], *sources: Words, names: tuple[str, str]
     sampler_name, settings_name = names
     # The last word on the sampler is that of the strongest source that has one.
     sampler, last = None, 0
-    for place, source in enumerate(sources):
+    for index, source in enumerate(sources):
         for name in source.samplers:
-            sampler, last = check_sampler(name), place
+            sampler, last = check_sampler(name), index
     merged = dict(additional)
     before = merged.get(KEY)
     asked = sampler not in (None, registry.VLLM) or (sampler is None and before is not None and before is not False)

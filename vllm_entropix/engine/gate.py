@@ -1,4 +1,4 @@
-"""What is refused when an engine starts: a vLLM, a feature or a setting that the sampler can't work with."""
+"""What is refused when an engine starts: a vLLM, a feature or a setting that the sampler can't support."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from vllm_entropix.samplers.registry import names_for_samplers, parse_request
 from vllm_entropix.samplers.request import PREFIX
 from vllm_entropix.settings.errors import ConfigError
 
-# Of the request that is being handled, for what the engine is asked meanwhile.
+# The request that is being handled, for what the engine is asked meanwhile.
 _COLLECTING: ContextVar[Collected | None] = ContextVar("entropix_collecting", default=None)
 
 

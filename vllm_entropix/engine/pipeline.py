@@ -36,7 +36,7 @@ class PipelineLink:
 
     Args:
         runner: the model runner; its ``execute_model`` is wrapped.
-        concerned: after a forward pass, the number of requests in the batch and the places in it, int64 on the device, of
+        concerned: after a forward pass, the number of requests in the batch and the indices in it, int64 on the device, of
             those that entropix samples or traces in this step.
     """
 

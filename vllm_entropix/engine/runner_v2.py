@@ -30,13 +30,13 @@ class RunnerV2(RunnerAdapter):
         The model config doesn't name it: vLLM allows no custom processor there together with return_sampling_mask.
         """
         self.runner.sampler.logits_processors.append(EntropixLogitsProcessor(self))
-        # Runner's slot → the request's place in the batch that the model ran.
+        # Runner's slot → the request's index in the batch that the model ran.
         self._batch_of_slot = torch.zeros(self.max_requests, dtype=torch.int64, device=self.device)
 
     def processors(self) -> tuple[list[Any], list[Any]]:
         """See the base class. There is one list, in which ours stands."""
         processors = self.runner.sampler.logits_processors
-        ours = next(place for place, one in enumerate(processors) if isinstance(one, EntropixLogitsProcessor))
+        ours = next(index for index, one in enumerate(processors) if isinstance(one, EntropixLogitsProcessor))
         return processors[:ours], processors[ours + 1 :]
 
     def after_forward(self) -> None:

@@ -64,7 +64,7 @@ class EntropixSchedulerMixin:
         return labels
 
     def _carry(self, output: Any, traced: bool, rows: int, data: bytes) -> dict[str, Any]:
-        # Of a draft that was rejected there are rows and no tokens.
+        # A draft that was rejected has rows and no tokens.
         tokens, width = len(output.new_token_ids), len(data) // rows
         carried: dict[str, Any] = {COUNTED: data[: tokens * width]} if self._entropix_counted else {}
         if traced:

@@ -1,4 +1,4 @@
 """How kernels are told of rules that settings name."""
 
-# Of the variance over heads: a setting's name → the number that kernels know it by.
+# The variance over heads: a setting's name → its number in kernels.
 VARIANCE_RULES = {"heads": 0, "heads-unbiased": 1, "zero": 2}

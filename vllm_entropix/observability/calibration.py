@@ -33,7 +33,7 @@ MIN_TOKENS = 200
 RESAMPLES = 1000
 # Borders and counts that are doubted: bits, bits, bits², tokens.
 _CERTAIN, _OPEN, _VARIED, _FEW = 0.01, 2.0, 1.0, 20
-# Of the tokens of lowest entropy, this part is LELV; the rest has too much varentropy.
+# This part of the tokens of lowest entropy is LELV; the rest has too much varentropy.
 _SURE = 0.95
 _ALIKE = "the entropies of these tokens are too much alike to tell regimes apart; give more prompts, or other ones"
 

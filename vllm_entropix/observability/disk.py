@@ -303,7 +303,7 @@ _writers: dict[tuple[Trace, bool], TraceWriter] = {}
 
 
 def writers() -> list[TraceWriter]:
-    """All that this process writes with."""
+    """The writers of this process."""
     return list(_writers.values())
 
 

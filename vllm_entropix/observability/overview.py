@@ -89,7 +89,7 @@ class Uncertain:
     Attributes:
         entropy: bits.
         sequence: number of its sequence, negative.
-        token: place in its sequence, negative.
+        token: index in its sequence, negative.
         regime: number of its regime, or of regimes if it has none.
         varentropy: bits², if measured.
         text: of the token; ``before`` and ``behind`` are what stands around it.
@@ -127,21 +127,21 @@ class Overview:
 
     def _most_uncertain(self, line: TraceLine) -> list[Uncertain]:
         floor = self._uncertain[-1].entropy if len(self._uncertain) == UNCERTAIN_TOKENS else 0.0
-        above = [(entry.entropy, -place) for place, entry in enumerate(line.records) if (entry.entropy or 0.0) > floor]
+        above = [(entry.entropy, -index) for index, entry in enumerate(line.records) if (entry.entropy or 0.0) > floor]
         found = []
         for entropy, negative in heapq.nlargest(UNCERTAIN_TOKENS, above):
-            place, entry = -negative, line.records[-negative]
+            index, entry = -negative, line.records[-negative]
             before, behind = CONTEXT_CHARACTERS
             found.append(
                 Uncertain(
                     entropy=entropy or 0.0,
                     sequence=-self._sequences,
-                    token=-place,
+                    token=-index,
                     regime=kind_of(entry),
                     varentropy=entry.varentropy,
-                    text="".join(line.texts[place : place + 1]),
-                    before=_last_words("".join(line.texts[max(0, place - before) : place]), before),
-                    behind=_next_words("".join(line.texts[place + 1 : place + 1 + behind]), behind),
+                    text="".join(line.texts[index : index + 1]),
+                    before=_last_words("".join(line.texts[max(0, index - before) : index]), before),
+                    behind=_next_words("".join(line.texts[index + 1 : index + 1 + behind]), behind),
                 )
             )
         return found

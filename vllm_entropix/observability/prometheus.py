@@ -68,16 +68,16 @@ class _Metrics:
         # LELV reads no attention, so there it isn't missed; nor is it where there are no regimes.
         if missed := int((~np.isfinite(attention) & (regimes > Regime.LELV)).sum()):
             self.logits_only.inc(missed)
-        for place, field in enumerate(all_fields()):
+        for index, field in enumerate(all_fields()):
             histogram = self._histogram(field)
             if histogram is not None:
-                _observe(histogram, records[:, place])
+                _observe(histogram, records[:, index])
 
 
 def _column(records: np.ndarray, name: str) -> np.ndarray:
     """A field of all records; NaN if no sampler has registered it."""
-    place = column(name)
-    return np.full(len(records), np.nan, np.float32) if place is None else records[:, place]
+    index = column(name)
+    return np.full(len(records), np.nan, np.float32) if index is None else records[:, index]
 
 
 def _observe(histogram: Any, values: np.ndarray) -> None:

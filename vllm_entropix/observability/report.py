@@ -125,12 +125,12 @@ class _Payload:
     def opening(self) -> int:
         """The sequence to open on: the one with most to see; of two files, one of the first that the second has beside it."""
         in_file: dict[int, list[int]] = {}
-        for place, sequence in enumerate(self.sequences):
-            in_file.setdefault(sequence["file"], []).append(place)
+        for index, sequence in enumerate(self.sequences):
+            in_file.setdefault(sequence["file"], []).append(index)
         first, *others = in_file.values()
-        prompts = {self.sequences[place]["prompt"] for file in others for place in file} - {None}
-        places = [place for place in first if self.sequences[place]["prompt"] in prompts] or first
-        return max(places, key=lambda place: (self._interests[place], -place))
+        prompts = {self.sequences[index]["prompt"] for file in others for index in file} - {None}
+        indices = [index for index in first if self.sequences[index]["prompt"] in prompts] or first
+        return max(indices, key=lambda index: (self._interests[index], -index))
 
     def lay_out(self, opening: int) -> tuple[str, str, list[tuple[int, int]]]:
         """Tell each sequence where it is packed; called once, after all have been added.
@@ -140,8 +140,8 @@ class _Payload:
         """
         vocabularies = [_packed(_json(texts)) for texts in self._vocabularies.values()]
         begin, ranges = 0, []
-        for place, packed in enumerate((*self._packed, *vocabularies)):
-            end = begin if place == opening else begin + len(packed)  # the opening one lies apart
+        for index, packed in enumerate((*self._packed, *vocabularies)):
+            end = begin if index == opening else begin + len(packed)  # the opening one lies apart
             ranges.append((begin, end))
             begin = end
         ranks = {value: rank for rank, value in enumerate(sorted(set(self._interests)))}
@@ -196,10 +196,10 @@ def _numbers(values: Sequence[float | None], digits: int = DIGITS) -> bytes:
     The power of what is missing or infinite is -32768.
     """
     mantissas, powers = [0] * len(values), [-32768] * len(values)
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if value is not None and math.isfinite(value):
             mantissa, power = f"{value:.{digits - 1}e}".split("e")
-            mantissas[place], powers[place] = int(mantissa.replace(".", "")), int(power) - digits + 1
+            mantissas[index], powers[index] = int(mantissa.replace(".", "")), int(power) - digits + 1
     return _integers(mantissas, "<i2") + _integers(powers, "<i2")
 
 

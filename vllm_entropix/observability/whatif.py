@@ -50,7 +50,7 @@ class Transitions:
     @property
     def changed(self) -> int:
         """Tokens in another regime than before."""
-        return self.tokens - sum(self.counts[place][place] for place in range(len(REGIMES)))
+        return self.tokens - sum(self.counts[index][index] for index in range(len(REGIMES)))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

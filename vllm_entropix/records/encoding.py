@@ -57,7 +57,7 @@ def entries_json(token_ids: Sequence[int], values: np.ndarray) -> Iterator[bytes
 
 def _columns(values: np.ndarray) -> list[list[Any]]:
     fields = all_fields()
-    columns = [_column(values[:, place], field) for place, field in enumerate(fields)]
+    columns = [_column(values[:, index], field) for index, field in enumerate(fields)]
     return [*columns, _alternatives(values[:, len(fields) :])]
 
 
@@ -66,8 +66,8 @@ def _column(values: np.ndarray, field: Field) -> list[Any]:
         return _or_none(values > 0, np.isfinite(values)) if field.nullable else list((values > 0).tolist())
     if field.dtype == "category":
         known = (values >= 0) & (values < len(field.categories))
-        places = np.where(known, values, 0).astype(np.int64)
-        return _or_none(np.array(field.categories, dtype=object)[places], known)
+        indices = np.where(known, values, 0).astype(np.int64)
+        return _or_none(np.array(field.categories, dtype=object)[indices], known)
     if field.dtype == "int":
         known = (values >= 0) & (values <= _EXACT)
         return _or_none(np.where(known, values, 0).astype(np.int64), known)

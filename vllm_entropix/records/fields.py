@@ -38,7 +38,7 @@ class Field:
     Attributes:
         name: in every format.
         dtype: what its float32 stands for: a ``float``; an ``int``, never negative; a ``bool``, true above 0; or a
-            ``category``, the place of its name in ``categories``.
+            ``category``, the index of its name in ``categories``.
         unit: such as bits; empty for a pure number.
         nullable: may it be null? All may but a bool, of which NaN is false unless it is nullable.
         label: short name for people.
@@ -184,8 +184,8 @@ def parameters() -> tuple[Field, ...]:
 
 
 def column(name: str) -> int | None:
-    """A field's place in the packed record; None if no sampler has registered it."""
-    return next((place for place, field in enumerate(_table) if field.name == name), None)
+    """A field's index in the packed record; None if no sampler has registered it."""
+    return next((index for index, field in enumerate(_table) if field.name == name), None)
 
 
 def record_bytes() -> int:

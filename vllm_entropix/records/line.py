@@ -19,7 +19,7 @@ from vllm_entropix.records.schema import Count, TokenEntry, TokenId
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenTrace
 
-# Of the format. Version 1 had the preset, fidelity and thresholds of entropix beside everything else.
+# Version of the format. Version 1 had the preset, fidelity and thresholds of entropix beside everything else.
 VERSION = 2
 _SAMPLER = "The sampler that drew the tokens, and what it tells of its settings; null: not known."
 _T = TypeVar("_T")

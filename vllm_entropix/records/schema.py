@@ -16,7 +16,7 @@ from vllm_entropix.records.trace import TokenRecord, TokenTrace
 TokenId = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Number = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
-# Of records per sequence, and of records per response.
+# Bounds of records per sequence, and of records per response.
 Bound = Literal["trace.max_tokens", "trace.response_tokens"]
 # What isn't known is ignored, so that a reader understands earlier and later releases. The schema tells what is written: all.
 _CONFIG = ConfigDict(extra="ignore", json_schema_serialization_defaults_required=True)

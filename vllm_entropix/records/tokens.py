@@ -13,10 +13,10 @@ _MAX_PIECES = 4
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> Iterator[str]:
     """The text of each token; of a character that is split over tokens, all of it stands with the last of them."""
     pending: list[int] = []
-    for place, token in enumerate(token_ids, 1):
+    for index, token in enumerate(token_ids, 1):
         pending.append(token)
         text = tokenizer.decode(pending)
-        if _REPLACEMENT in text and len(pending) < _MAX_PIECES and place < len(token_ids):
+        if _REPLACEMENT in text and len(pending) < _MAX_PIECES and index < len(token_ids):
             yield ""
         else:
             yield text

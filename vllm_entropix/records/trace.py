@@ -135,8 +135,8 @@ class TokenTrace:
             return part
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        place = index % len(self)
-        [record] = self[place : place + 1]
+        first = index % len(self)
+        [record] = self[first : first + 1]
         return record
 
     def __iter__(self) -> Iterator[TokenRecord]:

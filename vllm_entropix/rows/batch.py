@@ -1,4 +1,4 @@
-"""The batch's samplers at work: a batch's logits become the distributions that the engine then draws from."""
+"""The batch's samplers at work: a batch's logits become the distributions of the engine's draw."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BatchSampler:
     ) -> None:
         self.counted = counted
         self.alternatives = config.trace.alternatives
-        # Engines hand in float32, which kernels are for.
+        # Engines hand in float32, which the kernels take.
         self.backend, self.other_types = backend_for(device), Backend(device)
         self.samplers = instances(config)
         self.sequences = SequenceTable(self.samplers, config.sampler, slots + 1, device)
@@ -186,8 +186,8 @@ class BatchSampler:
         asks = torch.zeros_like(sampled) if plan.forces is None else plan.forces
         # A draft's row starts from the record of the row before it, so these go one after the other. The others of the
         # step are computed along and thrown away: which rows are whose is known on the device only.
-        for place in range(rows.draft_rows):
-            mine = rows.valid if rows.draft_index is None else rows.valid & (rows.draft_index == place)
+        for draft in range(rows.draft_rows):
+            mine = rows.valid if rows.draft_index is None else rows.valid & (rows.draft_index == draft)
             decided = self.clarification.force(
                 logits, rows.slots, rows.positions, rows.input_ids, generated, asks, may, mine, statistics.log_normaliser
             )

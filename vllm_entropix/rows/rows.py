@@ -22,8 +22,8 @@ class Rows:
         positions: int64 ``[rows]``: position of the row's input token; the drawn token goes to the next.
         input_ids: int64 ``[rows]``: input token of the row.
         valid: bool ``[rows]``: False for rows whose token is thrown away (an unfinished prefill).
-        batch: int64 ``[rows]``: the row's sequence's place in the batch that the model ran.
-        draft_index: ``[rows]``, a row's place among its sequence's rows; None if every sequence has one row.
+        batch: int64 ``[rows]``: the row's sequence's index in the batch that the model ran.
+        draft_index: ``[rows]``, a row's index among its sequence's rows; None if every sequence has one row.
         draft_rows: the most rows that a sequence can have.
     """
 

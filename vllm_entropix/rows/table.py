@@ -48,7 +48,7 @@ class SequenceTable:
     sampler's numbers are a block of columns of their own.
 
     Args:
-        samplers: by name; the place of a sampler among them is its number here.
+        samplers: by name; the index of a sampler among them is its number here.
         default: the sampler of sequences that name none.
         slots: of sequences, with slot 0.
         device: of the logits.

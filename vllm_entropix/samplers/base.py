@@ -118,7 +118,7 @@ class Sampler(ABC):
         return [said.get(name, value) for name, value in self.numbers()]
 
     def described(self, request: RequestSettings) -> SamplerPart:
-        """What a line of a trace file tells of the sampler, and of the numbers that the request's tokens are drawn with."""
+        """What a line of a trace file tells of the sampler, and of its numbers for the request."""
         return self.Part(name=self.name, **dict(self.numbers()) | request.of_sampler(self.name))
 
     @classmethod

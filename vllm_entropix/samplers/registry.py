@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GROUP = "vllm_entropix.samplers"
-# vLLM's own, which no plan is made for.
+# vLLM's own, which makes no plan.
 VLLM = "vllm"
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 

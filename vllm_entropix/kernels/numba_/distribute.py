@@ -34,14 +34,14 @@ def _sink(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
 @compiled()
 def _rise(values: Any, ids: Any, size: int, value: Any, token: int) -> None:
     """Add to a heap of ``size`` elements, which is kept as ``_sink`` says."""
-    place = size
-    while place > 0:
-        parent = (place - 1) // 2
+    index = size
+    while index > 0:
+        parent = (index - 1) // 2
         if not (values[parent] > value or (values[parent] == value and ids[parent] < token)):
             break
-        values[place], ids[place] = values[parent], ids[parent]
-        place = parent
-    values[place], ids[place] = value, token
+        values[index], ids[index] = values[parent], ids[parent]
+        index = parent
+    values[index], ids[index] = value, token
 
 
 @compiled()
@@ -81,7 +81,7 @@ def largest_tokens(logits: Any, count: int, threshold: Any, values: Any, ids: An
 def largest_beside_nan(logits: Any, count: int, values: Any, ids: Any) -> None:
     """As ``largest_tokens``, of a row that may have NaN, which counts as larger than all else; there are ``count``."""
     taken = np.zeros(logits.shape[0], dtype=np.bool_)
-    for place in range(count):
+    for index in range(count):
         best = -1
         for token in range(logits.shape[0]):
             if taken[token]:
@@ -89,7 +89,7 @@ def largest_beside_nan(logits: Any, count: int, values: Any, ids: Any) -> None:
             if best < 0 or (logits[best] == logits[best] and not logits[token] <= logits[best]):
                 best = token
         taken[best] = True
-        values[place], ids[place] = logits[best], best
+        values[index], ids[index] = logits[best], best
 
 
 @compiled()

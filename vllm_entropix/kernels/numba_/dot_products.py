@@ -42,9 +42,9 @@ def _vector_at(builder: Any, pointer: Any, kind: Any) -> Any:
     return builder.bitcast(pointer, kind.as_pointer())
 
 
-def _element(context: Any, builder: Any, kind: Any, array: Any, place: Any) -> Any:
+def _element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     """A pointer into a flat array."""
-    return builder.gep(context.make_array(kind)(context, builder, array).data, [place])
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
 
 
 def _keys(builder: Any, pointer: Any, kind: Any) -> list[Any]:
@@ -91,14 +91,14 @@ def _add(
     signature = types.void(scores, whole, whole, queries, whole, whole, whole, keys, whole, whole, whole)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        next_head, head_dim, heads, next_keys, steps = (arguments[place] for place in (2, 5, 6, 9, 10))
+        next_head, head_dim, heads, next_keys, steps = (arguments[index] for index in (2, 5, 6, 9, 10))
         score, query, key = (
-            _element(context, builder, signature.args[place], arguments[place], arguments[place + 1]) for place in (0, 3, 7)
+            _element(context, builder, signature.args[index], arguments[index], arguments[index + 1]) for index in (0, 3, 7)
         )
         kind = signature.args[7].dtype
 
         def add_heads(first: Any, number: int) -> None:
-            """Of heads ``first`` to ``first + number - 1`` together."""
+            """Products of heads ``first`` to ``first + number - 1`` together."""
             members = [builder.add(first, ir.Constant(heads.type, member)) for member in range(number)]
             targets = [_vector_at(builder, builder.gep(score, [builder.mul(next_head, head)]), _FLOATS) for head in members]
             sums = [cgutils.alloca_once_value(builder, builder.load(target, align=4)) for target in targets]
@@ -108,8 +108,8 @@ def _add(
                 for dimension, of_tile in enumerate(keys):
                     d = builder.add(start, ir.Constant(heads.type, dimension))
                     for head, total in zip(members, sums, strict=True):
-                        place = builder.gep(query, [builder.add(builder.mul(head_dim, head), d)])
-                        product = builder.fmul(_repeated(builder, builder.load(place)), of_tile, flags=_FUSED)
+                        pointer = builder.gep(query, [builder.add(builder.mul(head_dim, head), d)])
+                        product = builder.fmul(_repeated(builder, builder.load(pointer)), of_tile, flags=_FUSED)
                         builder.store(builder.fadd(builder.load(total), product, flags=_FUSED), total)
             for target, total in zip(targets, sums, strict=True):
                 builder.store(builder.load(total), target, align=4)
@@ -127,8 +127,8 @@ def _add(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _fetch(_: Any, keys: Any, place: Any) -> Any:
-    """Begin to read the cache line of ``keys[place]``, which may lie beyond the end."""
+def _fetch(_: Any, keys: Any, index: Any) -> Any:
+    """Begin to read the cache line of ``keys[index]``, which may lie beyond the end."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _element(context, builder, signature.args[0], *arguments)

@@ -13,7 +13,7 @@ import numpy as np
 
 from vllm_entropix.kernels.numba_.compiled import compiled
 
-# Of less than this, exp() would not be a normal number: 1e-38 is given instead, which is nothing beside exp(0).
+# Below this, exp() would not be a normal number: 1e-38 is given instead, which is nothing beside exp(0).
 LOWEST = np.float32(-87.0)
 _LOG2E = np.float32(math.log2(math.e))
 # ln 2 in two parts. The first has so few digits that its products with small whole numbers are exact.

@@ -1,4 +1,4 @@
-"""Machine code on disk, by what it was made from.
+"""Machine code on disk, keyed by its sources.
 
 numba compiles a kernel anew when the kernel's own file has another date. What comes from other files is frozen into machine
 code as well: functions that the kernel calls, constants, and the order of the settings. So what is kept lies in a folder named

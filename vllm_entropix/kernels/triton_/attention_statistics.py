@@ -26,9 +26,9 @@ from vllm_entropix.kernels.ranks import RankGroup
 TILE = 64
 SPLITS = 16
 _LN2 = tl.constexpr(0.6931471805599453)
-# Of the scratch, in float32 elements: 128 MiB.
+# Size of the scratch, in float32 elements: 128 MiB.
 _SCRATCH = 1 << 25
-# Of what is received in an exchange between ranks, in float32 elements: 256 MiB.
+# Size of what is received in an exchange between ranks, in float32 elements: 256 MiB.
 _EXCHANGE = 1 << 26
 # Longer contexts may find no room in the scratch if all rows have them.
 _TYPICAL_CONTEXT = 4096
@@ -150,9 +150,9 @@ def _scores_of_tile(
     cache = tl.cast(tl.load(addresses + layer), tl.pointer_type(ELEMENT))
     table = tl.cast(tl.load(tables + layer), tl.pointer_type(tl.int32))
     block = tl.load(table + table_row + position // BLOCK_SIZE, mask=real, other=0).to(tl.int64)
-    place = block * stride_block + kv_head * stride_head + (position % BLOCK_SIZE) * stride_position
+    index = block * stride_block + kv_head * stride_head + (position % BLOCK_SIZE) * stride_position
     keys = tl.load(
-        cache + place[None, :] + dim[:, None] * stride_dim, mask=real[None, :] & (dim < HEAD_DIM)[:, None], other=0.0
+        cache + index[None, :] + dim[:, None] * stride_dim, mask=real[None, :] & (dim < HEAD_DIM)[:, None], other=0.0
     )
     scale = tl.load(factors + layer) * tl.load(factors + layers + layer)
     scores = tl.dot(query, keys.to(query.dtype), input_precision="ieee") * scale
@@ -251,8 +251,8 @@ def _attend(
             ALIBI,
         )
         if offset >= 0:
-            place = offset + head[:, None] * width + (position - first * TILE)[None, :]
-            tl.store(scratch + place, scores, mask=(member < GROUP)[:, None] & real[None, :])
+            index = offset + head[:, None] * width + (position - first * TILE)[None, :]
+            tl.store(scratch + index, scores, mask=(member < GROUP)[:, None] & real[None, :])
         masked = tl.where(real[None, :], scores, -float("inf"))
         higher = tl.maximum(maximum, tl.max(masked, axis=1))
         shift = tl.where(maximum > -float("inf"), maximum - higher, 0.0)
@@ -263,12 +263,12 @@ def _attend(
         total = fade * total + tl.sum(weight, axis=1)
         absolute += tl.sum(tl.where(real[None, :], tl.abs(scores), 0.0), axis=1)
         maximum = higher
-    place = partial + ((pair * HEADS + head) * SPLITS + split) * 4
+    pointer = partial + ((pair * HEADS + head) * SPLITS + split) * 4
     inside = member < GROUP
-    tl.store(place, maximum, mask=inside)
-    tl.store(place + 1, total, mask=inside)
-    tl.store(place + 2, product, mask=inside)
-    tl.store(place + 3, absolute, mask=inside)
+    tl.store(pointer, maximum, mask=inside)
+    tl.store(pointer + 1, total, mask=inside)
+    tl.store(pointer + 2, product, mask=inside)
+    tl.store(pointer + 3, absolute, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -297,11 +297,11 @@ def _merge_splits(
     empty = tl.maximum(padded - (length - begin), 0).to(tl.float32)
     head, split = tl.arange(0, HEADS_2), tl.arange(0, SPLITS)
     inside = head < HEADS
-    place = partial + ((pair * HEADS + head[:, None]) * SPLITS + split[None, :]) * 4
-    maxima = tl.load(place, mask=inside[:, None], other=0.0)
-    totals = tl.load(place + 1, mask=inside[:, None], other=1.0)
-    products = tl.load(place + 2, mask=inside[:, None], other=0.0)
-    absolute = tl.load(place + 3, mask=inside[:, None], other=0.0)
+    pointer = partial + ((pair * HEADS + head[:, None]) * SPLITS + split[None, :]) * 4
+    maxima = tl.load(pointer, mask=inside[:, None], other=0.0)
+    totals = tl.load(pointer + 1, mask=inside[:, None], other=1.0)
+    products = tl.load(pointer + 2, mask=inside[:, None], other=0.0)
+    absolute = tl.load(pointer + 3, mask=inside[:, None], other=0.0)
     maximum = tl.max(maxima, axis=1)
     maximum = tl.where(empty > 0, tl.maximum(maximum, 0.0), maximum)
     sink = tl.full((HEADS_2,), -float("inf"), tl.float32)
@@ -318,10 +318,10 @@ def _merge_splits(
     mass = (real + padding) / normaliser
     # -Σ a·ln a with a = exp(s - maximum) / normaliser; a padded slot's score is 0.
     entropy = tl.log(normaliser) * mass + maximum * (padding / normaliser) - product / normaliser
-    place = heads_found + pair * 3 * HEADS + head
-    tl.store(place, maximum + tl.log(normaliser), mask=inside)
-    tl.store(place + HEADS, entropy / _LN2, mask=inside)
-    tl.store(place + 2 * HEADS, tl.sum(absolute, axis=1), mask=inside)
+    pointer = heads_found + pair * 3 * HEADS + head
+    tl.store(pointer, maximum + tl.log(normaliser), mask=inside)
+    tl.store(pointer + HEADS, entropy / _LN2, mask=inside)
+    tl.store(pointer + 2 * HEADS, tl.sum(absolute, axis=1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "sums_width"])
@@ -396,8 +396,8 @@ def _deviate(
             head = kv_head * GROUP + member
             inside = (member < GROUP)[:, None] & real[None, :]
             if offset >= 0:
-                place = offset + head[:, None] * width + slot[None, :]
-                scores = tl.load(scratch + place, mask=inside, other=0.0)
+                index = offset + head[:, None] * width + slot[None, :]
+                scores = tl.load(scratch + index, mask=inside, other=0.0)
             else:
                 scores = _scores_of_tile(
                     queries,
@@ -470,10 +470,10 @@ def _finish(
     empty = tl.maximum(padded - attended, 0)
     head = tl.arange(0, HEADS_2)
     inside = head < HEADS
-    place = heads_found + pair * 3 * HEADS + head
-    normaliser = tl.load(place, mask=inside, other=0.0)
-    entropy = tl.load(place + HEADS, mask=inside, other=0.0)
-    absolute = tl.load(place + 2 * HEADS, mask=inside, other=0.0)
+    pointer = heads_found + pair * 3 * HEADS + head
+    normaliser = tl.load(pointer, mask=inside, other=0.0)
+    entropy = tl.load(pointer + HEADS, mask=inside, other=0.0)
+    absolute = tl.load(pointer + 2 * HEADS, mask=inside, other=0.0)
     deviation = tl.sum(tl.load(deviations + pair * SPLITS + tl.arange(0, SPLITS)), axis=0)
     padding = tl.where(inside & (empty > 0), tl.exp(-normaliser), 0.0)
     apart = tl.where(inside, tl.abs(padding - tl.sum(padding, axis=0) / HEADS), 0.0)

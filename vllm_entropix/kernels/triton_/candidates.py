@@ -66,8 +66,8 @@ def survey(line, vocabulary, maxima, BLOCK: tl.constexpr, GROUP: tl.constexpr): 
         is_nan = x != x
         x = tl.where(is_nan, -float("inf"), x)
         groups = tl.max(x, axis=1)
-        place = start // GROUP + group
-        tl.store(maxima + place, groups, mask=place * GROUP < vocabulary)
+        index = start // GROUP + group
+        tl.store(maxima + index, groups, mask=index * GROUP < vocabulary)
         here = tl.max(groups, axis=0)
         first_here = tl.min(tl.min(tl.where(x == here, token, _NO_TOKEN), axis=1), axis=0)
         first = tl.where(here > largest, first_here, first)
@@ -81,8 +81,8 @@ def survey(line, vocabulary, maxima, BLOCK: tl.constexpr, GROUP: tl.constexpr): 
 @triton.jit
 def _kth_of_maxima(maxima, groups, k, GROUPS: tl.constexpr):  # noqa: N803
     """The k-th largest of ``groups`` numbers, -inf if there are fewer."""
-    place = tl.arange(0, GROUPS)
-    order = ordered(tl.load(maxima + place, mask=place < groups, other=-float("inf")))
+    index = tl.arange(0, GROUPS)
+    order = ordered(tl.load(maxima + index, mask=index < groups, other=-float("inf")))
     found = tl.full((), -(2**31), tl.int64)
     step = tl.full((), 2**32, tl.int64)
     for _ in tl.range(32):
@@ -139,10 +139,10 @@ def _collect(
         if tl.sum(reached.to(tl.int32), axis=0) > 0:
             ties_here = (x == border).to(tl.int32)
             kept = reached & ((x > border) | ((x == border) & (tied + tl.cumsum(ties_here, axis=0) <= ties)))
-            place = count + tl.cumsum(kept.to(tl.int32), axis=0) - 1
-            fits = kept & (place < CAPACITY)
-            tl.store(values + place, x, mask=fits)
-            tl.store(ids + place, token, mask=fits)
+            index = count + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+            fits = kept & (index < CAPACITY)
+            tl.store(values + index, x, mask=fits)
+            tl.store(ids + index, token, mask=fits)
             count += tl.sum(kept.to(tl.int32), axis=0)
             tied += tl.sum(ties_here, axis=0)
     tl.debug_barrier()
@@ -217,15 +217,15 @@ def _distribute(
         border, above = kth_largest(line, vocabulary, k, BLOCK)
         count = _collect(line, vocabulary, threshold, border, k - above, values, ids, BLOCK, CAPACITY)
 
-    place = tl.arange(0, CAPACITY)
-    there = place < count
-    value = tl.load(values + place, mask=there, other=-float("inf"))
+    index = tl.arange(0, CAPACITY)
+    there = index < count
+    value = tl.load(values + index, mask=there, other=-float("inf"))
     rank = tl.zeros((CAPACITY,), tl.int32)
     for start in tl.range(0, count, STEP):
         other = start + tl.arange(0, STEP)
         its = tl.load(values + other, mask=other < count, other=-float("inf"))[None, :]
         # The buffer is in the order of ids.
-        before = (its > value[:, None]) | ((its == value[:, None]) & (other[None, :] < place[:, None]))
+        before = (its > value[:, None]) | ((its == value[:, None]) & (other[None, :] < index[:, None]))
         rank += tl.sum((before & (other[None, :] < count)).to(tl.int32), axis=1)
     is_first = there & (rank == 0)
     weight = tl.where(is_first, 1.0, tl.exp((value - largest) / t))
@@ -233,14 +233,14 @@ def _distribute(
     weight = tl.where(within, weight, 0.0)
     weight = weight / tl.sum(weight, axis=0)
 
-    tl.store(weights + place, weight)
+    tl.store(weights + index, weight)
     tl.debug_barrier()
     mass = tl.zeros((CAPACITY,), tl.float32)
     for start in tl.range(0, count, STEP):
         other = start + tl.arange(0, STEP)
         its = tl.load(values + other, mask=other < count, other=-float("inf"))[None, :]
         its_weight = tl.load(weights + other, mask=other < count, other=0.0)[None, :]
-        before = (its > value[:, None]) | ((its == value[:, None]) & (other[None, :] < place[:, None]))
+        before = (its > value[:, None]) | ((its == value[:, None]) & (other[None, :] < index[:, None]))
         mass += tl.sum(tl.where(before, its_weight, 0.0), axis=1)
     portion = tl.load(top_p + row)
     weight = tl.where((mass < portion) | (portion >= 1) | is_first, weight, 0.0)
@@ -249,7 +249,7 @@ def _distribute(
     draws = tl.load(samples + row).to(tl.int32)
     if draws > 1:
         tl.debug_barrier()
-        tl.store(weights + place, weight)
+        tl.store(weights + index, weight)
         tl.debug_barrier()
         below = tl.zeros((CAPACITY,), tl.float32)
         equal = tl.zeros((CAPACITY,), tl.float32)
@@ -264,7 +264,7 @@ def _distribute(
         weight = tl.where(weight > 0, joint * (weight / tl.where(weight > 0, equal, 1.0)), 0.0)
         weight = weight / tl.sum(weight, axis=0)
 
-    token_id = tl.load(ids + place, mask=there, other=0)
+    token_id = tl.load(ids + index, mask=there, other=0)
     fill(line, vocabulary, BLOCK)
     kept = there & (weight > 0)
     tl.store(line + token_id, tl.log(tl.where(kept, weight, 1.0)), mask=kept)

@@ -37,22 +37,22 @@ def _measure_tile(logits, row_stride, vocabulary, partial, tiles, TILE: tl.const
     mean = tl.sum(weight * shifted, axis=0) / tl.where(usable, total, 1.0)
     deviation = shifted - mean
     spread = tl.sum(weight * deviation * deviation, axis=0)
-    place = partial + (row * tiles + tile) * 4
-    tl.store(place, maximum)
-    tl.store(place + 1, total)
-    tl.store(place + 2, mean)
-    tl.store(place + 3, spread)
+    pointer = partial + (row * tiles + tile) * 4
+    tl.store(pointer, maximum)
+    tl.store(pointer + 1, total)
+    tl.store(pointer + 2, mean)
+    tl.store(pointer + 3, spread)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _merge_tiles(partial, tiles, results, rows, TILES: tl.constexpr):  # noqa: N803
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
-    place, there = partial + (row * tiles + tile) * 4, tile < tiles
-    maxima = tl.load(place, mask=there, other=-float("inf"))
-    totals = tl.load(place + 1, mask=there, other=0.0)
-    means = tl.load(place + 2, mask=there, other=0.0)
-    spreads = tl.load(place + 3, mask=there, other=0.0)
+    pointer, there = partial + (row * tiles + tile) * 4, tile < tiles
+    maxima = tl.load(pointer, mask=there, other=-float("inf"))
+    totals = tl.load(pointer + 1, mask=there, other=0.0)
+    means = tl.load(pointer + 2, mask=there, other=0.0)
+    spreads = tl.load(pointer + 3, mask=there, other=0.0)
     maximum = tl.max(maxima, axis=0)
     usable = (maximum > -float("inf")) & (maximum < float("inf"))
     shift = tl.where(usable & (maxima > -float("inf")), tl.maximum(maxima - tl.where(usable, maximum, 0.0), _FLOOR), 0.0)

@@ -53,7 +53,7 @@ class Entropix(Sampler):
         return numbers
 
     def described(self, request: Any) -> EntropixPart:
-        """Preset, fidelity and thresholds that the request's tokens are drawn with."""
+        """Preset, fidelity and thresholds of the request's draws."""
         return EntropixPart.from_config(request.config(self.settings))
 
     @classmethod

@@ -68,7 +68,7 @@ class Decision:
         return self.parameters.min_p
 
     def distribution(self, best_of_n: bool = True) -> Distribution:
-        """The distribution that each row's token is drawn from.
+        """The distribution of each row's draw.
 
         Args:
             best_of_n: fold ADAPTIVE's best of n draws in; False gives the filtered distribution alone.

@@ -446,7 +446,7 @@ def test_switched_off_who_asks_is_told_once(tiny):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,  # in the order in which it is written
         text=True,
-        timeout=180,
+        timeout=420,
         check=True,
     )
     before, _, told = ended.stdout.partition("nobody has asked")

@@ -143,7 +143,7 @@ def test_outputs_are_values(traced, tmp_path):
     path = tmp_path / "output"
     path.write_bytes(cloudpickle.dumps(output))
     script = "import pickle, sys; [print(*c.entropix_trace, sep='\\n') for c in pickle.load(open(sys.argv[1], 'rb')).outputs]"
-    told = subprocess.run([sys.executable, "-c", script, path], check=True, timeout=180, capture_output=True, text=True).stdout
+    told = subprocess.run([sys.executable, "-c", script, path], check=True, timeout=420, capture_output=True, text=True).stdout
     assert told.splitlines()[-40:] == [str(record) for completion in output.outputs for record in completion.entropix_trace]
 
 

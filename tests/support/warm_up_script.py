@@ -15,6 +15,7 @@ def compiled() -> dict[str, int]:
     from vllm_entropix.kernels import numba_ as cpu
 
     names = [module.name for module in pkgutil.iter_modules(cpu.__path__, f"{cpu.__name__}.")]
+    names.append("vllm_entropix.samplers.entropix.numba_rule")
     kernels = (kernel for name in names for kernel in vars(importlib.import_module(name)).values())
     return {kernel.__name__: len(kernel.signatures) for kernel in kernels if isinstance(kernel, CPUDispatcher)}
 

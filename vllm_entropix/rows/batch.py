@@ -159,14 +159,16 @@ class BatchSampler:
         logits: Tensor,
         statistics: LogitsMetrics,
         rows: Rows,
-        attention: Callable[[Tensor], AttentionStatistics | None],
+        attention: Attention,
     ) -> list[tuple[Tensor, Plan]]:
         """(bool ``[rows]``: its rows, plan) of each sampler in the batch.
 
         Each plan covers all rows, since which rows are whose is known on the device only.
         """
         table, plans = self.sequences, []
-        present = table.samplers_of(rows.host_slots)
+        # A row that is neither drawn nor traced needs no plan, whichever sampler its slot has.
+        concerned = table.sampled[rows.host_slots] | table.traced[rows.host_slots]
+        present = table.samplers_of(rows.host_slots[concerned])
         for name in present:
             mine = rows.valid if len(present) == 1 else table.device_sampler[rows.slots] == table.number[name]
             measure = attention if len(present) == 1 else partial(_of_mine, attention, mine)

@@ -1,0 +1,54 @@
+"""Which samplers are asked in a step, and what becomes of rows of several."""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_entropix.rows.batch import BatchSampler
+from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.table import Sequence
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
+
+VOCABULARY = 50
+
+
+def batch_of(*samplers):
+    """A batch with a row per sampler; None is a row of nobody's."""
+    batch = BatchSampler(EntropixConfig(), 8, None, "cpu")
+    for index, name in enumerate(samplers):
+        if name is not None:
+            numbers = [value for _, value in batch.samplers[name].numbers()]
+            base = (1.0, 1.0, float(VOCABULARY), 0.0)
+            batch.add(str(index), Sequence(numbers, True, False, True, 1, sampler=name, base=base))
+    rows = len(samplers)
+    slots = batch.sequences.slots_of(map(str, range(rows)), rows)
+    here = torch.arange(rows)
+    return batch, Rows(torch.from_numpy(slots), np.asarray(slots), here + 5, here, here >= 0, here)
+
+
+def logits_of(rows):
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def test_a_sampler_without_rows_isnt_asked(monkeypatch):
+    """A row that opted out has the slot of nobody, whose sampler is the server's: no plan is made for it."""
+    batch, rows = batch_of("min_p", None, "min_p")
+    monkeypatch.setattr(batch.samplers["entropix"], "plan", lambda view: pytest.fail("it has no rows"))
+    logits = logits_of(3)
+    written = logits.clone()
+    batch.apply(written, rows, None)
+    assert torch.equal(written[1], logits[1])
+    assert not torch.equal(written[0], logits[0])
+
+
+def test_each_row_is_drawn_as_its_own_sampler_says():
+    names = ["min_p", "entropix", "top_n_sigma", None, "entropix"]
+    batch, rows = batch_of(*names)
+    logits = logits_of(len(names))
+    mixed = logits.clone()
+    batch.apply(mixed, rows, None)
+    for index, name in enumerate(names):
+        alone, its_rows = batch_of(name)
+        line = logits[index : index + 1].clone()
+        alone.apply(line, its_rows, None)
+        assert torch.equal(mixed[index], line[0]), name

@@ -13,7 +13,7 @@ def ring(slots=4, draft_tokens=0):
 def step(state, slot, position, valid=True):
     """A state that depends on all positions before it; what was read."""
     slots, positions = torch.tensor([slot]), torch.tensor([position])
-    before, _ = state.read(slots, positions - 1)
+    before = state.read(slots, positions - 1)
     state.write(slots, positions, before * 0.9 + position, torch.tensor([valid]))
     return before[0].tolist()
 

@@ -105,7 +105,7 @@ class Clarification:
             valid: bool ``[rows]``, the row's token will be used; others leave no trace.
             log_normaliser: ``[rows]``, ln Σ exp(logits).
         """
-        before, _ = self.state.read(slots, positions - 1)
+        before = self.state.read(slots, positions - 1)
         pending, was_forced, count, last, was_seen = before.to(torch.int64).unbind(-1)
         seen = was_seen > 0
 

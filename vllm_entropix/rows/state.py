@@ -58,8 +58,8 @@ class PositionRing:
         """Begin anew in a slot."""
         self.positions[slot] = NEVER
 
-    def read(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The records ``[rows, fields]`` under ``positions``, and which are known, bool ``[rows]``; initial ones elsewhere.
+    def read(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """The records ``[rows, fields]`` under ``positions``, the initial one where none is known.
 
         Args:
             slots: int64 ``[rows]``, the row's sequence.
@@ -67,7 +67,7 @@ class PositionRing:
         """
         index = positions % self.length
         known = self.positions[slots, index] == positions
-        return self.records[slots, index].where(known.unsqueeze(-1), self.initial), known
+        return self.records[slots, index].where(known.unsqueeze(-1), self.initial)
 
     def write(self, slots: Tensor, positions: Tensor, records: Tensor, valid: Tensor) -> None:
         """Record ``[rows, fields]`` under ``positions``, in the rows of the bool ``valid``; others leave no trace."""

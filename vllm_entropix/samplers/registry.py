@@ -57,7 +57,7 @@ class Registry:
 def registry() -> Registry:
     """What is found, once a process."""
     found = Registry()
-    for _, sampler in _of_this_folder():
+    for sampler in _of_this_folder():
         _add(found, sampler)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         package = entry.dist.name if entry.dist is not None else entry.value
@@ -72,13 +72,13 @@ def registry() -> Registry:
     return found
 
 
-def _of_this_folder() -> Iterator[tuple[str, type[Sampler]]]:
+def _of_this_folder() -> Iterator[type[Sampler]]:
     package = importlib.import_module(__package__ or "")
     for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
         loaded = importlib.import_module(f"{package.__name__}.{module.name}")
         for _, one in inspect.getmembers(loaded, inspect.isclass):
             if one.__module__ == loaded.__name__ and issubclass(one, Sampler) and one is not Sampler:
-                yield module.name, one
+                yield one
 
 
 def _add(found: Registry, sampler: type[Sampler]) -> None:

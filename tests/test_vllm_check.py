@@ -94,7 +94,7 @@ def test_a_changed_source_is_told(copied, change, module, old, new, problem):
 
 # Attributes that look like vLLM's in our sources.
 NOT_LISTED = {
-    "_k_scale": "a buffer that vLLM registers by this name, for which no syntax speaks",
+    **dict.fromkeys(("_k_scale", "_q_scale"), "a buffer that vLLM registers by this name, for which no syntax speaks"),
     "strategy": "of 0.33's endpoint of decisions alone",
     "context": "of 0.33's endpoint of decisions alone",
     "_option_string_actions": "argparse's own",

@@ -83,6 +83,32 @@ def test_listed_and_last_layers(tiny, dense):
             assert getattr(record, metric) == pytest.approx(want[metric][expected, -1].mean().item(), abs=1e-5)
 
 
+def test_what_attends_to_less_than_its_window_leaves_the_logits(tiny, monkeypatch):
+    from vllm.v1.attention.backends.utils import create_fast_prefill_custom_backend
+
+    from vllm_entropix.engine import adapter
+
+    said = []
+    monkeypatch.setattr(adapter.logger, "warning_once", lambda message, *args: said.append(message % args))
+    llm = engine(tiny, sampler="entropix", sampler_config={"attention": {"layers": "all"}}, block_size=32)
+    ours = adapter_of(llm)
+    # What no model for a CPU has: the engine's own description of its layers is changed.
+    [[group]] = ours.runner.attn_groups
+    with monkeypatch.context() as changed:
+        changed.setattr(group, "backend", create_fast_prefill_custom_backend("FastPrefill", group.backend))
+        ours.observe()
+    assert ours.observer is None
+    with monkeypatch.context() as changed:
+        changed.setattr(ours.vllm_config.model_config.model_arch_config, "rswa_window", 16)
+        ours.observe()
+    assert ours.observer is None
+    ours.observe()
+    assert len(ours.observer.layers) == 2
+    [chosen_by_itself, sliding] = said
+    assert "FastPrefillCPUAttentionBackend chooses by itself what CPU_ATTN attends to" in chosen_by_itself
+    assert "R-SWA" in sliding
+
+
 def test_a_cache_that_cannot_be_read_leaves_the_logits(tiny, monkeypatch):
     from vllm_entropix.engine import adapter
 

@@ -342,21 +342,29 @@ def attention_case(
     config=None,
     tolerance=2e-5,
     wanted=None,
+    query_dtype=None,
     **settings,
 ):
     """All rows and layers against the function in PyTorch."""
     config = config or EntropixConfig()
     lengths = torch.tensor(lengths)
     rows, width = len(lengths), -(-int(lengths.max()) // size)
-    query_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
-    scales = [torch.tensor(0.5 + layer) if dtype.itemsize == 1 else None for layer in range(layers)]
+    query_dtype = query_dtype or (torch.bfloat16 if dtype.itemsize == 1 else dtype)
+    scales = [scale_of(layer, kv_heads, dtype) for layer in range(layers)]
+    query_scales = [scale_of(layer, kv_heads, query_dtype) for layer in range(layers)]
     requests = torch.randperm(rows + 2)[:rows]
     queries = (random(layers, rows, heads, head_dim, seed=9) * 2).to(query_dtype)
     kept = []
     for layer in range(layers):
         cache = cache_of(layout, 40, kv_heads, size, head_dim, dtype, seed=layer)
         keys = PlainKeys(cache, head_dim, scales[layer])
-        attention = LayerAttention(keys, head_dim**-0.5 * (1 + layer), window=windows[layer % len(windows)], **settings)
+        attention = LayerAttention(
+            keys,
+            head_dim**-0.5 * (1 + layer),
+            window=windows[layer % len(windows)],
+            query_scale=query_scales[layer],
+            **settings,
+        )
         table = torch.randint(0, 40, (rows + 2, width + 1), dtype=torch.int32)
         kept.append(LayerRows(attention, queries[layer], table))
     wanted = torch.ones(rows, dtype=torch.bool) if wanted is None else torch.tensor(wanted)
@@ -388,10 +396,17 @@ def attention_layouts():
         attention_case(layout=layout, lengths=(3, 70))
 
 
+def scale_of(layer, kv_heads, dtype):
+    """What float8 is scaled with: one number, or in every second layer one for each key head."""
+    if dtype.itemsize > 1:
+        return None
+    return torch.tensor(0.5 + layer) if layer % 2 == 0 else torch.linspace(0.4, 1.7, kv_heads)
+
+
 def attention_types():
-    # float8 is scaled per tensor.
     for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
         attention_case(dtype=dtype, lengths=(1, 17, 64, 65), tolerance=1e-4)
+    attention_case(dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn, lengths=(1, 70), tolerance=1e-4)
 
 
 def attention_shapes():

@@ -114,23 +114,29 @@ def _paged_layers(layers: tuple[LayerAttention, ...]) -> PagedLayers:
     keys = [_plain(layer) for layer in layers]
     caches = tuple(one.cache for one in keys)
     device = caches[0].device
-    factors = torch.tensor(
-        [(layer.scale, 1.0, layer.softcap, float(layer.window or 0)) for layer in layers], dtype=torch.float32
-    )
+    factors = torch.tensor([(layer.softcap, float(layer.window or 0)) for layer in layers], dtype=torch.float32)
     factors = factors.T.contiguous().to(device)
-    for index, one in enumerate(keys):
-        if one.scale is not None:
-            factors[1, index] = one.scale
+    scales = torch.stack([_scales(layer, one) for layer, one in zip(layers, keys, strict=True)])
     built = PagedLayers(
         caches,
         _addresses(device, tuple(cache.data_ptr() for cache in caches)),
         factors,
+        scales,
         _stacked([layer.alibi_slopes for layer in layers], 0.0, device),
         _stacked([layer.sinks for layer in layers], -torch.inf, device),
         any(layer.softcap for layer in layers),
     )
     _PAGED[first] = (others, built)
     return built
+
+
+def _scales(layer: LayerAttention, keys: PlainKeys) -> Tensor:
+    """What products of queries and keys are multiplied with, float32 ``[kv_heads]``."""
+    scales = torch.full((keys.cache.shape[1],), layer.scale, dtype=torch.float32, device=keys.cache.device)
+    for scale in (keys.scale, layer.query_scale):
+        if scale is not None:
+            scales = scales * scale.to(scales.device, torch.float32)
+    return scales
 
 
 def _stacked(values: Sequence[Tensor | None], missing: float, device: torch.device) -> Tensor | None:

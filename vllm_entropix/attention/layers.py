@@ -21,6 +21,7 @@ class LayerAttention:
         window: positions a query attends to at most, its own included; None for all.
         alibi_slopes: ``[heads]``, bias per position of distance.
         sinks: ``[heads]``, logits that take weight without being a position.
+        query_scale: what fp8 queries were divided by, one number or one per key head; None for other queries.
     """
 
     keys: KeyReader
@@ -29,6 +30,7 @@ class LayerAttention:
     window: int | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
+    query_scale: Tensor | None = None
 
     def scores(self, queries: Tensor, block_table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Scores before the softmax and the index of each row's first real position among them.
@@ -52,6 +54,8 @@ class LayerAttention:
         rows, heads, head_dim = queries.shape
         groups = heads // keys.shape[2]
         grouped = queries.to(torch.float32).view(rows, 1, keys.shape[2], groups, head_dim)
+        if self.query_scale is not None:
+            grouped = grouped * self.query_scale.view(-1, 1, 1)
         scores = torch.matmul(grouped, keys)  # [rows, blocks, kv_heads, groups, block_size]
         scores = scores.permute(0, 2, 3, 1, 4).reshape(rows, heads, width * size) * self.scale
         if self.softcap:

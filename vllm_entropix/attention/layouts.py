@@ -53,9 +53,27 @@ def key_reader(layer: Any) -> KeyReader:
         layer: vLLM's ``Attention`` module, after its cache was bound.
 
     Raises:
-        UnsupportedAttentionError: no reader knows how the cache is packed.
+        UnsupportedAttentionError: no reader knows how the cache is packed, or the backend attends to other positions than the
+            layer's own settings say.
     """
+    refuse_altered(layer.attn_backend)
     backend = layer.attn_backend.get_name()
     if backend not in READERS:
         raise UnsupportedAttentionError(f"attention backend {backend} keeps its keys in a form of its own")
     return READERS[backend](layer)
+
+
+def refuse_altered(backend: Any) -> None:
+    """Refuse a backend that hands another one's kernels positions or queries of its own choice.
+
+    vLLM makes such backends (chunked local attention, static sinks, fast prefill of shared caches) as subclasses that keep
+    the other one's name.
+
+    Args:
+        backend: vLLM's backend class, of a layer or of a group of layers.
+
+    Raises:
+        UnsupportedAttentionError: the class doesn't name itself.
+    """
+    if "get_name" not in vars(backend):
+        raise UnsupportedAttentionError(f"{backend.__name__} chooses by itself what {backend.get_name()} attends to")

@@ -64,6 +64,8 @@ class AttentionObserver:
         self._max_requests = max_requests
         self._queries: dict[int, Tensor] = {}
         self._steps: dict[int, _Step] = {}
+        # What each builder made last, and of which step: groups of a hybrid cache may take over one another's.
+        self._built: dict[int, tuple[Any, _Step]] = {}
         self._attention: dict[int, tuple[Tensor, LayerAttention]] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -76,8 +78,7 @@ class AttentionObserver:
         index_of = {layer.layer_name: index for index, layer in self.layers.items()}
         for builder, names in builders:
             indices = [index_of[name] for name in names if name in index_of]
-            if indices:
-                self._watch(builder, indices)
+            self._watch(builder, indices)
         for index, layer in self.layers.items():
             self._record(index, layer.impl)
 
@@ -86,9 +87,13 @@ class AttentionObserver:
         while self._undo:
             self._undo.pop()()
         self._steps.clear()
+        self._built.clear()
 
     def _watch(self, builder: Any, indices: list[int]) -> None:
-        """Note each step's tensors as the backend's metadata builder is given them: every backend has these."""
+        """Note each step's tensors as the backend's metadata builder is given them: every backend has these.
+
+        A builder of no observed layer is watched, too: observed ones may take over what it made.
+        """
         original = builder.build
 
         def build(common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,9 +104,9 @@ class AttentionObserver:
                 common_attn_metadata.num_reqs,
                 None if self.ranks is None else _host_bounds(common_attn_metadata),
             )
-            for index in indices:
-                self._steps[index] = step
-            return original(common_prefix_len, common_attn_metadata, *args, **kwargs)
+            metadata = original(common_prefix_len, common_attn_metadata, *args, **kwargs)
+            self._note(builder, indices, metadata, step)
+            return metadata
 
         builder.build = build
         self._undo.append(lambda: delattr(builder, "build"))
@@ -110,14 +115,19 @@ class AttentionObserver:
             return
 
         def update_block_table(metadata: Any, block_table: Tensor, *args: Any, **kwargs: Any) -> Any:
-            # Groups of a hybrid cache share the first group's metadata and differ in the block table alone.
-            first = next(iter(self._steps.values()))
-            for index in indices:
-                self._steps[index] = replace(first, block_table=block_table)
-            return original_update(metadata, block_table, *args, **kwargs)
+            # Groups of a hybrid cache share another group's metadata and differ in the block table alone.
+            step = next(step for made, step in self._built.values() if made is metadata)
+            updated = original_update(metadata, block_table, *args, **kwargs)
+            self._note(builder, indices, updated, replace(step, block_table=block_table))
+            return updated
 
         builder.update_block_table = update_block_table
         self._undo.append(lambda: delattr(builder, "update_block_table"))
+
+    def _note(self, builder: Any, indices: list[int], metadata: Any, step: _Step) -> None:
+        self._built[id(builder)] = metadata, step
+        for index in indices:
+            self._steps[index] = step
 
     def _record(self, index: int, impl: Any) -> None:
         original = impl.forward
@@ -273,6 +283,8 @@ def describe_layer(layer: Any) -> LayerAttention:
         raise UnsupportedAttentionError(f"layer {layer.layer_name} is {kind} attention")
     if getattr(layer, "use_alibi_sqrt", False):
         raise UnsupportedAttentionError(f"layer {layer.layer_name} uses square-root ALiBi")
+    if getattr(impl, "chunk_lookback", -1) >= 0:
+        raise UnsupportedAttentionError(f"layer {layer.layer_name} attends to chunks of its window")
     slopes = getattr(impl, "alibi_slopes", None)
     return LayerAttention(
         keys=key_reader(layer),
@@ -281,4 +293,5 @@ def describe_layer(layer: Any) -> LayerAttention:
         window=layer.sliding_window,
         alibi_slopes=None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32),
         sinks=getattr(impl, "sinks", None),
+        query_scale=None if layer.query_quant is None else layer._q_scale,
     )

@@ -60,7 +60,7 @@ class PlainKeys:
 
     cache: Tensor
     head_dim: int
-    scale: Tensor | None = None  # of an fp8 cache, per tensor
+    scale: Tensor | None = None  # of an fp8 cache: one number, or one per key head
     raw: RawKeys | None = None
 
     @property
@@ -71,7 +71,7 @@ class PlainKeys:
     def read(self, blocks: Tensor) -> Tensor:
         """Keys of ``blocks [rows, blocks]``, float32 ``[rows, blocks, kv_heads, head_dim, block_size]``."""
         keys = self.cache[blocks.long()][..., : self.head_dim].transpose(-1, -2).to(torch.float32)
-        return keys if self.scale is None else keys * self.scale
+        return keys if self.scale is None else keys * self.scale.view(-1, 1, 1)
 
 
 @dataclass(frozen=True)

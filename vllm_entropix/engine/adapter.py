@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError, find_attention_layers, select_layers
+from vllm_entropix.attention.layouts import refuse_altered
 from vllm_entropix.distribution.attention import AttentionStatistics
 from vllm_entropix.engine.carrier import StepRecords, attach_to_step
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
@@ -108,6 +109,7 @@ class RunnerAdapter(ABC):
         try:
             chosen = select_layers({**everywhere, **found}, self.config)
             layers = {index: layer for index, layer in chosen.items() if index in found}
+            self._refuse_what_attends_to_less(layers)
             observer = AttentionObserver(layers, self.config, self.max_requests, self.rows_per_request, _ranks())
             for index in layers:
                 observer._layer(index)  # refuses a cache that can't be read now rather than in the first step
@@ -125,6 +127,16 @@ class RunnerAdapter(ABC):
         self.observer = observer
         if self.link is not None:
             self.link.connect(observer, len(chosen))
+
+    def _refuse_what_attends_to_less(self, layers: Mapping[int, Any]) -> None:
+        """Refuse layers whose rows attend to other positions than a layer's own window says."""
+        if self.vllm_config.model_config.rswa_window is not None:
+            raise UnsupportedAttentionError("the model slides its window over the answer alone (R-SWA)")
+        names = {layer.layer_name for layer in layers.values()}
+        for groups in self.runner.attn_groups:
+            for group in groups:
+                if names.intersection(group.layer_names):
+                    refuse_altered(group.backend)
 
     def _builders(self) -> Iterator[tuple[Any, list[str]]]:
         for groups in self.runner.attn_groups:

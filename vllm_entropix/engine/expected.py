@@ -164,6 +164,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "is_diffusion",
             "logits_processors",
             "max_model_len",
+            "rswa_window",
             "runner_type",
             "served_model_name",
             "skip_tokenizer_init",
@@ -262,7 +263,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "WorkerBase": ("model_runner", "rank", "vllm_config"),
     },
     "vllm.v1.worker.utils": {
-        "AttentionGroup": ("layer_names", "metadata_builders"),
+        "AttentionGroup": ("backend", "layer_names", "metadata_builders"),
     },
     "vllm.v1.attention.backend": {
         "CommonAttentionMetadata": (
@@ -284,7 +285,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "FlashAttentionImpl": ("alibi_slopes", "forward", "logits_soft_cap", "scale", "sinks"),
     },
     "vllm.v1.attention.backends.triton_attn": {
-        "TritonAttentionImpl": ("alibi_slopes", "forward", "logits_soft_cap", "scale", "sinks"),
+        "TritonAttentionImpl": ("alibi_slopes", "chunk_lookback", "forward", "logits_soft_cap", "scale", "sinks"),
     },
     "vllm.model_executor.layers.attention.attention": {
         "Attention": (
@@ -298,6 +299,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "use_alibi_sqrt",
             "num_heads",
             "head_size",
+            "query_quant",
         ),
     },
     "vllm.v1.worker.gpu_model_runner": {  # V1

@@ -49,7 +49,8 @@ class PagedLayers:
     Attributes:
         caches: ``[blocks, kv_heads, block_size, at least head_dim]`` per layer, keys first.
         addresses: int64 ``[layers]``, of the caches, on the device.
-        factors: float32 ``[4, layers]``: scale on products, of the keys, softcap (0 for none), window (0 for none).
+        factors: float32 ``[2, layers]``: softcap (0 for none), window (0 for none).
+        scales: float32 ``[layers, kv_heads]``, on the products of queries and keys.
         alibi_slopes: float32 ``[layers, heads]`` or None.
         sinks: float32 ``[layers, heads]`` or None.
         capped: is there a softcap?
@@ -58,6 +59,7 @@ class PagedLayers:
     caches: tuple[Tensor, ...]
     addresses: Tensor
     factors: Tensor
+    scales: Tensor
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
     capped: bool = False
@@ -68,6 +70,7 @@ class PagedLayers:
             self.caches[chunk],
             self.addresses[chunk],
             self.factors[:, chunk].contiguous(),
+            self.scales[chunk],
             None if self.alibi_slopes is None else self.alibi_slopes[chunk],
             None if self.sinks is None else self.sinks[chunk],
             self.capped,
@@ -116,6 +119,7 @@ def _scores_of_tile(
     addresses,
     tables,
     factors,
+    scales,
     slopes,
     layers,
     layer,
@@ -154,10 +158,10 @@ def _scores_of_tile(
     keys = tl.load(
         cache + index[None, :] + dim[:, None] * stride_dim, mask=real[None, :] & (dim < HEAD_DIM)[:, None], other=0.0
     )
-    scale = tl.load(factors + layer) * tl.load(factors + layers + layer)
+    scale = tl.load(scales + layer * (HEADS // GROUP) + kv_head)
     scores = tl.dot(query, keys.to(query.dtype), input_precision="ieee") * scale
     if SOFTCAP:
-        cap = tl.load(factors + 2 * layers + layer)
+        cap = tl.load(factors + layer)
         ratio = scores / tl.where(cap > 0, cap, 1.0)
         # tanh, which is odd: of the absolute value exp() can't overflow.
         decay = tl.exp(-2.0 * tl.abs(ratio))
@@ -179,6 +183,7 @@ def _attend(
     lengths,
     wanted,
     factors,
+    scales,
     slopes,
     layers,
     rows,
@@ -207,7 +212,7 @@ def _attend(
     layer, row = pair // rows, pair % rows
     if tl.load(wanted + row) == 0:
         return
-    length, begin, first, last = _extent(lengths, factors + 3 * layers, row, layer, TILE)
+    length, begin, first, last = _extent(lengths, factors + layers, row, layer, TILE)
     share = (last - first + SPLITS - 1) // SPLITS
     member = tl.arange(0, ROWS)
     head = kv_head * GROUP + member
@@ -227,6 +232,7 @@ def _attend(
             addresses,
             tables,
             factors,
+            scales,
             slopes,
             layers,
             layer,
@@ -293,7 +299,7 @@ def _merge_splits(
     layer, row = pair // rows, pair % rows
     if tl.load(wanted + row) == 0:
         return
-    length, begin, _first, _last = _extent(lengths, factors + 3 * layers, row, layer, TILE)
+    length, begin, _first, _last = _extent(lengths, factors + layers, row, layer, TILE)
     empty = tl.maximum(padded - (length - begin), 0).to(tl.float32)
     head, split = tl.arange(0, HEADS_2), tl.arange(0, SPLITS)
     inside = head < HEADS
@@ -334,6 +340,7 @@ def _deviate(
     lengths,
     wanted,
     factors,
+    scales,
     slopes,
     layers,
     rows,
@@ -370,7 +377,7 @@ def _deviate(
     layer, row = pair // rows, pair % rows
     if tl.load(wanted + row) == 0:
         return
-    length, begin, first, last = _extent(lengths, factors + 3 * layers, row, layer, TILE)
+    length, begin, first, last = _extent(lengths, factors + layers, row, layer, TILE)
     share = (last - first + SPLITS - 1) // SPLITS
     KV_HEADS: tl.constexpr = HEADS // GROUP  # noqa: N806
     ALL_HEADS: tl.constexpr = HEADS * RANKS if RANKS > 0 else HEADS  # noqa: N806
@@ -404,6 +411,7 @@ def _deviate(
                     addresses,
                     tables,
                     factors,
+                    scales,
                     slopes,
                     layers,
                     layer,
@@ -465,7 +473,7 @@ def _finish(
         for metric in tl.static_range(4):
             tl.store(results + metric * pairs + pair, float("nan"))
         return
-    length, begin, _first, _last = _extent(lengths, factors + 3 * layers, row, layer, TILE)
+    length, begin, _first, _last = _extent(lengths, factors + layers, row, layer, TILE)
     attended = length - begin
     empty = tl.maximum(padded - attended, 0)
     head = tl.arange(0, HEADS_2)
@@ -575,7 +583,7 @@ class _Launches:
         number, many, heads, head_dim = rows.queries.shape
         cache, device, pairs = layers.caches[0], rows.queries.device, number * many
         kv_heads = cache.shape[1]
-        windows = layers.factors[3].to(torch.int64).unsqueeze(-1)
+        windows = layers.factors[1].to(torch.int64).unsqueeze(-1)
         begins = torch.where(windows > 0, (rows.lengths - windows).clamp_min(0), 0)
         widths = ((rows.lengths + TILE - 1) // TILE - begins // TILE) * TILE
         needed = torch.where(rows.wanted, widths * heads, 0).flatten()
@@ -595,7 +603,7 @@ class _Launches:
         slopes = layers.factors if layers.alibi_slopes is None else layers.alibi_slopes
         self._sources = (
             *(rows.queries, layers.addresses, rows.tables, rows.table_width, rows.requests, rows.lengths, rows.wanted),
-            *(layers.factors, slopes, number, many, offsets, floats(size)),
+            *(layers.factors, layers.scales, slopes, number, many, offsets, floats(size)),
         )
         group = heads // kv_heads
         self._shape = {

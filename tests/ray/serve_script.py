@@ -22,12 +22,14 @@ from ray import serve
 from ray.util.state import list_actors
 
 from deploy.ray.serve import app
+from tests.support import dashboards
 
 PROMPT = "Once upon a time"
 STREAMS = 8
 KEY = "a key of this test"
 FILE = yaml.safe_load(Path("deploy/ray/serve.yaml").read_text())
 EXPORT_SECONDS = 60
+OURS = sorted(name for name in dashboards.metric_names() if name.startswith("entropix_"))
 
 
 def arguments(api_key_file: str) -> dict[str, Any]:
@@ -132,25 +134,24 @@ async def until_both_serve(client: openai.AsyncOpenAI, found: dict[int, psutil.P
 
 
 async def exported() -> str:
-    """What Ray's agent on this node exports, once both replicas' tokens are there and all that vLLM counts."""
+    """What Ray's agent on this node exports, once both replicas tell all of our metrics and nothing is added any more."""
     [node] = ray.nodes()
     deadline, before = time.monotonic() + EXPORT_SECONDS, None
     async with httpx.AsyncClient() as client:
         while time.monotonic() < deadline:
             text = (await client.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics")).text
-            lines = [
-                line
-                for line in text.splitlines()
-                if line.startswith(("ray_entropix_tokens_total", "ray_vllm_generation_tokens"))
+            lines = [line for line in text.splitlines() if line.startswith(("ray_entropix_", "ray_vllm_generation_tokens"))]
+            # Ray's agent hears of a process's metrics a few at a time.
+            told = [
+                {line.split('ReplicaId="')[1].split('"')[0] for line in lines if line.startswith(f"ray_{name}")}
+                for name in OURS
             ]
-            if (
-                lines == before
-                and len({line.split('ReplicaId="')[1].split('"')[0] for line in lines if "entropix" in line}) == 2
-            ):
+            if lines == before and all(len(replicas) == 2 for replicas in told):
                 return text
             before = lines
             await asyncio.sleep(3)
-    raise TimeoutError(f"metrics of two replicas aren't exported: {before}")
+    missing = [name for name, replicas in zip(OURS, told, strict=True) if len(replicas) != 2]
+    raise TimeoutError(f"of two replicas not all metrics are exported, but for {missing}: {before}")
 
 
 async def statuses(url: str) -> dict[str, int]:

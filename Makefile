@@ -26,12 +26,13 @@ demo: setup ## run the shipped model in a real engine and show its tokens by reg
 	@$(VENV)/bin/vllm-entropix demo
 
 # On a CPU Model Runner V2 runs with interpreted kernels, in a pytest of its own; status 5 is "nothing selected by ARGS".
-# On a GPU one test at a time has its memory. The second pass has tests that hold servers, Ray and disks to a time: they run alone.
+# On a GPU one test at a time has its memory. The second pass has the tests that are held to a time: they run alone.
 test: setup ## run all tests
 	@if $(on_a_gpu); then exec $(VENV)/bin/python -m pytest $(ARGS); fi; \
 	status=0; \
 	ENTROPIX_TEST_RUNNER=v2 $(VENV)/bin/python -m pytest -m both_runners $(side_by_side) $(ARGS) || [ $$? -eq 5 ] || status=1; \
-	$(VENV)/bin/python -m pytest $(ARGS) || status=$$?; \
+	$(VENV)/bin/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ] || status=1; \
+	$(VENV)/bin/python -m pytest -m "not alone" $(side_by_side) $(ARGS) || [ $$? -eq 5 ] || status=1; \
 	exit $$status
 
 # test_routes.py installs vLLM and torch anew.

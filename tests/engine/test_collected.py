@@ -275,6 +275,7 @@ def test_events_without_choices():
     assert [len(event["entropix"]["tokens"]) if "entropix" in event else None for event in told] == [None, 2, None, 0]
 
 
+@pytest.mark.alone
 def test_a_large_answer_leaves_the_event_loop_to_others():
     """64 choices of 900 tokens: whoever else is served waits for less than a second."""
     choices, tokens, alternatives = 64, 900, 5

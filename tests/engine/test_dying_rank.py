@@ -18,7 +18,7 @@ from tests.support.server import serve_process
 from vllm_entropix.client import ASK, StreamTraces
 
 # On the default runner: a minute, of which most is the server's start. With ENTROPIX_TEST_RUNNER=v2 it runs on V2.
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 ARGUMENTS = (
     *("--tensor-parallel-size", "2", "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"),

@@ -247,6 +247,7 @@ def test_a_full_disk_drops_whole_lines_with_one_warning_and_recovers(tmp_path, w
     assert names(tmp_path / "traces.jsonl") == ["first", "last"]
 
 
+@pytest.mark.alone
 def test_when_the_disk_is_too_slow_sequences_are_dropped_and_nobody_waits(writer_at, monkeypatch):
     told = warnings_of(monkeypatch)
     writer = writer_at(queue_megabytes=1)
@@ -312,6 +313,7 @@ def test_prompts_are_told_where_they_are_asked_for(tokenizer):
     assert line.prompt is None, "nothing makes a text of it"
 
 
+@pytest.mark.alone
 def test_a_long_line_holds_up_nobody(tmp_path, writer_at):
     """A thread that wakes every millisecond, as one that serves, while a line of 100,000 tokens is made and written."""
     late, running = [], True
@@ -390,6 +392,7 @@ print("ends", time.time(), flush=True)
 """
 
 
+@pytest.mark.alone
 def test_a_disk_that_hangs_holds_up_the_end_for_five_seconds(tmp_path):
     """Two of them no longer than one."""
     environment = {**os.environ, "TRACES": str(tmp_path / "traces")}

@@ -436,6 +436,7 @@ def test_a_hundred_thousand_tokens(browser, tmp_path):
         assert page.evaluate("document.activeElement.dataset.token") == "97999"
 
 
+@pytest.mark.alone
 def test_a_thousand_sequences_open_at_once(browser, tmp_path):
     different = [varied(120, seed) for seed in range(40)]
     named = (different[number % 40].model_copy(update={"request_id": f"request {number}"}) for number in range(1000))

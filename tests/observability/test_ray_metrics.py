@@ -27,9 +27,11 @@ class Counters:
                     raise RuntimeError("the agent is gone")
                 assert value > 0
                 assert tuple(tags) == tag_keys
+                assert "".join(tags.values()).isascii()
                 counters.values[name, tags.get("regime"), tags.get("le"), tags["ReplicaId"]] += value
 
         assert description
+        assert description.isascii()
         return Counter()
 
 
@@ -71,6 +73,15 @@ def test_what_counts_nothing_yet_is_there(counters):
             REGISTRY.get_sample_value(f"entropix_{name}" + ("" if name.endswith("count") else "_total"))
         )
         assert (f"entropix_{name}", None, None, "r2") in counters.values
+
+
+def test_a_label_that_is_no_ascii_stops_no_other(exporter, counters):
+    prometheus.count_request("größe", greedy=False)
+    prometheus._counting().metrics.tokens.labels("HEHV").inc(1)
+    exporter.export()
+    given = REGISTRY.get_sample_value("entropix_requests_total", {"preset": "größe", "greedy": "no"})
+    assert [value for (name, *_), value in counters.values.items() if name == "entropix_requests"] == [given]
+    assert counters.values["entropix_tokens", "HEHV", None, "r1"] == 1
 
 
 def test_ours_alone_and_nothing_that_can_fall(exporter):
@@ -117,5 +128,14 @@ import ray
 from vllm_entropix.observability import ray_metrics
 ray_metrics.start_in_actors()
 assert [thread.name for thread in threading.enumerate() if "ray" in thread.name] == []
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_rays_own_counters_take_all_descriptions():
+    script = """
+from vllm_entropix.observability import prometheus, ray_metrics
+prometheus.count_request("größe", greedy=False)
+ray_metrics.Exporter("r1").export()
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -7,6 +7,7 @@ since. Ray's own histograms wouldn't do: they make up the sum from the middles o
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,9 +66,9 @@ class Exporter:
             more = value - self._given[series] if series in self._given else value or _NOTHING
             if more <= 0:
                 continue
-            tags = {**dict(labels), REPLICA: self._replica}
+            tags = {name: _ascii(value) for name, value in (*labels, (REPLICA, self._replica))}
             if name not in self._counters:
-                self._counters[name] = self._make(name, description, tuple(tags))
+                self._counters[name] = self._make(name, _ascii(description), tuple(tags))
             self._counters[name].inc(more, tags=tags)
             self._given[series] = value
 
@@ -84,6 +85,11 @@ def _numbers() -> Iterator[tuple[Series, str, float]]:
                 # Ray appends _total to every counter.
                 name = sample.name.removesuffix("_total")
                 yield (name, tuple(sample.labels.items())), metric.documentation, sample.value
+
+
+def _ascii(text: str) -> str:
+    """A text as Ray takes it: for anything but ASCII, as the ² of a unit or a preset's name, its counters raise an error."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "replace").decode()
 
 
 def _is_actor() -> bool:

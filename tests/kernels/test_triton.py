@@ -59,7 +59,7 @@ def result_of(module, runner):
         env=runners.environment(runner),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=850,  # the interpreter takes two minutes on a quiet machine
         check=False,
     )
     lines = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]

@@ -84,7 +84,7 @@ def seen(tmp_path_factory):
     close_engine()
     # Otherwise vLLM binds both replicas to the same CPU.
     alone = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    return ray_cluster.run(tmp_path_factory.mktemp("serve") / "log", "serve_script", free_port(), timeout=420, **alone)
+    return ray_cluster.run(tmp_path_factory.mktemp("serve") / "log", "serve_script", free_port(), timeout=700, **alone)
 
 
 def test_the_sampler_serves(seen):

@@ -110,6 +110,7 @@ def changed(*pairs):
 BAD = {
     "no such module": ("warm", "Warm", "import no_such_module_anywhere", "No module named 'no_such_module_anywhere'"),
     "an import that fails": ("warm", "Warm", "raise RuntimeError('no\\nluck')", "no luck"),
+    "an import that exits": ("warm", "Warm", "raise SystemExit('needs a GPU')", "needs a GPU"),
     "no such name": ("warm", "Cold", GOOD, "has no attribute 'Cold'"),
     "no class": ("warm", "x", "x = 3", "3 is no subclass of vllm_entropix.samplers.base.Sampler"),
     "no sampler": ("warm", "WarmSettings", GOOD, "is no subclass of vllm_entropix.samplers.base.Sampler"),

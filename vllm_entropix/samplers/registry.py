@@ -65,7 +65,7 @@ def registry() -> Registry:
             sampler = entry.load()
             _check(found, entry.name, sampler)
             _add(found, sampler)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a module that ends its process would end everybody's
             reason = cut(" ".join(str(error).split()) or type(error).__name__, 300)
             found.refused[entry.name] = f"the sampler {entry.name} of the package {package} can't be used: {reason}"
             logger.warning("vllm-entropix: %s", found.refused[entry.name])

@@ -72,7 +72,8 @@ def results():
     return result_of("triton_checks", "v2")
 
 
-KERNELS = {"_measure_tile", "_merge_tiles", "_distribute", "_filter", "_attend", "_merge_splits", "_deviate", "_finish"}
+# Attention's are compiled by test_machine_code_attention.py.
+KERNELS = {"_measure_tile", "_merge_tiles", "_distribute", "_filter"}
 
 
 def test_kernels_compile_for_a_gpu():

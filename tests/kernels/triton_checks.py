@@ -415,8 +415,9 @@ def attention_shapes():
 
 
 def attention_lengths():
-    # Around the edges of tiles and splits: of 16 splits, the first has two tiles from 1025 positions on.
-    attention_case(lengths=(1023, 1024, 1025, 1088, 1089), size=64, layers=1, heads=2, kv_heads=1)
+    # Around the edges of tiles and shares: of four tiles each, until there are 16 shares, from 4097 positions on of more.
+    for lengths in ((255, 256, 257, 1025), (4096, 4097)):
+        attention_case(lengths=lengths, size=64, layers=1, heads=2, kv_heads=1)
 
 
 def attention_windows():
@@ -449,12 +450,21 @@ def attention_rows_that_are_not_wanted():
 
 
 def attention_without_room_in_the_scratch():
-    layers, requests, lengths, config, with_room = attention_case(lengths=(130, 5, 70))
-    wanted = torch.ones(3, dtype=torch.bool)
-    for size in (1, 1000):
-        with mock.patch.object(attention_statistics, "_SCRATCH", size):
-            without = by_kernels(layers, requests, lengths, wanted, config)
-        assert torch.equal(without, with_room)
+    for case in ({}, {"heads": 6, "kv_heads": 2, "softcap": 3.0, "layers": 1}):
+        layers, requests, lengths, config, with_room = attention_case(lengths=(130, 5, 300), **case)
+        wanted = torch.ones(3, dtype=torch.bool)
+        number, heads = len(layers), layers[0].queries.shape[1]
+        for rows, tiles in ((3, 0), (3, 5), (2, 0), (1, 0)):
+            # The rows of a launch, and room for tiles of a layer.
+            sizes = attention_statistics._sizes(number, rows, heads, attention_statistics.splits_of(320))
+            size = sum(sizes.values()) + number * heads * attention_statistics.TILE * tiles
+            with (
+                mock.patch.object(attention_statistics, "WORKSPACE", size),
+                mock.patch.object(attention_statistics, "_Launches", side_effect=attention_statistics._Launches) as launched,
+            ):
+                without = by_kernels(layers, requests, lengths, wanted, config)
+            assert launched.call_count == -(-3 // rows)
+            assert torch.equal(without, with_room)
 
 
 def attention_rows_do_not_depend_on_the_batch():
@@ -535,7 +545,12 @@ def heads_over_ranks_in_parts():
     case, whole = ranked_case(2, lengths=(130, 5, 70), wanted=[True, False, True])
     for module, name, value, exchanges in (
         (attention_statistics, "_EXCHANGE", 1, 3),  # a layer at a time
-        (attention_statistics, "_SCRATCH", 1, 3),  # scores are computed again
+        (
+            attention_statistics,
+            "WORKSPACE",
+            sum(attention_statistics._sizes(1, 3, 2, 1).values()),
+            3,
+        ),  # scores are computed again
         (ranks, "WORTH_WAITING", 0, 2),
     ):
         with mock.patch.object(module, name, value):

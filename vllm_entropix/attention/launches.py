@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -19,8 +20,26 @@ from vllm_entropix.kernels.backend import kernels_for
 from vllm_entropix.kernels.rules import VARIANCE_RULES
 
 if TYPE_CHECKING:
-    from vllm_entropix.kernels.triton_.attention_statistics import PagedLayers, PagedRows
+    from vllm_entropix.kernels.triton_.attention_statistics import PagedLayers, PagedRows, Workspace
     from vllm_entropix.settings.server import AttentionRules
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is known of a step's rows beside the rows themselves.
+
+    Attributes:
+        query_rows: int64 ``[rows]``, where a row's queries are among those of each layer; None for one after the other.
+        longest: no row's length is greater; None if nothing is known but the block tables' width.
+        workspace: for the kernels; None to allocate it.
+    """
+
+    query_rows: Tensor | None = None
+    longest: int | None = None
+    workspace: Workspace | None = None
+
+
+ROWS_IN_ORDER = Kept()
 
 
 def measured_by_triton(layers: Sequence[LayerAttention], device: torch.device) -> bool:
@@ -33,7 +52,12 @@ def measured_by_triton(layers: Sequence[LayerAttention], device: torch.device) -
 
 
 def measure_layers(
-    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, wanted: Tensor, config: AttentionRules
+    layers: Sequence[LayerRows],
+    requests: Tensor,
+    lengths: Tensor,
+    wanted: Tensor,
+    config: AttentionRules,
+    kept: Kept = ROWS_IN_ORDER,
 ) -> AttentionStatistics:
     """Statistics of several layers by the Triton kernels, ``[layers, rows]`` each; the device is never waited for.
 
@@ -43,18 +67,22 @@ def measure_layers(
         lengths: int64 ``[rows]``, positions up to and including the row's own.
         wanted: bool ``[rows]``; the others get NaN and cost nothing.
         config: how statistics are taken.
+        kept: where their queries are, and what they are measured with.
     """
     from vllm_entropix.kernels.triton_.attention_statistics import attention_statistics
 
+    padded, rule = config.padded_positions or 0, VARIANCE_RULES[config.attention_varentropy]
     found: dict[int, Tensor] = {}
-    for indices, paged, rows in launches(layers, requests, lengths, wanted):
-        results = attention_statistics(paged, rows, config.padded_positions or 0, VARIANCE_RULES[config.attention_varentropy])
+    for indices, paged, rows in launches(layers, requests, lengths, wanted, kept):
+        results = attention_statistics(paged, rows, padded, rule, kept.workspace)
+        if len(indices) == len(layers):
+            return AttentionStatistics(*results)
         found.update(zip(indices, results.unbind(dim=1), strict=True))
     return AttentionStatistics(*torch.stack([found[index] for index in range(len(layers))], dim=1))
 
 
 def launches(
-    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, wanted: Tensor, by_window: bool = False
+    layers: Sequence[LayerRows], requests: Tensor, lengths: Tensor, wanted: Tensor, kept: Kept, by_window: bool = False
 ) -> Iterator[tuple[list[int], PagedLayers, PagedRows]]:
     """Layers that one launch can measure: their indices among ``layers``, and what the kernels take.
 
@@ -63,6 +91,7 @@ def launches(
         requests: int64 ``[rows]``.
         lengths: int64 ``[rows]``.
         wanted: bool ``[rows]``.
+        kept: where their queries are.
         by_window: must the layers of a launch have one window, too?
 
     Raises:
@@ -75,22 +104,39 @@ def launches(
         kinds[_kind(one), one.layer.window if by_window else None].append(index)
     for indices in kinds.values():
         same = [layers[index] for index in indices]
-        queries = torch.stack([one.queries for one in same])
+        paged = _paged_layers(tuple(one.layer for one in same))
+        queries = tuple(_aligned(one.queries.contiguous()) for one in same)
         tables = tuple(one.block_table.to(torch.int32) for one in same)
-        addresses = _addresses(queries.device, tuple(table.data_ptr() for table in tables))
-        rows = PagedRows(queries, addresses, tables[0].stride(0), requests, lengths, wanted, tables)
-        yield indices, _paged_layers(tuple(one.layer for one in same)), rows
+        longest = tables[0].shape[1] * paged.caches[0].shape[2]
+        rows = PagedRows(
+            queries,
+            _addresses(lengths.device, tuple(one.data_ptr() for one in queries)),
+            torch.arange(len(lengths), device=lengths.device) if kept.query_rows is None else kept.query_rows,
+            _addresses(lengths.device, tuple(table.data_ptr() for table in tables)),
+            tables[0].stride(0),
+            requests,
+            lengths,
+            longest if kept.longest is None else min(longest, kept.longest),
+            wanted,
+            tables,
+        )
+        yield indices, paged, rows
 
 
 def _kind(one: LayerRows) -> Hashable:
     cache = _plain(one.layer).cache
-    return cache.dtype, cache.shape[1:], cache.stride(), one.block_table.stride(), one.queries.shape
+    return cache.dtype, cache.shape[1:], cache.stride(), one.block_table.stride(), one.queries.shape[1:], one.queries.dtype
 
 
 def _plain(layer: LayerAttention) -> PlainKeys:
     if not isinstance(layer.keys, PlainKeys):
         raise ValueError(f"the kernels read plain keys, not {type(layer.keys).__name__}")
     return layer.keys
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """What the kernels read 16 bytes at a time, where that is possible."""
+    return values.clone() if values.data_ptr() % 16 else values
 
 
 @lru_cache(maxsize=256)
@@ -113,6 +159,8 @@ def _paged_layers(layers: tuple[LayerAttention, ...]) -> PagedLayers:
         return known[1]
     keys = [_plain(layer) for layer in layers]
     caches = tuple(one.cache for one in keys)
+    if any(cache.data_ptr() % 16 for cache in caches):
+        raise ValueError("the kernels read keys that are aligned to 16 bytes")
     device = caches[0].device
     factors = torch.tensor([(layer.softcap, float(layer.window or 0)) for layer in layers], dtype=torch.float32)
     factors = factors.T.contiguous().to(device)

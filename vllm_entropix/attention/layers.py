@@ -74,7 +74,7 @@ class LayerRows:
 
     Attributes:
         layer: how it attends.
-        queries: ``[rows, heads, head_dim]``.
+        queries: ``[rows, heads, head_dim]``, or all that were kept of the layer, in which the step's rows have to be found.
         block_table: of all requests, ``[requests, blocks]``, block numbers from the sequence's beginning.
     """
 

@@ -13,6 +13,9 @@ from vllm_entropix.attention.paged_keys import CpuAmxKeys, CpuVectorKeys, KeyRea
 
 def _plain_keys(layer: Any) -> KeyReader:
     """A cache ``[blocks, kv_heads, block_size, head_dim + value_dim]``, keys first, of any strides."""
+    # The kernels read 16 bytes at a time. No cache of vLLM's begins anywhere else.
+    if layer.kv_cache.data_ptr() % 16:
+        raise UnsupportedAttentionError(f"the key cache of layer {layer.layer_name} isn't aligned to 16 bytes")
     dtype = str(layer.kv_cache_dtype)
     if dtype in ("fp8", "fp8_e4m3", "fp8_e5m2"):
         cache = layer.kv_cache.view(torch.float8_e5m2 if dtype == "fp8_e5m2" else torch.float8_e4m3fn)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vllm_entropix.attention.launches import launches
+from vllm_entropix.attention.launches import ROWS_IN_ORDER, Kept, launches
 from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.statistics import head_statistics
 from vllm_entropix.distribution.attention import AttentionStatistics, HeadStatistics
@@ -114,6 +114,7 @@ def measure_over_ranks_by_triton(
     bounds: Tensor,
     config: AttentionRules,
     ranks: RankGroup,
+    kept: Kept = ROWS_IN_ORDER,
 ) -> AttentionStatistics:
     """The same by the kernels, for layers with plain keys; the device is not waited for unless that saves more than it costs.
 
@@ -125,18 +126,20 @@ def measure_over_ranks_by_triton(
         bounds: integers ``[at least rows]`` on the host, whose sum is no less than that of any window's share of the lengths.
         config: how statistics are taken.
         ranks: that have the other heads.
+        kept: where the rows' queries are, and what they are measured with.
     """
     from vllm_entropix.kernels.triton_.attention_statistics import head_shares
 
     padded = config.padded_positions or 0
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for indices, paged, rows in launches(layers, requests, lengths, wanted, by_window=True):
+    for indices, paged, rows in launches(layers, requests, lengths, wanted, kept, by_window=True):
         window = layers[indices[0]].layer.window
         attended = torch.where(wanted, lengths if window is None else lengths.clamp_max(window), 0)
         total = int((bounds if window is None else bounds.clamp_max(window)).sum())
         if len(indices) * total > WORTH_WAITING:
             total = int(attended.sum())
-        for index, share in zip(indices, head_shares(paged, rows, padded, attended, total, ranks), strict=True):
+        shares_of_layers = head_shares(paged, rows, padded, attended, total, ranks, kept.workspace)
+        for index, share in zip(indices, shares_of_layers, strict=True):
             found[index] = torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded)
     shares, counted = zip(*(found[index] for index in range(len(layers))), strict=True)
     return combine_shares(shares, counted, ranks, config)

@@ -1,9 +1,16 @@
 """Queries and paged keys → attention statistics of each layer and row: ``attention.statistics.measure_layer``.
 
-Keys are read once, a tile at a time that all query heads of a group share. Their scores go to a scratch of bounded size, from
-which the heads' mean weights, and each head's deviation from them, are computed when the normalisers are known. A row that
-finds no room in the scratch has its scores computed again; its bits are the same. The context is cut into a fixed number of
-splits whose borders depend on the row alone. One launch covers all layers, as far as the scratch goes for a typical context.
+Five kernels, one launch of each for all layers that share a type and strides, however many they are:
+
+1. ``_plan`` gives each layer's rows room for their scores, as far as there is any.
+2. ``_attend`` reads keys once, a tile at a time that all query heads of a group share, and keeps scores where there is room.
+3. ``_merge_splits`` adds up what the shares of a context say of each head.
+4. ``_deviate`` takes kept scores, all heads of a tile at once, to the heads' mean weights and the deviation from them.
+   ``_deviate_again`` does so for rows without room, whose keys it reads a second time.
+5. ``_finish`` makes the four statistics.
+
+A context is cut into shares whose borders depend on the row alone, and rows without room have the same scores reduced by the
+same code, so a row's bits are the same in any batch.
 
 Where heads are split over tensor-parallel ranks, the ranks exchange the sums of their heads' weights between the two passes,
 and what comes out is each rank's share of the statistics (``attention.ranks``).
@@ -14,6 +21,7 @@ and what comes out is each rank's share of the statistics (``attention.ranks``).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,14 +32,25 @@ from torch import Tensor
 from vllm_entropix.kernels.ranks import RankGroup
 
 TILE = 64
+# Shares that a context is cut into at most, and tiles of a share at least.
 SPLITS = 16
+LEAST = 4
+# Programs that share the work on rows without room: three for each multiprocessor of an H100.
+PROGRAMS = 396
+_PLANNED = tl.constexpr(1024)  # rows that are given room at a time
 _LN2 = tl.constexpr(0.6931471805599453)
-# Size of the scratch, in float32 elements: 128 MiB.
-_SCRATCH = 1 << 25
+# All that the kernels keep between them, in float32 elements: 112 MiB. What isn't partial sums is room for scores.
+WORKSPACE = 28 << 20
 # Size of what is received in an exchange between ranks, in float32 elements: 256 MiB.
 _EXCHANGE = 1 << 26
-# Longer contexts may find no room in the scratch if all rows have them.
-_TYPICAL_CONTEXT = 4096
+
+# Integers that differ between steps or between engines, and pointers into others' buffers: of none of them takes a kernel
+# variants. The addresses of keys and queries, for which alignment matters, are read from memory and checked by the host.
+_NUMBERS = ("layers", "rows", "splits", "padded", "room", "table_stride", "sums_width")
+_POINTERS = (
+    *("queries", "addresses", "tables", "requests", "query_rows", "lengths", "wanted", "factors", "scales", "slopes", "sinks"),
+    *("starts", "sums", "without"),
+)
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -42,12 +61,22 @@ _TYPES = {
 }
 
 
+def _kernel(function):
+    """Compile a function once for all sizes of a step."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in _NUMBERS if name in names],
+        do_not_specialize_on_alignment=[name for name in _POINTERS if name in names],
+    )
+
+
 @dataclass(frozen=True)
 class PagedLayers:
     """Layers that are measured together: their caches have one type, shape and strides.
 
     Attributes:
-        caches: ``[blocks, kv_heads, block_size, at least head_dim]`` per layer, keys first.
+        caches: ``[blocks, kv_heads, block_size, at least head_dim]`` per layer, keys first; at addresses divisible by 16.
         addresses: int64 ``[layers]``, of the caches, on the device.
         factors: float32 ``[2, layers]``: softcap (0 for none), window (0 for none).
         scales: float32 ``[layers, kv_heads]``, on the products of queries and keys.
@@ -82,183 +111,253 @@ class PagedRows:
     """Rows that are measured together, in all layers.
 
     Attributes:
-        queries: ``[layers, rows, heads, head_dim]``, contiguous.
+        queries: contiguous ``[kept, heads, head_dim]`` per layer, of one type; at addresses divisible by 16.
+        query_addresses: int64 ``[layers]``, their addresses, on the device.
+        query_rows: int64 ``[rows]``, where a row's queries are in each of them.
         tables: int64 ``[layers]``, on the device: addresses of the layers' block tables, int32 ``[requests, blocks]``.
         table_width: elements from a request to the next in them.
         requests: int64 ``[rows]``, the rows' requests in the block tables.
         lengths: int64 ``[rows]``, positions up to and including the row's own.
+        longest: none of the lengths is greater.
         wanted: bool ``[rows]``; the others cost nothing.
         block_tables: the tensors that ``tables`` has the addresses of, to keep them.
     """
 
-    queries: Tensor
+    queries: tuple[Tensor, ...]
+    query_addresses: Tensor
+    query_rows: Tensor
     tables: Tensor
     table_width: int
     requests: Tensor
     lengths: Tensor
+    longest: int
     wanted: Tensor
     block_tables: tuple[Tensor, ...]
 
-    def part(self, layers: slice) -> PagedRows:
-        """In some of the layers."""
-        return replace(self, queries=self.queries[layers], tables=self.tables[layers], block_tables=self.block_tables[layers])
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """How many layers, rows, heads, and the head size."""
+        _, heads, head_dim = self.queries[0].shape
+        return len(self.queries), len(self.lengths), heads, head_dim
+
+    def part(self, layers: slice = slice(None), rows: slice = slice(None)) -> PagedRows:
+        """Some of the rows in some of the layers."""
+        return replace(
+            self,
+            queries=self.queries[layers],
+            query_addresses=self.query_addresses[layers],
+            tables=self.tables[layers],
+            block_tables=self.block_tables[layers],
+            query_rows=self.query_rows[rows],
+            requests=self.requests[rows],
+            lengths=self.lengths[rows],
+            wanted=self.wanted[rows],
+        )
 
 
 @triton.jit
-def _extent(lengths, windows, row, layer, TILE: tl.constexpr):  # noqa: N803
-    """A row's length, its first position attended to, and the tiles that these are in."""
+def _extent(lengths, windows, row, layer, splits, TILE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):  # noqa: N803
+    """A row's length, its first position attended to, the tiles that these are in, and tiles of each share of them."""
     length = tl.load(lengths + row).to(tl.int32)
     window = tl.load(windows + layer).to(tl.int32)
     begin = tl.where(window > 0, tl.maximum(length - window, 0), 0)
-    return length, begin, begin // TILE, (length + TILE - 1) // TILE
+    first, last = begin // TILE, (length + TILE - 1) // TILE
+    share = tl.maximum((last - first + SPLITS - 1) // SPLITS, LEAST)
+    # More only if the host's bound on lengths is wrong: then there are fewer programs than shares.
+    share = tl.maximum(share, (last - first + splits - 1) // splits)
+    return length, begin, first, last, share
+
+
+@_kernel
+def _plan(
+    lengths,
+    wanted,
+    factors,
+    layers,
+    rows,
+    room,
+    offsets,
+    without,
+    HEADS: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+):
+    """Where each row of a layer keeps its scores: -1 for nowhere, -2 if it isn't wanted. And how many keep them nowhere."""
+    layer = tl.program_id(0)
+    window = tl.load(factors + layers + layer).to(tl.int32)
+    taken = tl.full((), 0, tl.int64)
+    missing = tl.full((), 0, tl.int32)
+    for start in tl.range(0, rows, _PLANNED):
+        row = start + tl.arange(0, _PLANNED)
+        length = tl.load(lengths + row, mask=row < rows, other=0).to(tl.int32)
+        want = tl.load(wanted + row, mask=row < rows, other=0) != 0
+        begin = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+        tiles = (length + TILE - 1) // TILE - begin // TILE
+        needed = tl.where(want, tiles, 0).to(tl.int64) * (HEADS * TILE)
+        ends = taken + tl.cumsum(needed, axis=0)
+        fits = ends <= room
+        offset = tl.where(want, tl.where(fits, layer.to(tl.int64) * room + ends - needed, -1), -2)
+        tl.store(offsets + layer * rows + row, offset, mask=row < rows)
+        missing += tl.sum((want & (ends > room)).to(tl.int32), axis=0)
+        taken += tl.sum(needed, axis=0)
+    tl.store(without + layer, missing)
 
 
 @triton.jit
-def _scores_of_tile(
+def _query_of(
     queries,
-    addresses,
-    tables,
-    factors,
-    scales,
-    slopes,
-    layers,
     layer,
     query_row,
-    table_row,
     kv_head,
-    position,
-    real,
-    length,
-    stride_block,
-    stride_head,
-    stride_position,
-    stride_dim,
     HEADS: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
     DIMS: tl.constexpr,  # noqa: N803
+    QUERY: tl.constexpr,  # noqa: N803
+):
+    """Queries ``[ROWS, DIMS]`` of a group of heads; rows beyond the group are padding."""
+    member, dim = tl.arange(0, ROWS), tl.arange(0, DIMS)
+    kept = tl.multiple_of(tl.cast(tl.load(queries + layer), tl.pointer_type(QUERY)), 16)
+    head = query_row * HEADS + kv_head * GROUP + member
+    mask = (member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    query = tl.load(kept + head[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+    # Eight bits aren't multiplied as such: their products would be added with fewer bits than float32 has.
+    return query.to(tl.float16) if QUERY.primitive_bitwidth == 8 else query
+
+
+@triton.jit
+def _scores_of_tile(
+    query,
+    cache,
+    table,
+    kv_head,
+    position,
+    real,
+    length,
+    scale,
+    cap,
+    slope,
+    stride_block,
+    stride_head,
+    stride_position,
+    stride_dim,
+    HEAD_DIM: tl.constexpr,  # noqa: N803
+    DIMS: tl.constexpr,  # noqa: N803
     BLOCK_SIZE: tl.constexpr,  # noqa: N803
-    ELEMENT: tl.constexpr,  # noqa: N803
     SOFTCAP: tl.constexpr,  # noqa: N803
     ALIBI: tl.constexpr,  # noqa: N803
 ):
-    """Scores ``[ROWS, tile]`` of a group of query heads; rows beyond the group are padding."""
-    member, dim = tl.arange(0, ROWS), tl.arange(0, DIMS)
-    head = kv_head * GROUP + member
-    query = tl.load(
-        queries + (query_row * HEADS + head[:, None]) * HEAD_DIM + dim[None, :],
-        mask=(member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    cache = tl.cast(tl.load(addresses + layer), tl.pointer_type(ELEMENT))
-    table = tl.cast(tl.load(tables + layer), tl.pointer_type(tl.int32))
-    block = tl.load(table + table_row + position // BLOCK_SIZE, mask=real, other=0).to(tl.int64)
+    """Scores ``[ROWS, tile]`` of a group of query heads."""
+    dim = tl.arange(0, DIMS)
+    block = tl.load(table + position // BLOCK_SIZE, mask=real, other=0).to(tl.int64)
     index = block * stride_block + kv_head * stride_head + (position % BLOCK_SIZE) * stride_position
-    keys = tl.load(
-        cache + index[None, :] + dim[:, None] * stride_dim, mask=real[None, :] & (dim < HEAD_DIM)[:, None], other=0.0
-    )
-    scale = tl.load(scales + layer * (HEADS // GROUP) + kv_head)
+    mask = real[None, :] if HEAD_DIM == DIMS else real[None, :] & (dim < HEAD_DIM)[:, None]
+    keys = tl.load(cache + index[None, :] + dim[:, None] * stride_dim, mask=mask, other=0.0)
     scores = tl.dot(query, keys.to(query.dtype), input_precision="ieee") * scale
     if SOFTCAP:
-        cap = tl.load(factors + layer)
         ratio = scores / tl.where(cap > 0, cap, 1.0)
         # tanh, which is odd: of the absolute value exp() can't overflow.
         decay = tl.exp(-2.0 * tl.abs(ratio))
         bounded = cap * (1.0 - decay) / (1.0 + decay)
         scores = tl.where(cap > 0, tl.where(ratio < 0, -bounded, bounded), scores)
     if ALIBI:
-        slope = tl.load(slopes + layer * HEADS + head, mask=member < GROUP, other=0.0)
         scores += slope[:, None] * (position - (length - 1)).to(tl.float32)[None, :]
     return scores
 
 
-@triton.jit(do_not_specialize=["rows"])
+@_kernel
 def _attend(
     queries,
     addresses,
     tables,
     table_stride,
     requests,
+    query_rows,
     lengths,
-    wanted,
     factors,
     scales,
     slopes,
     layers,
     rows,
-    offsets,
-    scratch,
-    partial,
+    splits,
     stride_block,
     stride_head,
     stride_position,
     stride_dim,
+    offsets,
+    scratch,
+    partial,
     HEADS: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
     DIMS: tl.constexpr,  # noqa: N803
     BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    QUERY: tl.constexpr,  # noqa: N803
     ELEMENT: tl.constexpr,  # noqa: N803
     SOFTCAP: tl.constexpr,  # noqa: N803
     ALIBI: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
+    LEAST: tl.constexpr,  # noqa: N803
 ):
-    """Scores of one split, key head and row of a layer, and per query head: maximum, and relative to it the normaliser and
+    """Scores of one share, key head and row of a layer, and per query head their maximum, and relative to it the normaliser and
     the sum of score times weight; the sum of absolute scores."""
     pair, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     layer, row = pair // rows, pair % rows
-    if tl.load(wanted + row) == 0:
+    offset = tl.load(offsets + pair)
+    if offset == -2:
         return
-    length, begin, first, last = _extent(lengths, factors + layers, row, layer, TILE)
-    share = (last - first + SPLITS - 1) // SPLITS
+    length, begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
+    start = first + split * share
+    if start >= last:
+        return
+    query_row = tl.load(query_rows + row)
+    query = _query_of(queries, layer, query_row, kv_head, HEADS, GROUP, ROWS, HEAD_DIM, DIMS, QUERY)
+    cache = tl.multiple_of(tl.cast(tl.load(addresses + layer), tl.pointer_type(ELEMENT)), 16)
+    table = tl.cast(tl.load(tables + layer), tl.pointer_type(tl.int32)) + tl.load(requests + row) * table_stride
+    scale = tl.load(scales + layer * (HEADS // GROUP) + kv_head)
+    cap = tl.load(factors + layer)
     member = tl.arange(0, ROWS)
     head = kv_head * GROUP + member
-    table_row = tl.load(requests + row) * table_stride
-    offset = tl.load(offsets + pair)
-    width = (last - first) * TILE
+    grouped = member < GROUP
+    slope = tl.load(slopes + layer * HEADS + head, mask=grouped, other=0.0) if ALIBI else cap
+    kept = scratch + tl.multiple_of(tl.maximum(offset, 0), 16)
     maximum = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     product = tl.zeros((ROWS,), tl.float32)
     absolute = tl.zeros((ROWS,), tl.float32)
-    for tile in tl.range(first + split * share, tl.minimum(last, first + (split + 1) * share)):
+    # Two tiles of keys, and the block numbers of a third, are on their way while one is worked on.
+    for tile in tl.range(start, tl.minimum(last, start + share), num_stages=5):
         position = tile * TILE + tl.arange(0, TILE)
         # Masked by position and not by value: a stale cache block may hold NaN.
         real = (position >= begin) & (position < length)
+        if QUERY.primitive_bitwidth == 32:
+            # There are no registers to hold these.
+            query = _query_of(queries, layer, query_row, kv_head, HEADS, GROUP, ROWS, HEAD_DIM, DIMS, QUERY)
         scores = _scores_of_tile(
-            queries,
-            addresses,
-            tables,
-            factors,
-            scales,
-            slopes,
-            layers,
-            layer,
-            pair,
-            table_row,
+            query,
+            cache,
+            table,
             kv_head,
             position,
             real,
             length,
+            scale,
+            cap,
+            slope,
             stride_block,
             stride_head,
             stride_position,
             stride_dim,
-            HEADS,
-            GROUP,
-            ROWS,
             HEAD_DIM,
             DIMS,
             BLOCK_SIZE,
-            ELEMENT,
             SOFTCAP,
             ALIBI,
         )
-        if offset >= 0:
-            index = offset + head[:, None] * width + (position - first * TILE)[None, :]
-            tl.store(scratch + index, scores, mask=(member < GROUP)[:, None] & real[None, :])
+        index = ((tile - first) * HEADS + head)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        tl.store(kept + index, scores, mask=(grouped & (offset >= 0))[:, None])
         masked = tl.where(real[None, :], scores, -float("inf"))
         higher = tl.maximum(maximum, tl.max(masked, axis=1))
         shift = tl.where(maximum > -float("inf"), maximum - higher, 0.0)
@@ -269,15 +368,14 @@ def _attend(
         total = fade * total + tl.sum(weight, axis=1)
         absolute += tl.sum(tl.where(real[None, :], tl.abs(scores), 0.0), axis=1)
         maximum = higher
-    pointer = partial + ((pair * HEADS + head) * SPLITS + split) * 4
-    inside = member < GROUP
-    tl.store(pointer, maximum, mask=inside)
-    tl.store(pointer + 1, total, mask=inside)
-    tl.store(pointer + 2, product, mask=inside)
-    tl.store(pointer + 3, absolute, mask=inside)
+    pointer = partial + (pair * splits + split) * 4 * HEADS + head
+    tl.store(pointer, maximum, mask=grouped)
+    tl.store(pointer + HEADS, total, mask=grouped)
+    tl.store(pointer + 2 * HEADS, product, mask=grouped)
+    tl.store(pointer + 3 * HEADS, absolute, mask=grouped)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@_kernel
 def _merge_splits(
     partial,
     lengths,
@@ -286,6 +384,7 @@ def _merge_splits(
     sinks,
     layers,
     rows,
+    splits,
     padded,
     heads_found,
     HEADS: tl.constexpr,  # noqa: N803
@@ -293,21 +392,24 @@ def _merge_splits(
     SINKS: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
+    LEAST: tl.constexpr,  # noqa: N803
 ):
     """Per query head: log-normaliser, entropy and sum of absolute scores."""
     pair = tl.program_id(0).to(tl.int64)
     layer, row = pair // rows, pair % rows
     if tl.load(wanted + row) == 0:
         return
-    length, begin, _first, _last = _extent(lengths, factors + layers, row, layer, TILE)
+    length, begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
     empty = tl.maximum(padded - (length - begin), 0).to(tl.float32)
     head, split = tl.arange(0, HEADS_2), tl.arange(0, SPLITS)
     inside = head < HEADS
-    pointer = partial + ((pair * HEADS + head[:, None]) * SPLITS + split[None, :]) * 4
-    maxima = tl.load(pointer, mask=inside[:, None], other=0.0)
-    totals = tl.load(pointer + 1, mask=inside[:, None], other=1.0)
-    products = tl.load(pointer + 2, mask=inside[:, None], other=0.0)
-    absolute = tl.load(pointer + 3, mask=inside[:, None], other=0.0)
+    used = split * share < last - first
+    mask = inside[:, None] & used[None, :]
+    pointer = partial + (pair * splits + split[None, :]) * 4 * HEADS + head[:, None]
+    maxima = tl.load(pointer, mask=mask, other=-float("inf"))
+    totals = tl.load(pointer + HEADS, mask=mask, other=0.0)
+    products = tl.load(pointer + 2 * HEADS, mask=mask, other=0.0)
+    absolute = tl.load(pointer + 3 * HEADS, mask=mask, other=0.0)
     maximum = tl.max(maxima, axis=1)
     maximum = tl.where(empty > 0, tl.maximum(maximum, 0.0), maximum)
     sink = tl.full((HEADS_2,), -float("inf"), tl.float32)
@@ -330,20 +432,57 @@ def _merge_splits(
     tl.store(pointer + 2 * HEADS, tl.sum(absolute, axis=1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "sums_width"])
-def _deviate(
-    queries,
-    addresses,
-    tables,
-    table_stride,
-    requests,
-    lengths,
-    wanted,
-    factors,
-    scales,
-    slopes,
+@triton.jit
+def _deviation_of_tile(
+    kept,
+    normaliser,
+    position,
+    real,
+    begin,
+    row,
+    layer,
     layers,
     rows,
+    sums,
+    sums_width,
+    starts,
+    HEADS: tl.constexpr,  # noqa: N803
+    HEADS_2: tl.constexpr,  # noqa: N803
+    RANKS: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+):
+    """Summed deviation ``[tile]`` of all heads' weights from their mean, by the tile's scores, ``[HEADS, tile]`` at ``kept``.
+
+    With RANKS 0 this rank has all heads. With more, ``sums [ranks, layers, sums_width]`` has the sums over each rank's heads,
+    this one's among them; a row's begin at its ``starts``. With RANKS -1 this rank's sums are written there, and are returned.
+    """
+    head, slot = tl.arange(0, HEADS_2), tl.arange(0, TILE)
+    inside = (head < HEADS)[:, None] & real[None, :]
+    # Slots that hold nothing are left out below: a mask by position would have them read one by one.
+    scores = tl.load(kept + head[:, None] * TILE + slot[None, :], mask=(head < HEADS)[:, None], other=0.0)
+    weight = tl.where(inside, tl.exp(scores - normaliser[:, None]), 0.0)
+    total = tl.sum(weight, axis=0)
+    if RANKS != 0:
+        shared = tl.load(starts + row) + position - begin
+        # No more than there is room for, however wrong the host's bound might be.
+        fits = real & (shared < sums_width - rows)
+        if RANKS < 0:
+            tl.store(sums + layer * sums_width + shared, total, mask=fits)
+            return total
+        total = tl.zeros((TILE,), tl.float32)
+        for rank in tl.range(0, RANKS):  # in their order, so that all ranks get the same bits
+            total += tl.load(sums + (rank * layers + layer) * sums_width + shared, mask=fits, other=0.0)
+    mean = total / (HEADS * RANKS if RANKS > 0 else HEADS)
+    return tl.sum(tl.where(inside, tl.abs(weight - mean[None, :]), 0.0), axis=0)
+
+
+@_kernel
+def _deviate(
+    lengths,
+    factors,
+    layers,
+    rows,
+    splits,
     offsets,
     scratch,
     heads_found,
@@ -351,110 +490,181 @@ def _deviate(
     sums_width,
     starts,
     deviations,
+    HEADS: tl.constexpr,  # noqa: N803
+    HEADS_2: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+    SPLITS: tl.constexpr,  # noqa: N803
+    LEAST: tl.constexpr,  # noqa: N803
+    RANKS: tl.constexpr,  # noqa: N803
+):
+    """Summed deviation of all heads' weights from their mean, over one share of a row that kept its scores."""
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    layer, row = pair // rows, pair % rows
+    offset = tl.load(offsets + pair)
+    if offset == -2:
+        return
+    length, begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
+    start = first + split * share
+    pointer = deviations + pair * splits + split
+    if start >= last:
+        tl.store(pointer, 0.0)
+        return
+    if offset < 0:
+        return
+    kept = scratch + tl.multiple_of(offset, 16)
+    head = tl.arange(0, HEADS_2)
+    normaliser = tl.load(heads_found + pair * 3 * HEADS + head, mask=head < HEADS, other=0.0)
+    deviation = tl.zeros((TILE,), tl.float32)
+    for tile in tl.range(start, tl.minimum(last, start + share)):
+        position = tile * TILE + tl.arange(0, TILE)
+        deviation += _deviation_of_tile(
+            kept + (tile - first) * (HEADS * TILE),
+            normaliser,
+            position,
+            (position >= begin) & (position < length),
+            begin,
+            row,
+            layer,
+            layers,
+            rows,
+            sums,
+            sums_width,
+            starts,
+            HEADS,
+            HEADS_2,
+            RANKS,
+            TILE,
+        )
+    tl.store(pointer, tl.sum(deviation, axis=0))
+
+
+@_kernel
+def _deviate_again(
+    queries,
+    addresses,
+    tables,
+    table_stride,
+    requests,
+    query_rows,
+    lengths,
+    factors,
+    scales,
+    slopes,
+    layers,
+    rows,
+    splits,
     stride_block,
     stride_head,
     stride_position,
     stride_dim,
+    offsets,
+    without,
+    own,
+    heads_found,
+    sums,
+    sums_width,
+    starts,
+    deviations,
     HEADS: tl.constexpr,  # noqa: N803
+    HEADS_2: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
     DIMS: tl.constexpr,  # noqa: N803
     BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    QUERY: tl.constexpr,  # noqa: N803
     ELEMENT: tl.constexpr,  # noqa: N803
     SOFTCAP: tl.constexpr,  # noqa: N803
     ALIBI: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
+    LEAST: tl.constexpr,  # noqa: N803
     RANKS: tl.constexpr,  # noqa: N803
 ):
-    """Summed deviation of all heads' weights from their mean, over one split.
-
-    With RANKS 0 this rank has all heads. With more, ``sums [ranks, layers, sums_width]`` has the sums over each rank's heads,
-    this one's among them; a row's begin at its ``starts``. With RANKS -1 this rank's sums are written there, nothing else is.
-    """
-    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    layer, row = pair // rows, pair % rows
-    if tl.load(wanted + row) == 0:
+    """The same for all shares of rows that found no room: a tile's scores are computed again, into the program's ``own``
+    ``[HEADS, tile]``, which never leaves the cache."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    missing = tl.zeros((), tl.int32)
+    for block in tl.range(0, layers, 128):
+        index = block + tl.arange(0, 128)
+        missing += tl.sum(tl.load(without + index, mask=index < layers, other=0), axis=0)
+    if missing == 0:
         return
-    length, begin, first, last = _extent(lengths, factors + layers, row, layer, TILE)
-    share = (last - first + SPLITS - 1) // SPLITS
-    KV_HEADS: tl.constexpr = HEADS // GROUP  # noqa: N806
-    ALL_HEADS: tl.constexpr = HEADS * RANKS if RANKS > 0 else HEADS  # noqa: N806
-    member = tl.arange(0, ROWS)
-    table_row = tl.load(requests + row) * table_stride
-    offset = tl.load(offsets + pair)
-    width = (last - first) * TILE
-    deviation = tl.full((), 0.0, tl.float32)
-    for tile in tl.range(first + split * share, tl.minimum(last, first + (split + 1) * share)):
-        position = tile * TILE + tl.arange(0, TILE)
-        real = (position >= begin) & (position < length)
-        slot = position - first * TILE
-        shared = tl.load(starts + row) + position - begin
-        # No more than there is room for, however wrong the host's bound might be.
-        fits = real & (shared < sums_width - rows)
-        total = tl.zeros((TILE,), tl.float32)
-        if RANKS > 0:
-            for rank in tl.static_range(RANKS):  # in their order, so that all ranks get the same bits
-                total += tl.load(sums + (rank * layers + layer) * sums_width + shared, mask=fits, other=0.0)
-        # Twice over the key heads: for the mean, and for the deviation from it.
-        for step in tl.range(KV_HEADS if RANKS > 0 else 0, KV_HEADS if RANKS < 0 else 2 * KV_HEADS):
-            kv_head = step % KV_HEADS
-            head = kv_head * GROUP + member
-            inside = (member < GROUP)[:, None] & real[None, :]
-            if offset >= 0:
-                index = offset + head[:, None] * width + slot[None, :]
-                scores = tl.load(scratch + index, mask=inside, other=0.0)
-            else:
-                scores = _scores_of_tile(
-                    queries,
-                    addresses,
-                    tables,
-                    factors,
-                    scales,
-                    slopes,
-                    layers,
-                    layer,
-                    pair,
-                    table_row,
-                    kv_head,
+    kept = own + program * (HEADS * TILE)
+    member, all_heads = tl.arange(0, ROWS), tl.arange(0, HEADS_2)
+    grouped = member < GROUP
+    for work in tl.range(program, layers * rows * splits, programs, num_stages=1):
+        pair, split = (work // splits).to(tl.int64), work % splits
+        layer, row = pair // rows, pair % rows
+        length, begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
+        start = first + split * share
+        if (tl.load(offsets + pair) == -1) & (start < last):
+            query_row = tl.load(query_rows + row)
+            cache = tl.multiple_of(tl.cast(tl.load(addresses + layer), tl.pointer_type(ELEMENT)), 16)
+            table = tl.cast(tl.load(tables + layer), tl.pointer_type(tl.int32)) + tl.load(requests + row) * table_stride
+            cap = tl.load(factors + layer)
+            normaliser = tl.load(heads_found + pair * 3 * HEADS + all_heads, mask=all_heads < HEADS, other=0.0)
+            deviation = tl.zeros((TILE,), tl.float32)
+            for tile in tl.range(start, tl.minimum(last, start + share), num_stages=1):
+                position = tile * TILE + tl.arange(0, TILE)
+                real = (position >= begin) & (position < length)
+                for kv_head in tl.range(0, HEADS // GROUP, num_stages=3):
+                    head = kv_head * GROUP + member
+                    query = _query_of(queries, layer, query_row, kv_head, HEADS, GROUP, ROWS, HEAD_DIM, DIMS, QUERY)
+                    slope = tl.load(slopes + layer * HEADS + head, mask=grouped, other=0.0) if ALIBI else cap
+                    scores = _scores_of_tile(
+                        query,
+                        cache,
+                        table,
+                        kv_head,
+                        position,
+                        real,
+                        length,
+                        tl.load(scales + layer * (HEADS // GROUP) + kv_head),
+                        cap,
+                        slope,
+                        stride_block,
+                        stride_head,
+                        stride_position,
+                        stride_dim,
+                        HEAD_DIM,
+                        DIMS,
+                        BLOCK_SIZE,
+                        SOFTCAP,
+                        ALIBI,
+                    )
+                    tl.store(kept + head[:, None] * TILE + tl.arange(0, TILE)[None, :], scores, mask=grouped[:, None])
+                tl.debug_barrier()  # what one thread wrote, another reads
+                deviation += _deviation_of_tile(
+                    kept,
+                    normaliser,
                     position,
                     real,
-                    length,
-                    stride_block,
-                    stride_head,
-                    stride_position,
-                    stride_dim,
+                    begin,
+                    row,
+                    layer,
+                    layers,
+                    rows,
+                    sums,
+                    sums_width,
+                    starts,
                     HEADS,
-                    GROUP,
-                    ROWS,
-                    HEAD_DIM,
-                    DIMS,
-                    BLOCK_SIZE,
-                    ELEMENT,
-                    SOFTCAP,
-                    ALIBI,
+                    HEADS_2,
+                    RANKS,
+                    TILE,
                 )
-            normaliser = tl.load(heads_found + pair * 3 * HEADS + head, mask=member < GROUP, other=0.0)
-            weight = tl.where(inside, tl.exp(scores - normaliser[:, None]), 0.0)
-            if step < KV_HEADS:
-                total += tl.sum(weight, axis=0)
-            else:
-                apart = tl.where(inside, tl.abs(weight - (total / ALL_HEADS)[None, :]), 0.0)
-                deviation += tl.sum(tl.sum(apart, axis=1), axis=0)
-        if RANKS < 0:
-            tl.store(sums + layer * sums_width + shared, total, mask=fits)
-    if RANKS >= 0:
-        tl.store(deviations + pair * SPLITS + split, deviation)
+                tl.debug_barrier()
+            tl.store(deviations + pair * splits + split, tl.sum(deviation, axis=0))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@_kernel
 def _finish(
     lengths,
     wanted,
     factors,
     layers,
     rows,
+    splits,
     padded,
     heads_found,
     deviations,
@@ -464,6 +674,7 @@ def _finish(
     HEADS_2: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
+    LEAST: tl.constexpr,  # noqa: N803
 ):
     """The four statistics of a row and layer."""
     pair = tl.program_id(0).to(tl.int64)
@@ -473,16 +684,16 @@ def _finish(
         for metric in tl.static_range(4):
             tl.store(results + metric * pairs + pair, float("nan"))
         return
-    length, begin, _first, _last = _extent(lengths, factors + layers, row, layer, TILE)
+    length, begin, _first, _last, _share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
     attended = length - begin
     empty = tl.maximum(padded - attended, 0)
-    head = tl.arange(0, HEADS_2)
+    head, split = tl.arange(0, HEADS_2), tl.arange(0, SPLITS)
     inside = head < HEADS
     pointer = heads_found + pair * 3 * HEADS + head
     normaliser = tl.load(pointer, mask=inside, other=0.0)
     entropy = tl.load(pointer + HEADS, mask=inside, other=0.0)
     absolute = tl.load(pointer + 2 * HEADS, mask=inside, other=0.0)
-    deviation = tl.sum(tl.load(deviations + pair * SPLITS + tl.arange(0, SPLITS)), axis=0)
+    deviation = tl.sum(tl.load(deviations + pair * splits + split, mask=split < splits, other=0.0), axis=0)
     padding = tl.where(inside & (empty > 0), tl.exp(-normaliser), 0.0)
     apart = tl.where(inside, tl.abs(padding - tl.sum(padding, axis=0) / HEADS), 0.0)
     deviation += empty.to(tl.float32) * tl.sum(apart, axis=0)
@@ -503,7 +714,74 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _TYPES
 
 
-def attention_statistics(layers: PagedLayers, rows: PagedRows, padded: int, variance_rule: int) -> Tensor:
+@dataclass(frozen=True)
+class Workspace:
+    """What the kernels keep between them, allocated once.
+
+    Attributes:
+        buffer: float32, any number of elements.
+    """
+
+    buffer: Tensor
+
+    @classmethod
+    def for_steps(cls, layers: int, rows: int, heads: int, longest: int, device: torch.device) -> Workspace:
+        """As much as steps of at most this size need, or as there may be.
+
+        Args:
+            layers: measured together.
+            rows: in a step.
+            heads: of a layer.
+            longest: positions of a sequence.
+            device: the keys' own.
+        """
+        return cls(torch.empty(workspace_size(layers, rows, heads, longest), dtype=torch.float32, device=device))
+
+
+def splits_of(longest: int) -> int:
+    """Shares that a context of this many positions is cut into."""
+    return max(1, min(SPLITS, -(-longest // (TILE * LEAST))))
+
+
+def workspace_size(layers: int, rows: int, heads: int, longest: int) -> int:
+    """float32 elements of a workspace; arguments as of ``Workspace.for_steps``."""
+    scores = layers * rows * heads * -(-longest // TILE) * TILE
+    return min(WORKSPACE, sum(_sizes(layers, rows, heads, splits_of(longest)).values()) + scores)
+
+
+def rows_together(layers: int, rows: int, heads: int, longest: int, workspace: int) -> int:
+    """Rows of one launch: all, unless what is kept of them beside scores needs more than the workspace has.
+
+    Args:
+        layers: measured together.
+        rows: of the step.
+        heads: of a layer.
+        longest: positions of a sequence.
+        workspace: its float32 elements.
+    """
+    splits = splits_of(longest)
+    parts = range(1, rows + 1)
+    sizes = (-(-rows // part) for part in parts)
+    return next((size for size in sizes if sum(_sizes(layers, size, heads, splits).values()) <= workspace), 1)
+
+
+def _sizes(layers: int, rows: int, heads: int, splits: int) -> dict[str, int]:
+    """What is kept beside scores, in float32 elements: multiples of 16 bytes each."""
+    pairs = layers * rows
+    needed = {
+        "offsets": 2 * pairs,  # int64
+        "without": layers,
+        "partial": pairs * splits * 4 * heads,
+        "found": pairs * 3 * heads,
+        "deviations": pairs * splits,
+        "own": PROGRAMS * heads * TILE,
+    }
+    return {name: -(-size // 4) * 4 for name, size in needed.items()}
+
+
+def attention_statistics(
+    layers: PagedLayers, rows: PagedRows, padded: int, variance_rule: int, workspace: Workspace | None = None
+) -> Tensor:
     """Entropy, varentropy over heads, agreement and interaction, float32 ``[4, layers, rows]``; NaN for rows not wanted.
 
     Args:
@@ -511,22 +789,35 @@ def attention_statistics(layers: PagedLayers, rows: PagedRows, padded: int, vari
         rows: what is measured.
         padded: slots that count at least, with score 0 (D2); 0 for none.
         variance_rule: 0 over heads, 1 with Bessel's correction, 2 zero.
+        workspace: what steps of this size need; None to allocate it.
     """
-    number, many = rows.queries.shape[:2]
-    results = torch.empty(4, number, many, dtype=torch.float32, device=rows.queries.device)
+    number, many, heads, _ = rows.shape
+    device = rows.lengths.device
+    results = torch.empty(4, number, many, dtype=torch.float32, device=device)
     if not results.numel():
         return results
-    together = _together(layers, rows)
-    for start in range(0, number, together):
+    workspace = workspace or Workspace.for_steps(number, many, heads, rows.longest, device)
+    together = rows_together(number, many, heads, rows.longest, workspace.buffer.numel())
+    for start in range(0, many, together):
         chunk = slice(start, start + together)
-        launches = _Launches(layers.part(chunk), rows.part(chunk), padded)
+        launches = _Launches(layers, rows if together == many else rows.part(rows=chunk), padded, workspace)
         launches.attend()
         launches.deviate()
-        results[:, chunk] = launches.finish(variance_rule)
+        found = launches.finish(variance_rule, results if together == many else None)
+        if together < many:
+            results[:, :, chunk] = found
     return results
 
 
-def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, attended: Tensor, total: int, ranks: RankGroup) -> Tensor:
+def head_shares(
+    layers: PagedLayers,
+    rows: PagedRows,
+    padded: int,
+    attended: Tensor,
+    total: int,
+    ranks: RankGroup,
+    workspace: Workspace | None = None,
+) -> Tensor:
     """A rank's share of the statistics, as ``attention.ranks.combine_shares`` takes it: float32 ``[layers, rows, heads + 2]``.
 
     Exchanges the sums of weights once, or more often if memory doesn't allow that. Rows that aren't wanted get anything.
@@ -538,16 +829,19 @@ def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, attended: Ten
         attended: int64 ``[rows]``, positions that a wanted row attends to in each of the layers, 0 for the others.
         total: their sum or more; the host has to know it.
         ranks: that have the other heads.
+        workspace: what steps of this size need; None to allocate it.
     """
-    number, many, heads, _ = rows.queries.shape
-    shares = torch.empty(number, many, heads + 2, dtype=torch.float32, device=rows.queries.device)
+    number, many, heads, _ = rows.shape
+    device = rows.lengths.device
+    shares = torch.empty(number, many, heads + 2, dtype=torch.float32, device=device)
     if not shares.numel():
         return shares
     starts = attended.cumsum(0) - attended
     together = layers_together(number, many, heads, total, ranks.size)
+    workspace = workspace or Workspace.for_steps(together, many, heads, rows.longest, device)
     for first in range(0, number, together):
         chunk = slice(first, first + together)
-        launches = _Launches(layers.part(chunk), rows.part(chunk), padded)
+        launches = _Launches(layers.part(chunk), rows.part(chunk), padded, workspace)
         launches.attend()
         sums = launches.sums(total, starts)
         everything = ranks.all_gather(sums.flatten()).view(ranks.size, *sums.shape)
@@ -556,7 +850,7 @@ def head_shares(layers: PagedLayers, rows: PagedRows, padded: int, attended: Ten
 
 
 def layers_together(layers: int, rows: int, heads: int, total: int, ranks: int) -> int:
-    """Layers of one exchange of sums: all, unless memory for what is received or for scores doesn't allow that.
+    """Layers of one exchange of sums: all, unless memory for what is received or kept doesn't allow that.
 
     Args:
         layers: of a step.
@@ -565,48 +859,38 @@ def layers_together(layers: int, rows: int, heads: int, total: int, ranks: int) 
         total: positions that the rows attend to.
         ranks: how many.
     """
-    fit = min(_EXCHANGE // (ranks * (total + rows)), _SCRATCH // (heads * (total + rows * TILE)))
+    fit = min(_EXCHANGE // (ranks * (total + rows)), WORKSPACE // sum(_sizes(1, rows, heads, SPLITS).values()))
     return max(1, min(layers, fit))
-
-
-def _together(layers: PagedLayers, rows: PagedRows) -> int:
-    """Layers whose scores fit the scratch, in a typical context."""
-    number, many, heads, _ = rows.queries.shape
-    context = min(rows.table_width * layers.caches[0].shape[2], _TYPICAL_CONTEXT)
-    return max(1, min(number, _SCRATCH // max(1, many * heads * context)))
 
 
 class _Launches:
     """The launches for some layers and rows, in their order, and what they share."""
 
-    def __init__(self, layers: PagedLayers, rows: PagedRows, padded: int) -> None:
-        number, many, heads, head_dim = rows.queries.shape
-        cache, device, pairs = layers.caches[0], rows.queries.device, number * many
+    def __init__(self, layers: PagedLayers, rows: PagedRows, padded: int, workspace: Workspace) -> None:
+        number, many, heads, head_dim = rows.shape
+        cache = layers.caches[0]
         kv_heads = cache.shape[1]
-        windows = layers.factors[1].to(torch.int64).unsqueeze(-1)
-        begins = torch.where(windows > 0, (rows.lengths - windows).clamp_min(0), 0)
-        widths = ((rows.lengths + TILE - 1) // TILE - begins // TILE) * TILE
-        needed = torch.where(rows.wanted, widths * heads, 0).flatten()
-        ends = needed.cumsum(0)
-        size = min(_SCRATCH, pairs * heads * triton.cdiv(rows.table_width * cache.shape[2], TILE) * TILE)
-        offsets = torch.where(ends <= size, ends - needed, -1)
-
-        def floats(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-
-        self._layers, self._rows, self._padded = layers, rows, padded
-        self._pairs, self._heads, self._kv_heads = pairs, heads, kv_heads
-        self._attended = (rows.lengths - begins).flatten()
-        self._partial = floats(pairs, heads, SPLITS, 4)
-        self._found, self._deviations = floats(pairs, 3, heads), floats(pairs, SPLITS)
+        splits = splits_of(rows.longest)
+        self._layers, self._rows, self._padded, self._heads = layers, rows, padded, heads
+        self._number, self._many, self._splits = number, many, splits
+        sizes = _sizes(number, many, heads, splits)
+        parts = dict(zip(sizes, _carved(workspace.buffer, list(sizes.values())), strict=True))
+        room = (workspace.buffer.numel() - sum(sizes.values())) // number // TILE * TILE
+        self._scratch = workspace.buffer[sum(sizes.values()) :]
+        self._offsets, self._without = parts["offsets"].view(torch.int64), parts["without"].view(torch.int32)
+        self._partial, self._own = parts["partial"], parts["own"]
+        self._found = parts["found"][: number * many * 3 * heads].view(-1, 3, heads)
+        self._deviations = parts["deviations"][: number * many * splits].view(-1, splits)
         # Never read where the constants say that there are none.
         slopes = layers.factors if layers.alibi_slopes is None else layers.alibi_slopes
         self._sources = (
-            *(rows.queries, layers.addresses, rows.tables, rows.table_width, rows.requests, rows.lengths, rows.wanted),
-            *(layers.factors, layers.scales, slopes, number, many, offsets, floats(size)),
+            *(rows.query_addresses, layers.addresses, rows.tables, rows.table_width, rows.requests, rows.query_rows),
+            *(rows.lengths, layers.factors, layers.scales, slopes, number, many, splits, *cache.stride()),
         )
         group = heads // kv_heads
+        self._cut = {"TILE": TILE, "SPLITS": SPLITS, "LEAST": LEAST}
         self._shape = {
+            **self._cut,
             "HEADS": heads,
             "GROUP": group,
             # The least that a matrix product takes.
@@ -614,93 +898,126 @@ class _Launches:
             "HEAD_DIM": head_dim,
             "DIMS": max(16, triton.next_power_of_2(head_dim)),
             "BLOCK_SIZE": cache.shape[2],
+            "QUERY": _TYPES[rows.queries[0].dtype],
             "ELEMENT": _TYPES[cache.dtype],
             "SOFTCAP": layers.capped,
             "ALIBI": layers.alibi_slopes is not None,
-            "TILE": TILE,
-            "SPLITS": SPLITS,
         }
+        # So many that a thread's share of a tile fits its registers (test_machine_code_attention.py).
+        wide = self._shape["ROWS"] > 16 or rows.queries[0].dtype == torch.float32
+        self._attend_warps = 16 if self._shape["ROWS"] > 64 else 8 if wide else 4
+        self._of_heads = {**self._cut, "HEADS": heads, "HEADS_2": triton.next_power_of_2(heads)}
+        # Room for the scores of all rows, whichever they are: then none is without.
+        self._room_for_all = room >= many * heads * (-(-rows.longest // TILE) * TILE)
+        _plan[(number,)](
+            rows.lengths, rows.wanted, layers.factors, number, many, room, self._offsets, self._without, HEADS=heads, TILE=TILE
+        )
 
     def attend(self) -> None:
         """Scores, and what each head says by itself."""
-        strides = self._layers.caches[0].stride()
-        _attend[(self._pairs, self._kv_heads, SPLITS)](*self._sources, self._partial, *strides, **self._shape)
+        grid = (self._number * self._many, self._heads // self._shape["GROUP"], self._splits)
+        _attend[grid](*self._sources, self._offsets, self._scratch, self._partial, **self._shape, num_warps=self._attend_warps)
         sinks = self._layers.sinks
-        _merge_splits[(self._pairs,)](
+        _merge_splits[grid[:1]](
             self._partial,
             self._rows.lengths,
             self._rows.wanted,
             self._layers.factors,
             self._layers.factors if sinks is None else sinks,
-            len(self._layers.caches),
-            len(self._rows.lengths),
+            self._number,
+            self._many,
+            self._splits,
             self._padded,
             self._found,
-            HEADS=self._heads,
-            HEADS_2=triton.next_power_of_2(self._heads),
             SINKS=sinks is not None,
-            TILE=TILE,
-            SPLITS=SPLITS,
+            **self._of_heads,
         )
 
     def deviate(self, sums: Tensor | None = None, starts: Tensor | None = None, ranks: int = 0) -> None:
-        """Deviations from the heads' mean; arguments as the kernel says."""
-        strides = self._layers.caches[0].stride()
-        _deviate[(self._pairs, SPLITS)](
-            *self._sources,
+        """Deviations from the heads' mean; arguments as ``_deviation_of_tile`` says."""
+        rest = (
             self._found,
             self._deviations if sums is None else sums,
             0 if sums is None else sums.shape[-1],
             self._rows.lengths if starts is None else starts,
             self._deviations,
-            *strides,
-            **self._shape,
-            RANKS=ranks,
         )
+        _deviate[(self._number * self._many, self._splits)](
+            self._rows.lengths,
+            self._layers.factors,
+            self._number,
+            self._many,
+            self._splits,
+            self._offsets,
+            self._scratch,
+            *rest,
+            RANKS=ranks,
+            **self._of_heads,
+            num_warps=8,
+        )
+        if not self._room_for_all:
+            programs = min(PROGRAMS, self._number * self._many * self._splits)
+            _deviate_again[(programs,)](
+                *self._sources,
+                self._offsets,
+                self._without,
+                self._own,
+                *rest,
+                RANKS=ranks,
+                **(self._shape | self._of_heads),
+                num_warps=8,
+            )
 
-    def finish(self, variance_rule: int) -> Tensor:
+    def finish(self, variance_rule: int, results: Tensor | None = None) -> Tensor:
         """The statistics ``[4, layers, rows]`` of this rank's heads, which are all."""
-        number, many = len(self._layers.caches), len(self._rows.lengths)
-        results = torch.empty(4, number, many, dtype=torch.float32, device=self._found.device)
-        _finish[(self._pairs,)](
+        if results is None:
+            results = torch.empty(4, self._number, self._many, dtype=torch.float32, device=self._found.device)
+        _finish[(self._number * self._many,)](
             self._rows.lengths,
             self._rows.wanted,
             self._layers.factors,
-            number,
-            many,
+            self._number,
+            self._many,
+            self._splits,
             self._padded,
             self._found,
             self._deviations,
             results,
             RULE=variance_rule,
-            HEADS=self._heads,
-            HEADS_2=triton.next_power_of_2(self._heads),
-            TILE=TILE,
-            SPLITS=SPLITS,
+            **self._of_heads,
         )
         return results
 
     def sums(self, total: int, starts: Tensor) -> Tensor:
         """Sums over this rank's heads ``[layers, total + rows]``: of the weights at each position, then of padded slots."""
-        number, many = len(self._layers.caches), len(self._rows.lengths)
-        sums = torch.empty(number, total + many, dtype=torch.float32, device=self._found.device)
+        sums = torch.empty(self._number, total + self._many, dtype=torch.float32, device=self._found.device)
         self.deviate(sums, starts, -1)
-        sums[:, total:] = self._padding()[1].sum(dim=-1).view(number, many)
+        sums[:, total:] = self._padding()[1].sum(dim=-1).view(self._number, self._many)
         return sums
 
     def shares(self, sums: Tensor, starts: Tensor) -> Tensor:
         """This rank's shares ``[layers, rows, heads + 2]``, by the sums of all, ``[ranks, layers, total + rows]``."""
-        ranks, many = len(sums), len(self._rows.lengths)
+        ranks = len(sums)
         self.deviate(sums, starts, ranks)
         empty, padding = self._padding()
-        mean = sums[:, :, -many:].sum(dim=0).view(-1, 1) / (self._heads * ranks)
+        mean = sums[:, :, -self._many :].sum(dim=0).view(-1, 1) / (self._heads * ranks)
         deviation = self._deviations.sum(dim=-1) + empty * (padding - mean).abs().sum(dim=-1)
         absolute = self._found[:, 2].sum(dim=-1)
         means = torch.stack((absolute, deviation), dim=-1) / self._heads
         shares = torch.cat((self._found[:, 1], means), dim=-1)
-        return shares.view(-1, many, self._heads + 2)
+        return shares.view(-1, self._many, self._heads + 2)
 
     def _padding(self) -> tuple[Tensor, Tensor]:
         """Padded slots ``[pairs]``, and the weight that each head gives one of them, ``[pairs, heads]``."""
-        empty = (self._padded - self._attended).clamp_min(0)
+        windows = self._layers.factors[1].to(torch.int64).unsqueeze(-1)
+        attended = torch.where(windows > 0, self._rows.lengths.minimum(windows), self._rows.lengths)
+        empty = (self._padded - attended.flatten()).clamp_min(0)
         return empty, torch.where(empty.unsqueeze(-1) > 0, (-self._found[:, 0]).exp(), 0.0)
+
+
+def _carved(buffer: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+    """The first parts of a buffer."""
+    start = 0
+    for size in sizes:
+        yield buffer[start : start + size]
+        start += size

@@ -1,0 +1,67 @@
+"""What the machine code of the attention kernels says, compiled for an H100 as a step launches them; it takes no GPU."""
+
+import pytest
+
+from tests.kernels.test_triton import result_of
+from tests.support.machine_code import SHARED
+from vllm_entropix.kernels.triton_.attention_statistics import PROGRAMS, WORKSPACE, rows_together, workspace_size
+
+READING_KEYS = ("_attend", "_deviate_again")
+KERNELS = {"_plan", "_merge_splits", "_deviate", "_finish", *READING_KEYS}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return result_of("attention_code_checks", "v1")
+
+
+@pytest.fixture(scope="module")
+def codes(found):
+    return found["codes"]
+
+
+def test_every_size_of_a_step_takes_the_same_code(found):
+    # 1 to 1024 rows, 1 to 80 layers: no request waits for a compiler.
+    assert found["variants"] == dict.fromkeys(KERNELS, 1)
+
+
+def test_registers_and_shared_memory(codes):
+    assert {code["name"] for code in codes.values()} == KERNELS
+    for what, code in codes.items():
+        assert code["registers"] <= 168, what
+        assert code["stack"] == 0, f"{what} spills registers"
+        assert code["shared"] <= SHARED, what
+        # Two blocks on a multiprocessor at least: while one waits, the other works.
+        assert code["shared"] <= SHARED // 2 - 1024, what
+        assert code["registers"] * 32 * code["warps"] <= 65536 // 2, what
+
+
+def test_keys_are_read_sixteen_bytes_at_a_time(codes):
+    for what, code in codes.items():
+        if code["name"] != "_plan":  # which reads a flag of each row
+            assert not code["narrow_loads"], what
+    for what, code in codes.items():
+        if code["name"] in READING_KEYS:
+            assert code["wide_copies"] > 0, what
+    # 64 keys of 128 numbers by 128 threads: eight copies each, and a block number.
+    attend = codes["llama, 1 ranks: _attend"]
+    assert (attend["wide_copies"], attend["copies"]) == (64 * 128 * 2 // 16 // 128, 9)
+    assert attend["registers"] <= 128
+
+
+def test_rows_without_room_are_added_up_in_the_same_order(codes):
+    # The same numbers, laid out over the same threads: so the same bits, whether scores were kept or computed again.
+    for what, again in codes.items():
+        if again["name"] == "_deviate_again":
+            [layout] = codes[what.replace("_deviate_again", "_deviate")]["layouts"]
+            assert layout in again["layouts"], what
+
+
+def test_all_layers_are_one_launch():
+    for longest in (1000, 8000, 128_000):
+        assert rows_together(32, 256, 32, longest, WORKSPACE) == 256
+        assert workspace_size(32, 256, 32, longest) == WORKSPACE
+    assert rows_together(80, 64, 64, 128_000, WORKSPACE) == 64
+    # The scores of 64 contexts of 8192 positions find room.
+    assert workspace_size(1, 64, 32, 8192) < WORKSPACE
+    assert PROGRAMS == 3 * 132

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vllm_entropix.samplers.base import Plan, RowView, Sampler
+from vllm_entropix.samplers.stage import Stage, StageRows
 from vllm_entropix.settings.section import Section, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MinPSettings(Section):
@@ -16,7 +21,7 @@ class MinPSettings(Section):
     )
 
 
-class MinP(Sampler):
+class MinP(Sampler, Stage):
     """The request's own temperature, top_p and top_k, and a min_p whether it asks for one or not."""
 
     name = "min_p"
@@ -26,3 +31,10 @@ class MinP(Sampler):
         """min_p of the request, or else of the settings."""
         own = rows.base.min_p
         return Plan(replace(rows.base, min_p=own.where(own > 0, rows.settings["min_p"])))
+
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        """As a stage of a chain: keep p ≥ min_p · max p, of what is left."""
+        from vllm_entropix.distribution.survivors import keep, slack
+
+        relative = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        return keep(logits, relative >= rows["min_p"] * (1 - slack(logits)))

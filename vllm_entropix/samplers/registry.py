@@ -6,12 +6,10 @@ used is remembered with its reason, and refused by name when somebody asks for i
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
-import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -24,6 +22,7 @@ from vllm_entropix.records import fields
 from vllm_entropix.records.line import SamplerPart, register_part
 from vllm_entropix.samplers.base import Sampler
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
+from vllm_entropix.samplers.folder import classes_of
 from vllm_entropix.samplers.request import OF_SAMPLER, PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError, cut, quoted
 from vllm_entropix.settings.section import Section, describe, refuse_truth_value
@@ -57,7 +56,7 @@ class Registry:
 def registry() -> Registry:
     """What is found, once a process."""
     found = Registry()
-    for sampler in _of_this_folder():
+    for sampler in classes_of(Sampler):
         _add(found, sampler)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         package = entry.dist.name if entry.dist is not None else entry.value
@@ -70,15 +69,6 @@ def registry() -> Registry:
             found.refused[entry.name] = f"the sampler {entry.name} of the package {package} can't be used: {reason}"
             logger.warning("vllm-entropix: %s", found.refused[entry.name])
     return found
-
-
-def _of_this_folder() -> Iterator[type[Sampler]]:
-    package = importlib.import_module(__package__ or "")
-    for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
-        loaded = importlib.import_module(f"{package.__name__}.{module.name}")
-        for _, one in inspect.getmembers(loaded, inspect.isclass):
-            if one.__module__ == loaded.__name__ and issubclass(one, Sampler) and one is not Sampler:
-                yield one
 
 
 def _add(found: Registry, sampler: type[Sampler]) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vllm_entropix.samplers.base import Plan, RowView, Sampler
+from vllm_entropix.samplers.stage import Stage, StageRows
 from vllm_entropix.settings.section import Section, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TopNSigmaSettings(Section):
@@ -20,7 +25,7 @@ class TopNSigmaSettings(Section):
     )
 
 
-class TopNSigma(Sampler):
+class TopNSigma(Sampler, Stage):
     """The request's own temperature and filters, on the tokens with a logit of at least max - n·σ.
 
     σ is the population standard deviation of the row's finite logits. In terms of probabilities at temperature T the floor is
@@ -28,6 +33,10 @@ class TopNSigma(Sampler):
     """
 
     name = "top_n_sigma"
+    aliases = ("nsigma",)
+    setting_aliases = (("nsigma", "top_n_sigma"),)
+    # llama.cpp's: a chain may name it and leave it off.
+    chain_defaults = (("top_n_sigma", -1.0),)
     Settings = TopNSigmaSettings
 
     def plan(self, rows: RowView) -> Plan:
@@ -35,3 +44,12 @@ class TopNSigma(Sampler):
         n = rows.settings["top_n_sigma"]
         floor = (-n * rows.spread / rows.base.temperature).exp().masked_fill(n <= 0, 0.0)
         return Plan(replace(rows.base, min_p=floor.maximum(rows.base.min_p)))
+
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        """As a stage of a chain: keep l ≥ max - n·σ, of what is left."""
+        from vllm_entropix.distribution.statistics import spread
+        from vllm_entropix.distribution.survivors import keep, slack
+
+        n = rows["top_n_sigma"]
+        below = logits - logits.amax(dim=-1, keepdim=True)
+        return keep(logits, (below >= -n * spread(below).unsqueeze(-1) * (1 + slack(logits))) | (n <= 0))

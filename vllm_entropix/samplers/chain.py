@@ -1,0 +1,368 @@
+"""Chains: samplers one after the other, each on the candidates that those before it left, as llama.cpp has them.
+
+Everything ends in one distribution per row: XTC's coin is a mixture, on whose two sides the stages after it act.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from vllm_entropix.samplers.folder import classes_of
+from vllm_entropix.samplers.stage import Stage, StageRows, StatefulStage
+from vllm_entropix.settings.errors import ConfigError, quoted
+from vllm_entropix.settings.section import describe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEPARATOR = ";"
+_TEMPERATURES = ("temperature", "dynatemp", "edt")
+# llama.cpp's switch: 1 and 2 put that version in the place of everything but the temperature.
+_MIROSTAT = {"mirostat": ("", "mirostat", "mirostat_v2"), "mirostat_mode": ("", "mirostat", "mirostat_v2")}
+# Each ends the chain by a rule of its own for what is drawn.
+_ONE_OF = ("mirostat", "mirostat_v2", "adaptive_p")
+
+
+@cache
+def stages() -> dict[str, type[Stage]]:
+    """All samplers that may stand in a chain, by name."""
+    return {stage.name: stage for stage in sorted(classes_of(Stage), key=lambda stage: stage.name)}
+
+
+def names() -> tuple[str, ...]:
+    """Names of the samplers that may stand in a chain, sorted."""
+    return tuple(stages())
+
+
+@cache
+def _spellings() -> dict[str, str]:
+    known: dict[str, str] = {}
+    for name, stage in stages().items():
+        known.update(dict.fromkeys((name, *(alias.replace("-", "_") for alias in stage.aliases)), name))
+    return known
+
+
+@cache
+def _settings() -> dict[str, str]:
+    """What people call a setting → its name."""
+    known = {}
+    for stage in stages().values():
+        known.update(dict(stage.setting_aliases))
+    # A setting's own name goes before another's alias.
+    return known | {name: name for stage in stages().values() for name in stage.Settings.model_fields}
+
+
+def parse_names(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of a chain's samplers in the order in which they act.
+
+    Args:
+        text: names or aliases with ``;`` between them, or a list of them; "" is the empty chain.
+
+    Raises:
+        ConfigError: a name is unknown or there twice, or two contradict each other.
+    """
+    if isinstance(text, str):
+        given: list[Any] = text.split(SEPARATOR) if text.strip() else []
+    elif isinstance(text, Sequence) and not isinstance(text, bytes):
+        given = list(text)
+    else:
+        raise ConfigError(f"a chain is {quoted(text)}, but it should be names with {SEPARATOR!r} between them")
+    found: list[str] = []
+    for one in given:
+        name = _spellings().get(one.strip().lower().replace("-", "_")) if isinstance(one, str) else None
+        if name is None:
+            raise ConfigError(f"unknown sampler {quoted(one)} in the chain {quoted(text)}; there are {', '.join(names())}")
+        if name in found:
+            raise ConfigError(f"the chain {quoted(text)} has {name} twice; there are {', '.join(names())}, each once")
+        found.append(name)
+    _refuse_contradiction(found)
+    return tuple(sorted(found, key=lambda name: stages()[name].last))
+
+
+def _refuse_contradiction(found: Sequence[str]) -> None:
+    ends = [name for name in _ONE_OF if name in found]
+    if len(ends) > 1:
+        raise ConfigError(
+            f"{ends[0]} and {ends[1]} can't stand in one chain, since either ends it; leave one out: "
+            f"there are {', '.join(names())}"
+        )
+
+
+def as_asked(found: tuple[str, ...], parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """The chain that ``parameters`` make of one, by llama.cpp's switches: mirostat's version, and dynatemp's range.
+
+    Raises:
+        ConfigError: there is no such version of mirostat.
+    """
+    for key, versions in _MIROSTAT.items():
+        version = parameters.get(key)
+        if version is None:
+            continue
+        if isinstance(version, bool) or version not in range(len(versions)):
+            raise ConfigError(f"{key} is {quoted(version)}, but it should be 0, 1 or 2")
+        if version:
+            return (*([name for name in found if name in _TEMPERATURES] or ["temperature"]), versions[int(version)])
+    ranged = any(parameters.get(name) is not None for name in ("dynatemp_range", "dynatemp_exponent"))
+    if ranged and "dynatemp" not in found:
+        found = tuple("dynatemp" if name == "temperature" else name for name in found)
+    return found
+
+
+def values_of(found: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of all settings of a chain's samplers: those given, and defaults.
+
+    Raises:
+        ConfigError: a setting is unknown, of a sampler that isn't in the chain, there twice, or out of range.
+    """
+    given: dict[str, Any] = {}
+    for key, value in parameters.items():
+        if key in _MIROSTAT or value is None:
+            continue
+        name = _settings().get(key) if isinstance(key, str) else None
+        owners = [stage for stage in stages().values() if name in stage.Settings.model_fields]
+        if not any(stage.name in found for stage in owners):
+            raise ConfigError(_stray(key, owners, found))
+        if name in given:
+            raise ConfigError(f"{quoted(key)} is another name of {name}, which is there, too; give one of them")
+        given[str(name)] = value
+    values: dict[str, Any] = {}
+    for name in found:
+        stage = stages()[name]
+        mine = {key: given[key] for key in stage.Settings.model_fields if key in given}
+        try:
+            section = stage.Settings.model_validate(dict(stage.chain_defaults) | mine)
+        except ValidationError as error:
+            raise ConfigError(describe(error, stage.Settings)) from None
+        values.update({key: getattr(section, key) for key in stage.Settings.model_fields})
+    return values
+
+
+def _stray(key: Any, owners: Iterable[type[Stage]], found: Sequence[str]) -> str:
+    chain = quoted(SEPARATOR.join(found))
+    wanted = " or ".join(stage.name for stage in owners)
+    if wanted:
+        return f"{key} is a setting of {wanted}, which isn't in the chain {chain}; put it there, or leave {key} out"
+    here = sorted({key for name in found for key in stages()[name].Settings.model_fields})
+    return f"unknown setting {quoted(key)} of the chain {chain}; here are {', '.join(here) or 'none'}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a chain makes of rows of logits.
+
+    Attributes:
+        probabilities: ``[rows, vocab]``.
+        followed: sampler with a state → the probabilities ``[rows, vocab]``, that of the drawn token moves it.
+    """
+
+    probabilities: Tensor
+    followed: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def outcome(
+    chain: Sequence[Stage],
+    logits: Tensor,
+    numbers: Mapping[str, Tensor],
+    tokens: Tensor | None = None,
+    states: Mapping[str, Tensor] | None = None,
+) -> Outcome:
+    """Run rows through a chain.
+
+    Args:
+        chain: its stages.
+        logits: ``[rows, vocab]``, float32 or float64; left as they are.
+        numbers: value of each setting, ``[rows, 1]``.
+        tokens: see :class:`~.stage.StageRows`.
+        states: of each stage that has one, ``[rows, 1]``.
+    """
+    from vllm_entropix.distribution.survivors import softmax, without_softmax
+
+    branches = [(logits.new_ones(len(logits), 1), without_softmax(logits))]
+    followed = {}
+    for stage in chain:
+        rows = StageRows(numbers, tokens, None if states is None else states.get(stage.name))
+        before = branches
+        branches = [(share * part, left) for share, candidates in before for part, left in stage.branches(candidates, rows)]
+        if isinstance(stage, StatefulStage):
+            parts = before if stage.follows == "before" else branches
+            followed[stage.name] = _mixture(parts)
+    if len(branches) == 1:
+        return Outcome(softmax(branches[0][1]), followed)
+    return Outcome(_mixture(branches), followed)
+
+
+def _mixture(branches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    from vllm_entropix.distribution.survivors import softmax
+
+    first, *others = (share * softmax(logits) for share, logits in branches)
+    return sum(others, first)
+
+
+class Chain:
+    """A chain with its settings: ``Chain.parse("top_k;temperature", {"top_k": 20}).begin(rows=1)``.
+
+    Args:
+        found: names of its samplers, as :func:`parse_names` gives them.
+        values: value of each of their settings.
+        breakers: token ids of each of DRY's breakers.
+    """
+
+    def __init__(self, found: Sequence[str], values: Mapping[str, Any], breakers: Sequence[tuple[int, ...]] = ()) -> None:
+        self.names = tuple(found)
+        self.values = dict(values)
+        self.stages = make_stages(self.names, breakers)
+
+    @classmethod
+    def parse(cls, text: str | Sequence[str], parameters: Mapping[str, Any] | None = None, tokenizer: Any = None) -> Chain:
+        """A chain from what a user writes.
+
+        Args:
+            text: names with ``;`` between them; "" is the empty chain, which changes nothing.
+            parameters: settings by llama.cpp's names; the others have llama.cpp's defaults.
+            tokenizer: a Hugging Face tokenizer, for DRY's breakers; without one only token ids break repetitions.
+
+        Raises:
+            ConfigError: a name or a setting is unknown, there twice, contradictory, or out of range.
+        """
+        if parameters is not None and not isinstance(parameters, Mapping):
+            raise ConfigError(f"a chain's settings are {quoted(parameters)}, but they should be a table")
+        given = parameters or {}
+        found = as_asked(parse_names(text), given)
+        values = values_of(found, given)
+        breakers = breakers_of(values.get("dry_sequence_breakers", ()), tokenizer, "dry_sequence_breakers" in given)
+        return cls(found, values, breakers)
+
+    def begin(self, rows: int = 1) -> ChainRun:
+        """Begin that many sequences, which share the settings and have a state each."""
+        return ChainRun(self, rows)
+
+    def __str__(self) -> str:
+        return SEPARATOR.join(self.names)
+
+    def __repr__(self) -> str:
+        return f"Chain({str(self)!r}, {self.values!r})"
+
+
+def make_stages(found: Iterable[str], breakers: Sequence[tuple[int, ...]] = ()) -> tuple[Stage, ...]:
+    """The stages of these names."""
+    return tuple(stages()[name](breakers) for name in found)
+
+
+def breakers_of(given: Sequence[Any], tokenizer: Any, asked: bool) -> list[tuple[int, ...]]:
+    """Token ids of each breaker.
+
+    Raises:
+        ConfigError: a text has no token ids, and ``asked``: it is no default.
+    """
+    found: list[tuple[int, ...]] = []
+    for one in given:
+        if isinstance(one, int):
+            found.append((one,))
+        elif not isinstance(one, str):
+            found.append(tuple(one))
+        elif tokenizer is not None:
+            found.extend(_encoded(one, tokenizer))
+        elif asked:
+            raise ConfigError(
+                f"dry_sequence_breakers has {quoted(one)}, but no tokenizer is there to encode it; give token ids"
+            )
+    return found
+
+
+def _encoded(text: str, tokenizer: Any) -> list[tuple[int, ...]]:
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    if not ids or tokenizer.decode(list(ids)) != text:
+        raise ConfigError(f"dry_sequence_breakers has {quoted(text)}, which the tokenizer can't give; leave it out")
+    return [ids]
+
+
+class ChainRun:
+    """Sequences under a chain, a row each: a distribution, a draw by whoever asked, and so on.
+
+    Args:
+        chain: with its settings.
+        rows: number of sequences.
+    """
+
+    def __init__(self, chain: Chain, rows: int) -> None:
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"rows is {quoted(rows)}, but it should be a number of 1 or more")
+        self.chain, self.rows = chain, rows
+        self.states: dict[str, Tensor] | None = None
+        self._followed: Mapping[str, Tensor] | None = None
+        self._vocabulary = 0
+
+    def distribution(self, logits: Any, histories: Sequence[Sequence[int] | None] | None = None) -> Tensor:
+        """Probabilities of each row's next token, ``[rows, vocab]``, in float64 if the logits are, otherwise in float32.
+
+        Args:
+            logits: ``[rows, vocab]``; -inf excludes a token.
+            histories: token ids of each row's text so far, which DRY and penalties look at; None for a row has none.
+
+        Raises:
+            ValueError: logits or histories aren't of as many rows as were begun.
+        """
+        import torch
+
+        from vllm_entropix.distribution.history import aligned
+
+        logits = torch.as_tensor(logits)
+        if logits.dim() != 2 or len(logits) != self.rows or not logits.shape[1]:
+            raise ValueError(f"logits have the shape {list(logits.shape)}, but it should be [{self.rows}, vocabulary]")
+        if histories is not None and len(histories) != self.rows:
+            raise ValueError(f"there are {len(histories)} histories, but {self.rows} rows")
+        logits = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+        numbers = self._numbers(logits)
+        tokens = None
+        if histories is not None and any(stage.needs_tokens for stage in self.chain.stages):
+            tokens = aligned(histories, logits.device)
+        if self.states is None:
+            self.states = {
+                stage.name: stage.initial(numbers).to(torch.float64)
+                for stage in self.chain.stages
+                if isinstance(stage, StatefulStage)
+            }
+        states = {name: state.to(logits) for name, state in self.states.items()}
+        found = outcome(self.chain.stages, logits, numbers, tokens, states)
+        self._followed, self._vocabulary = found.followed, logits.shape[1]
+        return found.probabilities
+
+    def advance(self, token_ids: Any) -> None:
+        """Tell what was drawn from the last distribution, one token id per row.
+
+        Raises:
+            ValueError: nothing was asked for since the last call, or there isn't one token of the vocabulary per row.
+        """
+        import torch
+
+        if self._followed is None or self.states is None:
+            raise ValueError("nothing was drawn: ask for a distribution first")
+        drawn = torch.as_tensor(token_ids).reshape(-1)
+        if drawn.numel() != self.rows or drawn.is_floating_point() or drawn.dtype == torch.bool:
+            raise ValueError(f"token_ids are {quoted(token_ids)}, but there should be an id for each of {self.rows} rows")
+        if not ((drawn >= 0) & (drawn < self._vocabulary)).all():
+            raise ValueError(f"token_ids are {quoted(token_ids)}, but they should be from 0 to {self._vocabulary - 1}")
+        for stage in self.chain.stages:
+            if isinstance(stage, StatefulStage):
+                state, followed = self.states[stage.name], self._followed[stage.name]
+                self.states[stage.name] = moved(stage, state, followed, drawn, self._numbers(state))
+        self._followed = None
+
+    def _numbers(self, like: Tensor) -> dict[str, Tensor]:
+        return {
+            name: like.new_full((self.rows, 1), float(value))
+            for name, value in self.chain.values.items()
+            if isinstance(value, (int, float))
+        }
+
+
+def moved(stage: StatefulStage, state: Tensor, followed: Tensor, drawn: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """The state ``[rows, 1]`` after the tokens ``drawn [rows]``; one that the chain had excluded leaves it as it is."""
+    probability = followed.gather(-1, drawn.to(followed.device).unsqueeze(-1)).to(state.dtype)
+    after = stage.advance(state, probability, numbers)
+    return after.where(probability > 0, state)

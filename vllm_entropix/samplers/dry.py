@@ -1,0 +1,74 @@
+"""DRY, don't repeat yourself: make tokens less likely that would go on with a repetition (p-e-w; llama.cpp, koboldcpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, field_validator
+
+from vllm_entropix.samplers.stage import Stage, StageRows
+from vllm_entropix.settings.section import Section, TokenId, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# ln of the largest float32.
+_LARGEST = 88.7228391
+Breaker = TokenId | Annotated[str, Field(min_length=1, max_length=100)] | Annotated[tuple[TokenId, ...], Field(min_length=1)]
+
+
+class DrySettings(Section):
+    """Settings of DRY."""
+
+    dry_multiplier: float = setting("Penalty of the shortest repetition that counts; 0 has none.", default=0.0, ge=0, le=100)
+    dry_base: float = setting("Factor of each further token; below 1 there is no penalty.", default=1.75, ge=0, le=100)
+    dry_allowed_length: int = setting("Repetition from which on tokens are penalised.", "tokens", default=2, ge=0, lt=2**24)
+    dry_penalty_last_n: int = setting("Tokens that are looked at; -1 looks at all, 0 at none.", "tokens", default=-1, ge=-1)
+    dry_sequence_breakers: tuple[Breaker, ...] = Field(
+        ("\n", ":", '"', "*"),
+        max_length=100,
+        description="Texts or token ids that end a repetition.",
+        json_schema_extra={"unit": "texts"},
+    )
+
+    @field_validator("dry_sequence_breakers", mode="before")
+    @classmethod
+    def _no_single_one(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+            raise ValueError("it should be a list of texts or token ids")
+        return value
+
+
+class Dry(Stage):
+    """l -= multiplier·base^(len - allowed) for tokens that went on with the text's own end before, if len ≥ allowed.
+
+    len is how much of the end stands before the token's earlier place, the longest such. A breaker ends what repeats, and is
+    never penalised. The exponent stops where base^x would overflow a float32.
+    """
+
+    name = "dry"
+    Settings = DrySettings
+    needs_tokens = True
+
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        """By each row's own tokens."""
+        import torch
+
+        from vllm_entropix.distribution.history import longest_repetitions, since_breaker, window
+
+        multiplier, base, allowed = rows["dry_multiplier"], rows["dry_base"], rows["dry_allowed_length"]
+        if rows.tokens is None or rows.tokens.shape[-1] < 2:
+            return logits
+        tokens = window(rows.tokens, rows["dry_penalty_last_n"])
+        exponents = (_LARGEST / base.log()).floor().where(base > 1.000001, torch.inf)
+        # Beyond this length all penalties are the same.
+        enough = (allowed + exponents).minimum(since_breaker(tokens, self.breakers).to(logits.dtype))
+        lengths = longest_repetitions(tokens, enough, logits.shape[-1])
+        for breaker in self.breakers:
+            if len(breaker) == 1 and breaker[0] < logits.shape[-1]:
+                lengths[:, breaker[0]] = -1
+        length = lengths.to(logits.dtype)
+        penalty = multiplier * base.pow((length - allowed).clamp_min(0.0).minimum(exponents))
+        penalised = (length >= 0) & (length >= allowed) & (multiplier > 0) & (base >= 1)
+        return (logits - penalty).where(penalised, logits)

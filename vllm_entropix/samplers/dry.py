@@ -62,13 +62,13 @@ class Dry(Stage):
             return logits
         tokens = window(rows.tokens, rows["dry_penalty_last_n"])
         exponents = (_LARGEST / base.log()).floor().where(base > 1.000001, torch.inf)
-        # Beyond this length all penalties are the same.
+        # Longer ones are penalised like this length, where the power would overflow.
         enough = (allowed + exponents).minimum(since_breaker(tokens, self.breakers).to(logits.dtype))
         lengths = longest_repetitions(tokens, enough, logits.shape[-1])
         for breaker in self.breakers:
             if len(breaker) == 1 and breaker[0] < logits.shape[-1]:
                 lengths[:, breaker[0]] = -1
         length = lengths.to(logits.dtype)
-        penalty = multiplier * base.pow((length - allowed).clamp_min(0.0).minimum(exponents))
+        penalty = multiplier * base.pow((length - allowed).clamp_min(0.0))
         penalised = (length >= 0) & (length >= allowed) & (multiplier > 0) & (base >= 1)
         return (logits - penalty).where(penalised, logits)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +11,7 @@ from tests.observability.test_presets import in_a_terminal
 from vllm_entropix.cli import checks
 from vllm_entropix.cli.doctor import _settings
 from vllm_entropix.cli.main import app
-from vllm_entropix.samplers import registry
+from vllm_entropix.samplers import chain, registry
 
 
 def run(*arguments):
@@ -45,6 +46,15 @@ def test_markdown():
     assert "| `top_n_sigma.top_n_sigma` | 1.0 | standard deviations | [-1, 100] | `top_n_sigma` | How far" in told
     widths = [line.count("|") for line in told.splitlines() if line]
     assert widths == sorted(widths)  # two tables, each with as many cells in every line
+
+
+def test_the_table_of_chains_is_the_documentations():
+    text = (Path(__file__).parents[2] / "docs/samplers.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- vllm-entropix samplers --chain -->\n")[2].partition("<!-- end -->")[0]
+    assert table == run("--chain")
+    lines = table.splitlines()
+    assert [line.split("`")[1] for line in lines[2:]] == list(chain.names())
+    assert {line.count("|") for line in lines} == {7}
 
 
 def test_it_can_be_read_on_eighty_columns():

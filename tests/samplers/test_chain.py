@@ -229,6 +229,16 @@ def test_equal_logits_are_taken_by_id():
     assert (left > 0).tolist() == [True, False, False, True, True]
 
 
+def test_lists_and_arrays_are_as_good_as_tensors():
+    logits = random_rows(np.random.default_rng(6), 2, 9)
+    run = Chain.parse("dry;temperature", {"dry_multiplier": 1}).begin(2)
+    expected = run.distribution(torch.tensor(logits), [[1, 2, 1], None])
+    for given_logits, history in ((logits, np.array([1, 2, 1])), (logits.tolist(), torch.tensor([1, 2, 1]))):
+        found = run.distribution(given_logits, [history, []])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        run.advance(np.array([1, 2]))
+
+
 def test_a_state_begins_with_each_run():
     chain = Chain.parse("mirostat_v2", {"mirostat_tau": 2, "mirostat_eta": 1})
     logits = torch.tensor([[0.0, 1, 2]]).double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -11,13 +12,19 @@ import typer
 from vllm_entropix.cli.listing import Row, allowed, print_listing, settings, shown, unit
 from vllm_entropix.samplers import registry
 from vllm_entropix.samplers.base import Sampler
+from vllm_entropix.samplers.chain import stages
+from vllm_entropix.samplers.stage import Stage, StatefulStage
 from vllm_entropix.settings.server import BaseParameters, ServerSettings
 
 
 def samplers(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the samplers and their settings as Markdown.")] = False,
+    chain: Annotated[bool, typer.Option("--chain", help="Print, as Markdown, what a Chain may have.")] = False,
 ) -> None:
     """List the samplers that --sampler takes, their settings, and what a request calls these."""
+    if chain:
+        typer.echo(chain_table())
+        return
     found = registry.registry()
     rows = [row for name in registry.names() for row in _rows(found.classes[name])]
     if markdown:
@@ -60,3 +67,31 @@ def _markdown(found: registry.Registry, rows: list[Row]) -> str:
             f"| `{row.name}` | {default} | {unit(row.field)} | {allowed(row.field)} | {of_request} | {row.field.description} |"
         )
     return "\n".join(lines)
+
+
+def chain_table() -> str:
+    """The samplers that may stand in a chain: what, from where, by which rule, with which settings."""
+    lines = ["| sampler | what it does, and its source | rule | settings: default, range | also called | looks at |"]
+    lines.append(f"|{'---|' * (lines[0].count('|') - 1)}")
+    for name, stage in stages().items():
+        about = (sys.modules[stage.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2]
+        # What plans by itself, too, says of a chain what its stage does.
+        told = stage.apply if issubclass(stage, Sampler) else stage
+        rule = (inspect.getdoc(told) or "").partition("\n")[0].removeprefix("As a stage of a chain: ")
+        also = ", ".join(f"`{alias}`" for alias in stage.aliases)
+        cells = (f"`{name}`", about, rule, "; ".join(_of_chain(stage)), also, _looks_at(stage))
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _of_chain(stage: type[Stage]) -> Iterator[str]:
+    """Each setting of a stage in a few words."""
+    section = stage.Settings.model_validate(dict(stage.chain_defaults))
+    for name, value, field in settings(section):
+        yield " ".join(part for part in (f"`{name}`: {shown(value)}", allowed(field), unit(field)) if part)
+
+
+def _looks_at(stage: type[Stage]) -> str:
+    if issubclass(stage, StatefulStage):
+        return "the tokens drawn, by a number that it keeps"
+    return "the text so far" if stage.needs_tokens else "the logits"

@@ -16,7 +16,7 @@ def aligned(histories: Sequence[Sequence[int] | None], device: torch.device | st
     width = max((len(row) for row in histories if row is not None), default=0)
     tokens = torch.full((len(histories), width), -1, dtype=torch.int64, device=device)
     for index, row in enumerate(histories):
-        if row:
+        if row is not None and len(row):
             tokens[index, width - len(row) :] = torch.as_tensor(row, dtype=torch.int64)
     return tokens
 

@@ -307,11 +307,13 @@ class ChainRun:
         Raises:
             ValueError: logits or histories aren't of as many rows as were begun.
         """
+        import numpy as np
         import torch
 
         from vllm_entropix.distribution.history import aligned
 
-        logits = torch.as_tensor(logits)
+        # A list's numbers are of Python's precision, which torch alone would halve.
+        logits = logits if isinstance(logits, torch.Tensor) else torch.as_tensor(np.asarray(logits))
         if logits.dim() != 2 or len(logits) != self.rows or not logits.shape[1]:
             raise ValueError(f"logits have the shape {list(logits.shape)}, but it should be [{self.rows}, vocabulary]")
         if histories is not None and len(histories) != self.rows:

@@ -1,4 +1,4 @@
-"""EDT, entropy-based dynamic temperature: the surer, the colder (arXiv 2403.14541, equation 3)."""
+"""EDT, entropy-based dynamic temperature: the surer, the colder (arXiv 2403.14541)."""
 
 from __future__ import annotations
 

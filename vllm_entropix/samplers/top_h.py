@@ -1,4 +1,4 @@
-"""top-H: keep the most probable candidates of a bounded entropy (arXiv 2509.02510, algorithm 1)."""
+"""top-H: keep the most probable candidates of a bounded entropy (arXiv 2509.02510)."""
 
 from __future__ import annotations
 

@@ -125,6 +125,26 @@ def test_prompts_that_cant_be_read(command, name, reason, monkeypatch, capsys, t
     assert ended.value.code == f"vllm-entropix: can't read the prompts in {name}: {reason}"
 
 
+@pytest.mark.parametrize("command", [["demo", "--model"], ["calibrate", "--prompts", "prompts.txt"]], ids=["demo", "calibrate"])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("no/such/folder", "there is no folder no/such/folder"),
+        ("prompts.txt", "prompts.txt is a file"),
+        ("empty", "config.json"),
+    ],
+)
+def test_a_model_that_isnt_there(command, model, reason, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("Once upon a time\n")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "argv", ["vllm-entropix", *command, model])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code.startswith("vllm-entropix: ")
+    assert reason in ended.value.code
+
+
 @pytest.mark.parametrize(
     ("missing", "arguments", "words"),
     [

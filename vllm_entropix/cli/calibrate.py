@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from vllm_entropix.cli.checks import require_model
 from vllm_entropix.cli.demo import Prompt, load_prompts
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.terminal import printable
@@ -61,6 +62,7 @@ def calibrate(
     arguments = _arguments(engine)
     chosen = load_prompts(prompts)
     path = str(shipped_model()) if model == "demo" else model
+    require_model(path)
     console = Console(record=svg is not None, width=110 if svg is not None else None)
     llm = _start(console, path, base, seed, arguments)
     measured = _measure(llm, chosen, chat, max_tokens)

@@ -27,6 +27,7 @@ from vllm_entropix.cli import repairs
 from vllm_entropix.engine.switch import DISABLE, disabled
 from vllm_entropix.engine.versions import SUPPORTED
 from vllm_entropix.samplers import registry
+from vllm_entropix.settings.errors import ConfigError
 
 State = Literal["ok", "note", "broken"]
 OURS = "vllm-entropix"
@@ -318,6 +319,16 @@ def model_files(model: str) -> Iterator[Check]:
         return
     wrong = list(_wrong_files(path))
     yield from wrong or [Check("folder", "ok", str(path))]
+
+
+def require_model(model: str) -> None:
+    """ConfigError if a model's folder isn't there, or has no configuration; a name on Hugging Face passes.
+
+    Weights and tokenizer may be elsewhere, by arguments of the engine.
+    """
+    for check in model_files(model):
+        if check.state == "broken" and check.name in ("folder", "config.json"):
+            raise ConfigError(check.told if check.name == "folder" else f"{check.name} {check.told}")
 
 
 def _wrong_files(path: Path) -> Iterator[Check]:

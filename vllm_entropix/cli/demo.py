@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from vllm_entropix._version import __version__
+from vllm_entropix.cli.checks import require_model
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.report import Source, write_report
 from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table
@@ -129,7 +130,9 @@ def demo(
     settings = as_mapping(sampler_config)
     config = registry.load_server(settings)
     console = Console(record=svg is not None, width=130 if svg is not None else None)
-    llm = _start(console, model or str(shipped_model()), settings, max_tokens)
+    path = model or str(shipped_model())
+    require_model(path)
+    llm = _start(console, path, settings, max_tokens)
     outputs = _run(console, llm, chosen, config, max_tokens, seed)
     _show(console, llm, chosen, outputs, config, model)
     if svg is not None:

@@ -2,16 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from tests.samplers import chain_definitions
 from tests.samplers.drawn import logits_of
-from vllm_entropix import ConfigError
+from vllm_entropix import ConfigError, demo_model
 from vllm_entropix.samplers import Chain, names
 
 TENTHS = [0.1, 0.2, 0.3, 0.4]
@@ -265,6 +267,7 @@ def test_a_state_begins_with_each_run():
     ("text", "acts"),
     [
         ("top-k;nucleus;typical-p;temp", "top_k;top_p;typ_p;temperature"),
+        ("mirostat 2", "mirostat_v2"),
         (" Top_K ; min-p;top-n-sigma", "top_k;min_p;top_n_sigma"),
         (["typ", "typical"][:1], "typ_p"),
         ("adaptive-p;temperature", "temperature;adaptive_p"),
@@ -275,6 +278,23 @@ def test_a_state_begins_with_each_run():
 )
 def test_names_as_people_write_them(text, acts):
     assert str(Chain.parse(text)) == acts
+
+
+def test_breakers_are_texts_where_a_tokenizer_is_there():
+    tokenizer = AutoTokenizer.from_pretrained(Path(demo_model.__file__).parent)
+
+    def breakers(*texts):
+        parameters = {"dry_sequence_breakers": texts} if texts else {}
+        return Chain.parse("dry", parameters, tokenizer=tokenizer).stages[0].breakers
+
+    for text in ("\n", ":"):
+        singles = [one for one in breakers(text) if len(one) == 1]
+        assert singles
+        assert all(text in tokenizer.decode(list(one)) for one in singles)
+    assert set(breakers()) >= {*breakers("\n"), *breakers("*")}
+    several = breakers("zq:")
+    assert tokenizer.decode(list(several[-1])) == "zq:"
+    assert breakers(7, (8, 9), 7) == ((7,), (8, 9))
 
 
 def test_llama_cpps_switches():
@@ -311,6 +331,14 @@ def test_llama_cpps_switches():
         ("dry", {"dry_sequence_breakers": ["\n"]}, "no tokenizer is there to encode it; give token ids$"),
         ("dry", {"dry_sequence_breakers": "\n"}, "should be a list of texts or token ids$"),
         ("dry", {"dry_base": -1}, "^dry_base is -1, but"),
+        *(
+            (
+                "dry",
+                {"dry_sequence_breakers": [7, one]},
+                "^dry_sequence_breakers is .*, but it has .*, which is no text, no token id and no list",
+            )
+            for one in (True, 1.5, "", [], ["a"], [True], None, -1, [2**31])
+        ),
     ],
 )
 def test_what_is_refused(text, parameters, reason):

@@ -74,7 +74,7 @@ def parse_names(text: str | Sequence[str]) -> tuple[str, ...]:
         raise ConfigError(f"a chain is {quoted(text)}, but it should be names with {SEPARATOR!r} between them")
     found: list[str] = []
     for one in given:
-        name = _spellings().get(one.strip().lower().replace("-", "_")) if isinstance(one, str) else None
+        name = _spellings().get(one.strip().lower().replace("-", "_").replace(" ", "_")) if isinstance(one, str) else None
         if name is None:
             raise ConfigError(f"unknown sampler {quoted(one)} in the chain {quoted(text)}; there are {', '.join(names())}")
         if name in found:
@@ -256,29 +256,42 @@ def make_stages(found: Iterable[str], breakers: Sequence[tuple[int, ...]] = ()) 
 def breakers_of(given: Sequence[Any], tokenizer: Any, asked: bool) -> list[tuple[int, ...]]:
     """Token ids of each breaker.
 
+    A text is broken by every token that contains it, and by the tokens that it is encoded as, if these are several.
+
+    Args:
+        given: texts, token ids, or tuples of token ids.
+        tokenizer: a Hugging Face tokenizer, or None.
+        asked: were they asked for? What a tokenizer can't give is left out of the defaults.
+
     Raises:
-        ConfigError: a text has no token ids, and ``asked``: it is no default.
+        ConfigError: a text that was asked for has no token ids.
     """
     found: list[tuple[int, ...]] = []
+    words = _words(tokenizer) if tokenizer is not None and any(isinstance(one, str) for one in given) else {}
     for one in given:
         if isinstance(one, int):
             found.append((one,))
-        elif not isinstance(one, str):
-            found.append(tuple(one))
+        elif isinstance(one, tuple):
+            found.append(one)
         elif tokenizer is not None:
-            found.extend(_encoded(one, tokenizer))
+            ids = tuple(tokenizer.encode(one, add_special_tokens=False))
+            texts = [(token,) for token, word in words.items() if one in word]
+            if len(ids) > 1 and tokenizer.decode(list(ids)) == one:
+                texts.append(ids)
+            if asked and not texts:
+                raise ConfigError(f"dry_sequence_breakers has {quoted(one)}, which the tokenizer can't give; leave it out")
+            found += texts
         elif asked:
             raise ConfigError(
                 f"dry_sequence_breakers has {quoted(one)}, but no tokenizer is there to encode it; give token ids"
             )
-    return found
+    return list(dict.fromkeys(found))
 
 
-def _encoded(text: str, tokenizer: Any) -> list[tuple[int, ...]]:
-    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-    if not ids or tokenizer.decode(list(ids)) != text:
-        raise ConfigError(f"dry_sequence_breakers has {quoted(text)}, which the tokenizer can't give; leave it out")
-    return [ids]
+def _words(tokenizer: Any) -> dict[int, str]:
+    """The text of each token of the vocabulary."""
+    ids = sorted(tokenizer.get_vocab().values())
+    return dict(zip(ids, tokenizer.batch_decode([[token] for token in ids]), strict=True))
 
 
 class ChainRun:

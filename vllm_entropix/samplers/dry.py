@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
 from vllm_entropix.samplers.stage import Stage, StageRows
+from vllm_entropix.settings.errors import quoted
 from vllm_entropix.settings.section import Section, TokenId, setting
 
 if TYPE_CHECKING:
@@ -16,6 +18,14 @@ if TYPE_CHECKING:
 # ln of the largest float32.
 _LARGEST = 88.7228391
 Breaker = TokenId | Annotated[str, Field(min_length=1, max_length=100)] | Annotated[tuple[TokenId, ...], Field(min_length=1)]
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 2**31
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_id, value))
 
 
 class DrySettings(Section):
@@ -34,9 +44,12 @@ class DrySettings(Section):
 
     @field_validator("dry_sequence_breakers", mode="before")
     @classmethod
-    def _no_single_one(cls, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+    def _a_list(cls, value: Any) -> Any:
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             raise ValueError("it should be a list of texts or token ids")
+        wrong = [one for one in value if not (_is_id(one) or _is_ids(one) or (isinstance(one, str) and one))]
+        if wrong:
+            raise ValueError(f"it has {quoted(wrong[0])}, which is no text, no token id and no list of token ids")
         return value
 
 

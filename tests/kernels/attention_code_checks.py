@@ -78,6 +78,7 @@ def codes():
                     "wide_copies": max((loop.count(r"LDGSTS\.\S*128") for loop in code.loops), default=0),
                     "copies": max((loop.count("LDGSTS") for loop in code.loops), default=0),
                     "layouts": sorted(code.layouts),
+                    "longest_loop": max((len(loop.instructions) for loop in code.loops), default=0),
                 }
                 del told["loops"], told["instructions"]
                 found[f"{name}, {ranks} ranks: {code.name}"] = told

@@ -1,5 +1,8 @@
 """What the machine code of the attention kernels says, compiled for an H100 as a step launches them; it takes no GPU."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tests.kernels.test_triton import result_of
@@ -55,6 +58,15 @@ def test_rows_without_room_are_added_up_in_the_same_order(codes):
         if again["name"] == "_deviate_again":
             [layout] = codes[what.replace("_deviate_again", "_deviate")]["layouts"]
             assert layout in again["layouts"], what
+
+
+def test_the_page_says_what_the_machine_code_says(codes):
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    for name in ("_attend", "_deviate", "_deviate_again"):
+        code = codes[f"llama, 1 ranks: {name}"]
+        [numbers] = re.findall(rf"^\| `{name}` \| (.+) \|$", page, re.M)
+        said = [int(number.replace(",", "")) for number in numbers.split(" | ")]
+        assert said == [code["warps"], code["registers"], code["shared"], code["longest_loop"]], name
 
 
 def test_all_layers_are_one_launch():

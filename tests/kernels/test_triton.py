@@ -43,6 +43,7 @@ CHECKS = (
     "attention_of_strange_keys",
     "a_layer_is_measured_by_them",
     "an_observer_launches_once_for_each_kind_of_layer",
+    "an_observer_keeps_queries_and_measures_them",
     "attention_refuses_keys_that_are_not_plain",
     "heads_over_ranks",
     "heads_over_ranks_of_every_kind",

@@ -573,7 +573,7 @@ def an_observer_launches_once_for_each_kind_of_layer():
         observer._attention[index] = (layers[index].kv_cache, LayerAttention(keys, 0.2))
         observer._queries[index] = random(3, 2, heads, 32, seed=index)
         table = torch.randint(0, 40, (3, 5), dtype=torch.int32)
-        observer._steps[index] = observer_module._Step(torch.tensor([0, 2, 4, 6]), lengths, table, 3, lengths.cpu())
+        observer._steps[index] = observer_module._Step(torch.tensor([0, 2, 4, 6]), lengths, table, 3, 70, lengths.cpu())
     requests, positions = torch.tensor([2, 0, 1, 0]), torch.tensor([32, 69, 4, 68])
     wanted = torch.tensor([True, True, False, True])
     want = observer.statistics_per_layer(requests, positions, wanted)
@@ -588,6 +588,43 @@ def an_observer_launches_once_for_each_kind_of_layer():
     for metric in METRICS:
         torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5, equal_nan=True)
         assert getattr(got, metric)[:, 2].isnan().all()
+
+
+def an_observer_keeps_queries_and_measures_them():
+    """As on a GPU: allocated beforehand, copied by one launch a layer, gathered by the kernels."""
+    device = torch.get_default_device()
+    backend = types.SimpleNamespace(get_name=lambda: "TRITON_ATTN")
+    shape = {"num_heads": 4, "head_size": 32, "query_quant": None, "attn_backend": backend}
+    layers = {index: types.SimpleNamespace(layer_name=f"layers.{index}", kv_cache=object(), **shape) for index in (3, 1)}
+    starts, lengths = torch.tensor([0, 2, 5, 6], dtype=torch.int32), torch.tensor([70, 5, 33], dtype=torch.int32)
+    requests, positions = torch.tensor([2, 0, 1, 0]), torch.tensor([32, 69, 4, 68])
+    found = []
+    for kernels in ("triton", None):
+        with (
+            mock.patch.object(observer_module, "kernels_for", return_value=kernels),
+            mock.patch.object(launches, "kernels_for", return_value=kernels),
+            mock.patch.object(statistics, "kernels_for", return_value=None),
+        ):
+            observer = AttentionObserver(layers, EntropixConfig(), max_requests=4, rows_per_request=2)
+            observer.reserve(torch.float32, device, 80)
+            reserved = dict(observer._queries)
+            assert len({one.untyped_storage().data_ptr() for one in reserved.values()}) == (kernels == "triton")
+            for index in layers:
+                keys = PlainKeys(cache_of("heads-first", 40, 2, 16, 32, torch.float32, seed=index), 32)
+                observer._attention[index] = (layers[index].kv_cache, LayerAttention(keys, 0.2))
+                table = torch.arange(15, dtype=torch.int32).view(3, 5) + index
+                step = observer_module._Step(starts, lengths, table, 3, 70, lengths.cpu())
+                observer._steps[index] = step
+                # As a model gives them: between keys and values.
+                query = random(7, 8, 32, seed=index)[:, 2:6]
+                observer._keep(index, query, step)
+            assert all(observer._queries[index] is one for index, one in reserved.items())
+            kept = torch.stack([observer._queries[index][:3] for index in layers])
+            found.append((kept, observer.statistics_per_layer(requests, positions)))
+    (kept, got), (kept_in_pytorch, want) = found
+    assert torch.equal(kept, kept_in_pytorch)
+    for metric in METRICS:
+        torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5)
 
 
 def attention_refuses_keys_that_are_not_plain():
@@ -659,6 +696,7 @@ CHECKS = (
     attention_of_strange_keys,
     a_layer_is_measured_by_them,
     an_observer_launches_once_for_each_kind_of_layer,
+    an_observer_keeps_queries_and_measures_them,
     attention_refuses_keys_that_are_not_plain,
     heads_over_ranks,
     heads_over_ranks_of_every_kind,

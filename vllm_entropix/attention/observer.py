@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vllm_entropix.attention.launches import measure_layers, measured_by_triton
+from vllm_entropix.attention.launches import Kept, measure_layers, measured_by_triton
 from vllm_entropix.attention.layers import LayerAttention, LayerRows
-from vllm_entropix.attention.layouts import key_reader
+from vllm_entropix.attention.layouts import READERS, key_reader
 from vllm_entropix.attention.paged_keys import UnsupportedAttentionError
 from vllm_entropix.attention.ranks import measure_over_ranks, measure_over_ranks_by_triton
 from vllm_entropix.attention.statistics import measure_layer
 from vllm_entropix.distribution.attention import AttentionStatistics
+from vllm_entropix.kernels.backend import kernels_for
 from vllm_entropix.kernels.ranks import RankGroup
 
 if TYPE_CHECKING:
+    from vllm_entropix.kernels.triton_.attention_statistics import Workspace
     from vllm_entropix.settings.server import AttentionRules
 
 
@@ -35,6 +37,7 @@ class _Step:
     seq_lens: Tensor  # [requests]: positions up to and including the request's last row
     block_table: Tensor  # [requests, blocks]
     requests: int
+    longest: int  # no sequence is longer
     bounds: Tensor | None  # [requests] on the host: seq_lens, or more; None where there is one rank, which needs none
 
 
@@ -62,12 +65,38 @@ class AttentionObserver:
         self.rows_per_request = rows_per_request
         self.ranks = ranks
         self._max_requests = max_requests
+        # Of each layer, [requests, rows of a request, heads, head_dim].
         self._queries: dict[int, Tensor] = {}
+        self._workspace: Workspace | None = None
         self._steps: dict[int, _Step] = {}
         # What each builder made last, and of which step: groups of a hybrid cache may take over one another's.
         self._built: dict[int, tuple[Any, _Step]] = {}
         self._attention: dict[int, tuple[Tensor, LayerAttention]] = {}
         self._undo: list[Callable[[], None]] = []
+
+    def reserve(self, dtype: torch.dtype, device: torch.device, longest: int) -> None:
+        """Allocate what a GPU's steps need, before the engine measures how much memory is left for keys; nothing elsewhere.
+
+        Args:
+            dtype: of queries that no layer divides into fp8.
+            device: the model's.
+            longest: positions of a sequence.
+        """
+        readable = all(layer.attn_backend.get_name() in READERS for layer in self.layers.values())
+        if kernels_for(device) != "triton" or not self.layers or not readable:
+            return
+        from vllm_entropix.kernels.triton_.attention_statistics import Workspace
+
+        kinds: dict[tuple[int, int, torch.dtype], list[int]] = {}
+        for index, layer in self.layers.items():
+            own = dtype if layer.query_quant is None else torch.float8_e4m3fn
+            kinds.setdefault((layer.num_heads, layer.head_size, own), []).append(index)
+        for (heads, head_dim, own), indices in kinds.items():
+            shape = (len(indices), self._max_requests, self.rows_per_request, heads, head_dim)
+            self._queries.update(zip(indices, torch.zeros(shape, dtype=own, device=device), strict=True))
+        rows = self._max_requests * self.rows_per_request
+        largest = max(self.layers.values(), key=lambda layer: layer.num_heads)
+        self._workspace = Workspace.for_steps(len(self.layers), rows, largest.num_heads, longest, device)
 
     def attach(self, builders: Iterable[tuple[Any, Iterable[str]]]) -> None:
         """Begin to observe.
@@ -81,6 +110,13 @@ class AttentionObserver:
             self._watch(builder, indices)
         for index, layer in self.layers.items():
             self._record(index, layer.impl)
+        if self._workspace is not None:
+            from vllm_entropix.kernels.triton_.kept_queries import keep_queries
+
+            # Compiled now: a CUDA graph may be what it is launched in first.
+            for kept in self._queries.values():
+                starts = torch.zeros(2, dtype=torch.int32, device=kept.device)
+                keep_queries(kept.new_zeros(1, *kept.shape[2:]), starts, kept, 1)
 
     def detach(self) -> None:
         """Stop observing and leave the model as it was."""
@@ -102,6 +138,7 @@ class AttentionObserver:
                 common_attn_metadata.seq_lens,
                 common_attn_metadata.block_table_tensor,
                 common_attn_metadata.num_reqs,
+                common_attn_metadata.max_seq_len,
                 None if self.ranks is None else _host_bounds(common_attn_metadata),
             )
             metadata = original(common_prefix_len, common_attn_metadata, *args, **kwargs)
@@ -147,6 +184,11 @@ class AttentionObserver:
             buffer = query.new_zeros(self._max_requests, self.rows_per_request, *query.shape[1:])
             self._queries[index] = buffer
         requests = min(step.requests, self._max_requests)
+        if kernels_for(query.device) == "triton":
+            from vllm_entropix.kernels.triton_.kept_queries import keep_queries
+
+            keep_queries(query, step.query_start_loc, buffer, requests)
+            return
         ends = step.query_start_loc[1 : requests + 1]
         for offset in range(self.rows_per_request):
             # From the end: row -1 is the last. A request with fewer rows, or a padded one, keeps some other row, unread.
@@ -185,14 +227,18 @@ class AttentionObserver:
         if measured_by_triton([self._layer(index) for index in self.layers], requests.device):
             everything = torch.ones_like(requests, dtype=torch.bool) if wanted is None else wanted
             lengths = positions + 1
-            layers = self._layer_rows(requests, lengths)
+            layers = [
+                LayerRows(self._layer(index), self._queries[index].flatten(0, 1), self._steps[index].block_table)
+                for index in sorted(self.layers)
+            ]
+            # All groups of layers have the same requests.
+            step = next(iter(self._steps.values()))
+            kept = Kept(self._rows_of_queries(step, requests, lengths), step.longest, self._workspace)
             if self.ranks is None:
-                return measure_layers(layers, requests, lengths, everything, self.config)
-            # All groups of layers have the same requests. Of each, all rows may be asked for.
-            bounds = next(iter(self._steps.values())).bounds
-            assert bounds is not None
-            bounds = bounds.repeat(self.rows_per_request)
-            return measure_over_ranks_by_triton(layers, requests, lengths, everything, bounds, self.config, self.ranks)
+                return measure_layers(layers, requests, lengths, everything, self.config, kept)
+            assert step.bounds is not None
+            bounds = step.bounds.repeat(self.rows_per_request)  # of each request, all rows may be asked for
+            return measure_over_ranks_by_triton(layers, requests, lengths, everything, bounds, self.config, self.ranks, kept)
         if wanted is None:
             return self._measure_each(requests, positions)
         rows = wanted.nonzero().flatten()
@@ -209,15 +255,19 @@ class AttentionObserver:
 
     def _layer_rows(self, requests: Tensor, lengths: Tensor) -> list[LayerRows]:
         """What each observed layer has for these rows, in ascending order."""
-        return [
-            LayerRows(self._layer(index), self._queries_of(index, requests, lengths), self._steps[index].block_table)
-            for index in sorted(self.layers)
-        ]
+        found = []
+        for index in sorted(self.layers):
+            step = self._steps[index]
+            queries = self._queries[index].flatten(0, 1)[self._rows_of_queries(step, requests, lengths)]
+            found.append(LayerRows(self._layer(index), queries, step.block_table))
+        return found
 
-    def _queries_of(self, index: int, requests: Tensor, lengths: Tensor) -> Tensor:
-        """A layer's queries ``[rows, heads, head_dim]``, found by how far a row lies before its request's last."""
-        offsets = (self._steps[index].seq_lens[requests] - lengths).clamp(0, self.rows_per_request - 1)
-        return self._queries[index][requests, offsets]
+    def _rows_of_queries(self, step: _Step, requests: Tensor, lengths: Tensor) -> Tensor:
+        """Which of a layer's kept queries are those of some rows: by how far a row lies before its request's last."""
+        if self.rows_per_request == 1:
+            return requests
+        offsets = (step.seq_lens[requests] - lengths).clamp(0, self.rows_per_request - 1)
+        return requests * self.rows_per_request + offsets
 
     def _layer(self, index: int) -> LayerAttention:
         layer = self.layers[index]

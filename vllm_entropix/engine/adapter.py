@@ -64,6 +64,7 @@ class RunnerAdapter(ABC):
             resolved.counted,
         )
         self.observer: AttentionObserver | None = None
+        self._reserved: AttentionObserver | None = None
         self._records: list[StepRecords] = []
         pipeline = get_pp_group()
         self.link = PipelineLink(runner, self._concerned) if pipeline.world_size > 1 else None
@@ -96,6 +97,26 @@ class RunnerAdapter(ABC):
                 ", ".join(order),
             )
 
+    def reserve(self) -> None:
+        """Allocate what statistics need, before vLLM measures how much memory is left for keys."""
+        if not self.config.attention.enabled:
+            return
+        try:
+            observer, _ = self._choose()
+        except UnsupportedAttentionError:  # which is told when layers are observed
+            return
+        model = self.vllm_config.model_config
+        observer.reserve(model.dtype, self.device, model.max_model_len)
+        self._reserved = observer
+
+    def _choose(self) -> tuple[AttentionObserver, int]:
+        """An observer of this stage's layers among those that the settings name, and how many all stages have."""
+        found = find_attention_layers(self.runner.get_model())
+        everywhere = {index: None for layers in of_all_stages(sorted(found)) for index in layers}
+        chosen = select_layers({**everywhere, **found}, self.config)
+        layers = {index: layer for index, layer in chosen.items() if index in found}
+        return AttentionObserver(layers, self.config, self.max_requests, self.rows_per_request, _ranks()), len(chosen)
+
     def observe(self) -> None:
         """Attach the observer to the attention layers; says once why, if there is nothing to observe."""
         if not self.config.attention.enabled:
@@ -103,20 +124,20 @@ class RunnerAdapter(ABC):
         if self.observer is not None:
             self.observer.detach()
             self.observer = None
-        found = find_attention_layers(self.runner.get_model())
-        everywhere = {index: None for layers in of_all_stages(sorted(found)) for index in layers}
         problem = None
         try:
-            chosen = select_layers({**everywhere, **found}, self.config)
-            layers = {index: layer for index, layer in chosen.items() if index in found}
-            self._refuse_what_attends_to_less(layers)
-            observer = AttentionObserver(layers, self.config, self.max_requests, self.rows_per_request, _ranks())
-            for index in layers:
+            observer, number = self._choose()
+            # The layers are the same, unless they were chosen anew since then.
+            if self._reserved is not None and self._reserved.layers == observer.layers:
+                observer = self._reserved
+            self._refuse_what_attends_to_less(observer.layers)
+            for index in observer.layers:
                 observer._layer(index)  # refuses a cache that can't be read now rather than in the first step
         except UnsupportedAttentionError as reason:
             problem = str(reason)
         # What one stage can't measure, none does: the mean over fewer layers would be another number.
         problem = next((reason for reason in of_all_stages(problem) if reason is not None), None)
+        self._reserved = None
         if problem is not None:
             if self.samples:
                 logger.warning_once("entropix runs on the logits alone: %s.", problem)
@@ -126,7 +147,7 @@ class RunnerAdapter(ABC):
         observer.attach(self._builders())
         self.observer = observer
         if self.link is not None:
-            self.link.connect(observer, len(chosen))
+            self.link.connect(observer, number)
 
     def _refuse_what_attends_to_less(self, layers: Mapping[int, Any]) -> None:
         """Refuse layers whose rows attend to other positions than a layer's own window says."""

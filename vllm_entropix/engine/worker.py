@@ -35,6 +35,7 @@ class EntropixWorkerMixin:
 
             adapter = RunnerV1
         self._entropix = adapter(runner, worker.vllm_config, self._entropix_resolved)
+        self._entropix.reserve()
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
         """Set the caches up, then observe the attention layers that use them."""

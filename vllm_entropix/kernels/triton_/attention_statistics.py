@@ -859,8 +859,9 @@ def layers_together(layers: int, rows: int, heads: int, total: int, ranks: int) 
         total: positions that the rows attend to.
         ranks: how many.
     """
-    fit = min(_EXCHANGE // (ranks * (total + rows)), WORKSPACE // sum(_sizes(1, rows, heads, SPLITS).values()))
-    return max(1, min(layers, fit))
+    shared = sum(_sizes(0, 0, heads, SPLITS).values())
+    per_layer = sum(_sizes(1, rows, heads, SPLITS).values()) - shared
+    return max(1, min(layers, _EXCHANGE // (ranks * (total + rows)), (WORKSPACE - shared) // per_layer))
 
 
 class _Launches:

@@ -106,7 +106,7 @@ def test_bad_metrics_give_base_parameters(bad):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
 
 
-def apply(logits, kernels, sampled, clarification=None, base=None, fidelity="corrected"):
+def apply(logits, kernels, sampled, clarification=None, base=None, fidelity="corrected", measure=None):
     config = EntropixConfig.from_dict({"base": base or {}, "fidelity": fidelity})
     rows = len(logits)
     batch = BatchSampler(config, rows, clarification, "cpu")
@@ -127,7 +127,7 @@ def apply(logits, kernels, sampled, clarification=None, base=None, fidelity="cor
         batch=torch.arange(rows),
     )
     logits = logits.clone()
-    records = batch.apply(logits, described, None)
+    records = batch.apply(logits, described, measure)
     return logits, records
 
 

@@ -49,6 +49,8 @@ CHECKS = (
     "heads_over_ranks_of_every_kind",
     "heads_over_ranks_in_parts",
     "the_sampler_decides_and_writes_by_them",
+    "decisions_equal_those_of_pytorch",
+    "a_step_takes_few_launches",
 )
 
 
@@ -73,19 +75,13 @@ def results():
     return result_of("triton_checks", "v2")
 
 
-# Attention's are compiled by test_machine_code_attention.py.
+# Those of attention and of the decision are compiled by test_machine_code_attention.py and test_machine_code_rows.py.
 KERNELS = {"_measure_tile", "_merge_tiles", "_distribute", "_filter"}
 
 
 def test_kernels_compile_for_a_gpu():
     # For an H100: machine code is made without one.
     assert set(result_of("compile_checks", "v1")) == KERNELS
-
-
-def test_no_size_of_a_batch_compiles_a_kernel_anew():
-    found = result_of("variant_checks", "v1")
-    assert set(found) == KERNELS
-    assert not any(found.values()), found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is repaired for machines without a GPU")

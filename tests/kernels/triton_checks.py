@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import decision_checks
 from tests.kernels.test_cpu import apply, mixed_logits
 from tests.support import strange_rows as strange
 from tests.support.ranks import Meeting
@@ -702,6 +703,7 @@ CHECKS = (
     heads_over_ranks_of_every_kind,
     heads_over_ranks_in_parts,
     the_sampler_decides_and_writes_by_them,
+    *decision_checks.CHECKS,
 )
 
 

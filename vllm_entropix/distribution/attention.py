@@ -175,6 +175,14 @@ class AttentionStatistics:
 
     def mean_over_layers(self) -> AttentionStatistics:
         """The mean over the leading (layer) dimension."""
+        if len(self.attention_entropy) == 1:  # a mean for each would launch a kernel for each
+            return AttentionStatistics(
+                self.attention_entropy[0],
+                self.attention_varentropy[0],
+                self.agreement[0],
+                self.interaction_strength[0],
+                self.measured,
+            )
         return AttentionStatistics(
             self.attention_entropy.mean(dim=0),
             self.attention_varentropy.mean(dim=0),

@@ -15,9 +15,9 @@ from vllm_entropix.distribution.plan import Plan
 from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.records.fields import names
 from vllm_entropix.rows.forcing import Clarification
-from vllm_entropix.rows.rows import Measure, Rows
+from vllm_entropix.rows.rows import Decisions, Measure, Rows
 from vllm_entropix.rows.table import Sequence, SequenceTable
-from vllm_entropix.samplers.base import RowView
+from vllm_entropix.samplers.base import KernelRule, RowView
 from vllm_entropix.samplers.registry import instances
 
 if TYPE_CHECKING:
@@ -113,62 +113,110 @@ class BatchSampler:
 
     def _apply(self, logits: Tensor, rows: Rows, measure: Measure | None, tracing: bool, everywhere: bool) -> Tensor | None:
         table = self.sequences
+        backend = self.backend if logits.dtype == torch.float32 else self.other_types
+        statistics = backend.statistics(logits)
+        # A row that is neither drawn nor traced needs no plan, whichever sampler its slot has.
+        concerned = table.sampled[rows.host_slots] | table.traced[rows.host_slots]
+        present = table.samplers_of(rows.host_slots[concerned])
+        rule = self.samplers[present[0]].kernel_rule(backend.name) if len(present) == 1 else None
+        if rule is None:
+            decided = self._decide(backend, present, logits, statistics, rows, measure, tracing)
+        else:
+            decided = self._decide_by_kernel(rule, present[0], logits, statistics, rows, measure, tracing)
+        alternatives = self._alternatives(backend, logits, statistics) if tracing else None
+        bounds = (int(of[rows.host_slots].max()) for of in (table.most_candidates, table.most_drawn))
+        most_candidates, most_drawn = bounds
+        for order, written in decided.written.items():
+            draws = Draws(
+                decided.parameters,
+                order,
+                decided.forced,
+                written,
+                statistics.log_normaliser,
+                most_candidates,
+                most_drawn,
+                everywhere and len(decided.written) == 1,
+            )
+            backend.write(logits, draws)
+        if decided.records is None or alternatives is None:
+            return decided.records
+        return torch.cat((decided.records, *(block.to(torch.float32) for block in alternatives)), dim=-1)
+
+    def _decide_by_kernel(
+        self,
+        rule: KernelRule,
+        name: str,
+        logits: Tensor,
+        statistics: LogitsMetrics,
+        rows: Rows,
+        measure: Measure | None,
+        tracing: bool,
+    ) -> Decisions:
+        """What :meth:`_decide` does of rows of one sampler, whose rule a kernel follows."""
+        from vllm_entropix.rows.decision import decide, rows_that_want_attention
+
+        table, fields = self.sequences, self.samplers[name].fields
+        attention = None
+        if measure is not None:
+            attention = measure(rows, rows_that_want_attention(rule, name, table, rows, statistics))
+        first_field = fields[0].name if fields else None
+        return decide(
+            *(rule, name, first_field, table, rows, logits, statistics, attention, self.clarification),
+            traced=tracing,
+            counted=self.counted,
+        )
+
+    def _decide(
+        self,
+        backend: Backend,
+        present: list[str],
+        logits: Tensor,
+        statistics: LogitsMetrics,
+        rows: Rows,
+        measure: Measure | None,
+        tracing: bool,
+    ) -> Decisions:
+        table = self.sequences
         sampled = table.device_sampled[rows.slots]
         traced = table.device_traced[rows.slots]
 
         def attention(wanted: Tensor) -> AttentionStatistics | None:
             return None if measure is None else measure(rows, rows.valid & (traced | (sampled & wanted)))
 
-        backend = self.backend if logits.dtype == torch.float32 else self.other_types
-        statistics = backend.statistics(logits)
-        plans = self._plans(backend, logits, statistics, rows, attention)
+        plans = self._plans(backend, present, logits, statistics, rows, attention)
         plan = _mixed(plans)
         measured = plan.attention
         if measured is None and tracing:
             measured = attention(torch.zeros_like(traced))
-        alternatives = self._alternatives(backend, logits, statistics) if tracing else None
         forced = self._force(logits, rows, plan, statistics, sampled)
-        bounds = (int(of[rows.host_slots].max()) for of in (table.most_candidates, table.most_drawn))
-        most_candidates, most_drawn = bounds
-        orders = {one.order for _, one in plans}
-        for order in sorted(orders):
-            written = sampled
-            if len(orders) > 1:
-                # Rows of another order get theirs in another call.
-                written = sampled & torch.stack([mine for mine, one in plans if one.order == order]).any(dim=0)
-            draws = Draws(
-                plan.parameters,
-                order,
-                forced,
-                written,
-                statistics.log_normaliser,
-                most_candidates,
-                most_drawn,
-                everywhere and len(orders) == 1,
-            )
-            backend.write(logits, draws)
-        if not (tracing or self.counted):
-            return None
-        told = (traced | sampled) if self.counted else traced
-        slots = torch.where(told & rows.valid, rows.slots, 0)
-        return _records(plan, statistics, measured, forced, sampled, slots, alternatives, self.backend.asks_device)
+        written = {plan.order: sampled}
+        if len({one.order for _, one in plans}) > 1:
+            # Rows of another order get theirs in another call.
+            written = {
+                order: sampled & torch.stack([mine for mine, one in plans if one.order == order]).any(dim=0)
+                for order in sorted({one.order for _, one in plans})
+            }
+        records = None
+        if tracing or self.counted:
+            told = (traced | sampled) if self.counted else traced
+            slots = torch.where(told & rows.valid, rows.slots, 0)
+            records = _records(plan, statistics, measured, forced, sampled, slots, self.backend.asks_device)
+        return Decisions(plan.parameters, forced, written, records)
 
     def _plans(
         self,
         backend: Backend,
+        present: list[str],
         logits: Tensor,
         statistics: LogitsMetrics,
         rows: Rows,
         attention: Attention,
     ) -> list[tuple[Tensor, Plan]]:
-        """(bool ``[rows]``: its rows, plan) of each sampler in the batch.
+        """(bool ``[rows]``: its rows, plan) of each sampler that is ``present`` in the batch.
 
         Each plan covers all rows, since which rows are whose is known on the device only.
         """
         table, plans = self.sequences, []
-        # A row that is neither drawn nor traced needs no plan, whichever sampler its slot has.
-        concerned = table.sampled[rows.host_slots] | table.traced[rows.host_slots]
-        present = table.samplers_of(rows.host_slots[concerned])
         for name in present:
             mine = rows.valid if len(present) == 1 else table.device_sampler[rows.slots] == table.number[name]
             measure = attention if len(present) == 1 else partial(_of_mine, attention, mine)
@@ -237,10 +285,9 @@ def _records(
     forced: Tensor,
     sampled: Tensor,
     slots: Tensor,
-    alternatives: tuple[Tensor, Tensor] | None,
     asks_device: bool,
 ) -> Tensor:
-    """Slots, records and alternatives ``[rows, columns]``; a greedy row's parameters are those of argmax."""
+    """Slots and records ``[rows, columns]``; a greedy row's parameters are those of argmax."""
     metrics, parameters = joined(statistics, attention), plan.parameters
     if not (asks_device and sampled.all()):
         parameters = parameters.as_argmax(~sampled)
@@ -255,7 +302,4 @@ def _records(
         return torch.full_like(metrics.entropy, torch.nan) if holder is None else getattr(holder, field)
 
     columns = (slots, *map(values, names()))  # slots are exact, as token ids are: there are fewer than 2**24
-    records = torch.stack([column.to(torch.float32) for column in columns], dim=-1)
-    if alternatives is None:
-        return records
-    return torch.cat((records, *(block.to(torch.float32) for block in alternatives)), dim=-1)
+    return torch.stack([column.to(torch.float32) for column in columns], dim=-1)

@@ -18,11 +18,11 @@ from vllm_entropix.settings.server import Clarification as ClarificationSettings
 
 # What a record holds where none is known: which token of the clarification is next (-1: none), whether it was forced, how often
 # the clarification was placed, where it last ended, and whether its last token was ever seen.
-_INITIAL = (-1, 0, 0, NEVER, 0)
+INITIAL = (-1, 0, 0, NEVER, 0)
 
 # So far below the others a token is excluded, as by -inf: the engine forces a token of its own (the end of thinking) by giving
 # it a logit of 1e9, and no model or bias comes near.
-_EXCLUDED = -1e8
+EXCLUDED = -1e8
 
 
 class ForcingRules(Protocol):
@@ -77,7 +77,7 @@ class Clarification:
         self.rule = config.clarification_rule
         self.cooldown = config.clarification.cooldown
         self.max_per_request = config.clarification.max_per_request
-        self.state = PositionRing(_INITIAL, torch.int32, slots, draft_tokens, device)
+        self.state = PositionRing(INITIAL, torch.int32, slots, draft_tokens, device)
 
     def force(
         self,
@@ -125,7 +125,7 @@ class Clarification:
         pending = torch.where(asks & may & eligible & (pending < 0), 0, pending)
 
         token_ids = self.token_ids[pending.clamp_min(0)]
-        allowed = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - log_normaliser > _EXCLUDED
+        allowed = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - log_normaliser > EXCLUDED
         forced = may & (pending >= 0) & allowed
         record = torch.stack((pending, forced, count, last, seen), dim=-1)
         self.state.write(slots, positions, record, valid)

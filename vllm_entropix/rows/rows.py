@@ -1,14 +1,16 @@
-"""The rows of one step's logits, as the engine lays them out."""
+"""The rows of one step's logits, as the engine lays them out, and what is decided of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from vllm_entropix.distribution.attention import AttentionStatistics
+from vllm_entropix.distribution.plan import Parameters
+from vllm_entropix.settings.rules import Fidelity
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,23 @@ class Rows:
             batch=self.batch[index],
             draft_index=None if self.draft_index is None else self.draft_index[index],
         )
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What is done with each row of a step.
+
+    Attributes:
+        parameters: of each row.
+        forced: int64 ``[rows]``, token forced here, or -1.
+        written: bool ``[rows]``, the rows that a sampler of ours draws, by the order of their filters.
+        records: float32 ``[rows, columns]``, slot and record; None if nothing is to be told.
+    """
+
+    parameters: Parameters
+    forced: Tensor
+    written: Mapping[Fidelity, Tensor]
+    records: Tensor | None
 
 
 # Rows and a bool mask [rows] of those whose attention is wanted → their statistics, or None if there are none to be had.

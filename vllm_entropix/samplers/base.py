@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from vllm_entropix.distribution.statistics import LogitsMetrics
     from vllm_entropix.records.fields import Field
     from vllm_entropix.samplers.request import RequestSettings
+    from vllm_entropix.settings.rules import Fidelity
     from vllm_entropix.settings.server import ServerSettings
 
-__all__ = ["Bounds", "Parameters", "Plan", "RowView", "Sampler"]
+__all__ = ["Bounds", "KernelRule", "Parameters", "Plan", "RowView", "Sampler"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,22 @@ class RowView:
 
 
 @dataclass(frozen=True)
+class KernelRule:
+    """A plan as functions that Triton compiles into the step's decision kernel, ``rows/decision.py``: see entropix's.
+
+    Attributes:
+        reads_attention: pointers to the rows' numbers, entropy, varentropy → the rows whose plan reads attention.
+        plan: the same, which rows' attention was measured, its four numbers, pointers to the sampler's own fields in the rows'
+            records, which rows have one → temperature, top_p, top_k, min_p, samples, and which rows ask for the clarification.
+        order: as of :class:`Plan`.
+    """
+
+    reads_attention: Any
+    plan: Any
+    order: Fidelity
+
+
+@dataclass(frozen=True)
 class Bounds:
     """What the host knows of a request's plans without asking the device.
 
@@ -102,6 +119,10 @@ class Sampler(ABC):
     @abstractmethod
     def plan(self, rows: RowView) -> Plan:
         """What is done with each row. Rows must not influence one another."""
+
+    def kernel_rule(self, backend: str) -> KernelRule | None:
+        """What :meth:`plan` does, for the decision kernel of a backend of this name; None: there is no such rule."""
+        return None
 
     def numbers(self) -> list[tuple[str, float]]:
         """(name, value) of the numbers that a row's :attr:`RowView.settings` holds, in a fixed order: the server's."""

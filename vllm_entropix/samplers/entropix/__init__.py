@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_entropix.samplers.base import Bounds, Plan, RowView, Sampler
+from vllm_entropix.samplers.base import Bounds, KernelRule, Plan, RowView, Sampler
 from vllm_entropix.samplers.entropix.record import FIELDS, EntropixPart
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
@@ -42,6 +42,14 @@ class Entropix(Sampler):
             attention=attention,
             fields={"regime": regime, "confidence": confidence},
         )
+
+    def kernel_rule(self, backend: str) -> KernelRule | None:
+        """The rule in Triton."""
+        if backend != "triton":
+            return None
+        from vllm_entropix.samplers.entropix.triton_rule import plan, plan_without_regimes, reads_attention
+
+        return KernelRule(reads_attention, plan if self.settings.regimes else plan_without_regimes, self.settings.fidelity)
 
     def numbers(self) -> list[tuple[str, float]]:
         """All numbers of the configuration, by dotted name."""

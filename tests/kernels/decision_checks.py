@@ -1,0 +1,238 @@
+"""The decision kernel against the decisions in PyTorch: the same bits under any settings, step after step.
+
+Run by ``triton_checks`` in Triton's interpreter, and by ``tests/gpu`` compiled.
+"""
+
+import dataclasses
+import types
+from functools import partial
+from unittest import mock
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+from tests.samplers.test_two_copies import KINDS, NAMES, some_attention, some_metrics, values
+from vllm_entropix import EntropixConfig
+from vllm_entropix.attention import AttentionObserver, LayerAttention, launches
+from vllm_entropix.attention import observer as observer_module
+from vllm_entropix.attention.paged_keys import PlainKeys
+from vllm_entropix.distribution import backend
+from vllm_entropix.distribution.backend import Backend
+from vllm_entropix.distribution.statistics import LogitsMetrics
+from vllm_entropix.rows.batch import BatchSampler
+from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.table import Sequence
+
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+VOCABULARY = 8
+RULES = ("cooldown", "last-token", "ever")
+SEQUENCES, DRAFTS, STEPS = 20, 3, 3
+
+
+def moved(tensors, device):
+    """A dataclass of tensors on another device."""
+    return type(tensors)(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in vars(tensors).values()))
+
+
+def batch_of(rng, preset, clarification, rule, regimes, counted, device):
+    """A batch of sequences with settings of their own, anywhere in their ranges."""
+    own = {
+        "clarification": {"cooldown": int(rng.integers(1, 4)), "max_per_request": int(rng.integers(1, 4))},
+        "regimes": regimes,
+    }
+    config = EntropixConfig.preset(preset, **own)
+    batch = BatchSampler(config, SEQUENCES, clarification, device, DRAFTS - 1, counted)
+    if batch.clarification is not None:
+        batch.clarification.rule = rule
+    start = dict(EntropixConfig.preset(preset).numbers())
+    numbers = np.stack([values(rng, name, start[name], SEQUENCES) for name in NAMES], axis=-1)
+    # Many rows ask: they are uncertain, and their thresholds are low.
+    asking = rng.random(SEQUENCES) < 0.5
+    for name, value in (("thresholds.helv.entropy_above", 0.0), ("thresholds.helv.varentropy_below", 100.0)):
+        numbers[asking, NAMES.index(name)] = value
+    for index in range(SEQUENCES):
+        flags = rng.random(3) < (0.8, 0.5, 0.8)
+        batch.add(str(index), Sequence(numbers[index].tolist(), *map(bool, flags), prompt_length=int(rng.integers(0, 8))))
+    batch.sequences.flush()
+    return batch
+
+
+def some_rows(rng, batch, step, drafts, device):
+    """Rows of the sequences that are there, some with drafts, some of whose tokens aren't used."""
+    counts = rng.integers(1, DRAFTS + 1, SEQUENCES) if drafts else np.ones(SEQUENCES, dtype=int)
+    sequence = np.repeat(np.arange(SEQUENCES), counts)
+    index = np.concatenate([np.arange(count) for count in counts])
+    slots = batch.sequences.slots_of(map(str, range(SEQUENCES)), SEQUENCES)
+    slots[rng.random(SEQUENCES) < 0.1] = 0  # of nobody
+    host = {
+        "slots": slots[sequence],
+        "positions": 2 * step + sequence % 5 + index,
+        "input_ids": rng.integers(0, 4, len(sequence)),
+        "valid": rng.random(len(sequence)) < 0.9,
+        "batch": sequence,
+    }
+    device_rows = {name: torch.from_numpy(np.asarray(value)).to(device) for name, value in host.items()}
+    draft_index = torch.from_numpy(index.astype(np.int32)).to(device) if drafts else None
+    return Rows(host_slots=slots, **device_rows, draft_index=draft_index, draft_rows=DRAFTS if drafts else 1)
+
+
+@PROPERTY
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(EntropixConfig.preset_names()),
+    st.sampled_from(KINDS),
+    st.sampled_from([None, *RULES]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([True, True, True, False]),
+    st.booleans(),
+)
+def decisions_equal_those_of_pytorch(seed, preset, kind, rule, drafts, counted, regimes, tracing):
+    device = torch.get_default_device()
+    clarification = None if rule is None else (1, 2, 3)[: 1 + seed % 3]
+    batches = [batch_of(np.random.default_rng(seed), preset, clarification, rule, regimes, counted, device) for _ in range(2)]
+    rng = np.random.default_rng(seed + 1)
+    for step in range(STEPS):
+        rows = some_rows(rng, batches[0], step, drafts, device)
+        count = len(rows.slots)
+        logits = torch.from_numpy(rng.normal(size=(count, VOCABULARY)).astype(np.float32)).to(device)
+        logits[torch.from_numpy(rng.random(logits.shape) < 0.1).to(device)] = -torch.inf
+        with torch.device("cpu"):
+            metrics, attention = some_metrics(rng, count), some_attention(rng, kind, count)
+        found = LogitsMetrics.from_logits(logits)
+        metrics = LogitsMetrics(metrics.entropy.to(device), metrics.varentropy.to(device), found.log_normaliser)
+        attention = None if attention is None else moved(attention, device)
+        asked = []
+
+        def measure(_rows, wanted, asked=asked, attention=attention):
+            asked.append(wanted)
+            return attention
+
+        measure = None if kind == "none" else measure
+        given = (logits, metrics, rows, measure, tracing)
+        want = batches[0]._decide(Backend(device), ["entropix"], *given)
+        sampler = batches[1].samplers["entropix"]
+        got = batches[1]._decide_by_kernel(sampler.kernel_rule("triton"), "entropix", *given)
+        of_pytorch, of_kernel = compared(want, asked[:1]), compared(got, asked[-1:])
+        assert of_pytorch.keys() == of_kernel.keys()
+        for name, value in of_pytorch.items():
+            torch.testing.assert_close(
+                of_kernel[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+            )
+        if rule is not None:
+            # Slot 0 is nobody's, and nobody reads what stands there.
+            states = [batch.clarification.state for batch in batches]
+            assert torch.equal(states[0].positions[1:], states[1].positions[1:])
+            assert torch.equal(states[0].records[1:], states[1].records[1:])
+
+
+def compared(decisions, asked):
+    """Everything that was decided, by name."""
+    ((order, written),) = decisions.written.items()
+    return {
+        **vars(decisions.parameters),
+        "forced": decisions.forced,
+        f"written {order}": written,
+        **({} if decisions.records is None else {"records": decisions.records}),
+        **({"asked": asked[0]} if asked else {}),
+    }
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+# What an operation of PyTorch takes no kernel for.
+VIEWS = {
+    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze", "t", "transpose"),
+    *("unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"),
+    "scalar_tensor",  # on the host
+}
+# What the host has to wait for.
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that launch a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in VIEWS:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def observer_of(config, requests):
+    """Observes a last layer of keys that the kernels read."""
+    layer = types.SimpleNamespace(layer_name="layers.31", kv_cache=object())
+    observer = AttentionObserver({31: layer}, config, max_requests=requests, rows_per_request=DRAFTS)
+    keys = PlainKeys(torch.zeros(40, 2, 16, 32), 32)
+    observer._attention[31] = (layer.kv_cache, LayerAttention(keys, 0.2))
+    observer._queries[31] = torch.zeros(requests, DRAFTS, 4, 32)
+    lengths, table = torch.full((requests,), 20), torch.zeros(requests, 5, dtype=torch.int32)
+    starts = torch.arange(requests + 1) * DRAFTS
+    observer._steps[31] = observer_module._Step(starts, lengths, table, requests, lengths)
+    return observer
+
+
+def launches_of_a_step(requests, drafts, counted, clarification, base):
+    """Names of all kernels of a step of the sampler, with statistics of the last layer."""
+    config = EntropixConfig.from_dict({"base": base})
+    batch = BatchSampler(config, requests, clarification, "cpu", DRAFTS - 1, counted)
+    numbers = [value for _, value in config.numbers()]
+    for index in range(requests):
+        batch.add(str(index), Sequence(numbers, sampled=True, traced=False, allow_clarification=True, prompt_length=1))
+    slots = batch.sequences.slots_of(map(str, range(requests)), requests)
+    each = DRAFTS if drafts else 1
+    sequence, index = torch.arange(requests).repeat_interleave(each), torch.arange(each).repeat(requests)
+    rows = Rows(
+        torch.from_numpy(slots)[sequence],
+        slots,
+        index + 10,
+        index,
+        index >= 0,
+        sequence,
+        index.to(torch.int32) if drafts else None,
+        each,
+    )
+    observer = observer_of(config, requests)
+    launched = []
+
+    def measure(rows, wanted):
+        return dataclasses.replace(observer.statistics(rows.batch, rows.positions, wanted), measured=wanted)
+
+    def count(executor, *args, **kwargs):
+        launched.append(executor.fn.__name__)
+
+    step = partial(batch.apply, torch.zeros(len(rows.slots), 5000), rows, measure)
+    with mock.patch.object(interpreter.GridExecutor, "__call__", count):
+        step()  # makes what is kept from step to step
+        launched.clear()
+        with Operations() as operations:
+            step()
+    assert not WAITS & set(operations.names), operations.names
+    return launched + operations.names
+
+
+def a_step_takes_few_launches():
+    patched = [mock.patch.object(module, "kernels_for", return_value="triton") for module in (backend, launches)]
+    with patched[0], patched[1]:
+        for case in (
+            *((requests, False, True, None, {}) for requests in (1, 64, 256)),
+            (64, False, False, None, {}),
+            (64, True, True, (1, 2, 3), {}),
+            (64, False, True, None, {"top_k": 2000}),
+        ):
+            names = launches_of_a_step(*case)
+            assert len(names) <= LAUNCHES, (case, names)
+
+
+LAUNCHES = 40
+CHECKS = (decisions_equal_those_of_pytorch, a_step_takes_few_launches)

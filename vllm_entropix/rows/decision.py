@@ -1,0 +1,373 @@
+"""A step's decisions on a GPU in one kernel: each row's plan, the token forced at it, and its record.
+
+What the kernel computes stands in PyTorch in ``batch``, ``forcing`` and ``state``. The plan is the sampler's, whose rule for
+kernels (:class:`~vllm_entropix.samplers.base.KernelRule`) is a function that the kernel calls. A block of rows takes a warp.
+"""
+
+# Triton's compiler looks at a kernel's annotations, and knows none of Python's.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_entropix.distribution.attention import AttentionStatistics
+from vllm_entropix.distribution.plan import Parameters
+from vllm_entropix.distribution.statistics import LogitsMetrics
+from vllm_entropix.records.fields import COMMON, column, names
+from vllm_entropix.rows.forcing import EXCLUDED, INITIAL, Clarification
+from vllm_entropix.rows.rows import Decisions, Rows
+from vllm_entropix.rows.table import SequenceTable
+from vllm_entropix.samplers.base import KernelRule
+
+_BLOCK = 32
+# Columns of a record, the slot in front.
+_COLUMN = {field.name: tl.constexpr(1 + index) for index, field in enumerate(COMMON)}
+_ENTROPY, _VARENTROPY = _COLUMN["entropy"], _COLUMN["varentropy"]
+_ATTENTION_ENTROPY, _ATTENTION_VARENTROPY = _COLUMN["attention_entropy"], _COLUMN["attention_varentropy"]
+_AGREEMENT, _INTERACTION = _COLUMN["agreement"], _COLUMN["interaction_strength"]
+_TEMPERATURE, _TOP_P, _TOP_K, _MIN_P = _COLUMN["temperature"], _COLUMN["top_p"], _COLUMN["top_k"], _COLUMN["min_p"]
+_FORCED = _COLUMN["forced"]
+_PENDING, _COUNT, _LAST = tl.constexpr(INITIAL[0]), tl.constexpr(INITIAL[2]), tl.constexpr(INITIAL[3])
+_FIELDS = tl.constexpr(len(INITIAL))
+_EXCLUDED = tl.constexpr(EXCLUDED)
+_FORCING_RULES = {None: 0, "cooldown": 1, "last-token": 2, "ever": 3}
+
+
+# Nothing is specialised: no size of a batch compiles a variant.
+_WANTED = ("slots", "valid", "sampled", "traced", "numbers", "width", "entropy", "varentropy", "wanted", "rows")
+
+
+@triton.jit(do_not_specialize=_WANTED)
+def _want_attention(
+    slots,
+    valid,
+    sampled,
+    traced,
+    numbers,
+    width,
+    entropy,
+    varentropy,
+    wanted,
+    rows,
+    READS: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.minimum(lane, rows - 1)
+    slot = tl.load(slots + row)
+    reads = READS(numbers + slot * width, tl.load(entropy + row), tl.load(varentropy + row))
+    drawn = (tl.load(sampled + slot) != 0) & reads
+    wants = (tl.load(valid + row) != 0) & ((tl.load(traced + slot) != 0) | drawn)
+    tl.store(wanted + row, wants, mask=lane < rows)
+
+
+@triton.jit
+def _index_in_ring(position, length):
+    # 32 bits, since the GPU divides 64 in a function of its own; and a remainder has its dividend's sign.
+    return (position.to(tl.int32) % length + length) % length
+
+
+_ARGUMENTS = (
+    *("slots", "positions", "input_ids", "valid", "draft_index", "drafts", "rows", "draft_rows"),
+    *("sampled", "traced", "may_force", "prompt_length", "numbers", "width"),
+    *("logits", "row_stride", "entropy", "varentropy", "log_normaliser"),
+    *("attention_entropy", "attention_varentropy", "agreement", "interaction", "measured"),
+    *("ring_positions", "ring", "ring_length", "token_ids", "tokens", "cooldown", "most"),
+    *("temperature", "top_p", "top_k", "min_p", "samples", "forced", "written", "records", "record_stride", "own", "tells"),
+)
+
+
+@triton.jit(do_not_specialize=_ARGUMENTS)
+def _decide(
+    slots,
+    positions,
+    input_ids,
+    valid,
+    draft_index,
+    drafts,
+    rows,
+    draft_rows,
+    sampled,
+    traced,
+    may_force,
+    prompt_length,
+    numbers,
+    width,
+    logits,
+    row_stride,
+    entropy,
+    varentropy,
+    log_normaliser,
+    attention_entropy,
+    attention_varentropy,
+    agreement,
+    interaction,
+    measured,
+    ring_positions,
+    ring,
+    ring_length,
+    token_ids,
+    tokens,
+    cooldown,
+    most,
+    temperature,
+    top_p,
+    top_k,
+    min_p,
+    samples,
+    forced,
+    written,
+    records,
+    record_stride,
+    own,
+    tells,
+    PLAN: tl.constexpr,  # noqa: N803
+    ATTENTION: tl.constexpr,  # noqa: N803
+    MEASURED: tl.constexpr,  # noqa: N803
+    FORCING: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """A lane takes the rows of a sequence, which follow one another: what is forced at a draft depends on the row before it."""
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    nan = float("nan")
+    # The record that the lane wrote last, of which position.
+    known = tl.full((BLOCK,), 0, tl.int1)
+    previous = tl.full((BLOCK,), 0, tl.int64)
+    pending = tl.full((BLOCK,), 0, tl.int64)
+    was_forced = tl.full((BLOCK,), 0, tl.int64)
+    count = tl.full((BLOCK,), 0, tl.int64)
+    last = tl.full((BLOCK,), 0, tl.int64)
+    seen = tl.full((BLOCK,), 0, tl.int64)
+    for draft in tl.range(draft_rows):
+        # Lanes beyond the end read the last row, and write nothing.
+        row = tl.minimum(lane + draft, rows - 1).to(tl.int64)
+        mine = (lane + draft < rows) & (tl.load(draft_index + row, mask=row < drafts, other=0) == draft)
+        slot = tl.load(slots + row)
+        counts = tl.load(valid + row) != 0
+        drawn = tl.load(sampled + slot) != 0
+        told = ((tells > 0) & (tl.load(traced + slot) != 0)) | ((tells > 1) & drawn)
+        h, v = tl.load(entropy + row), tl.load(varentropy + row)
+        ae = tl.full((BLOCK,), 0.0, tl.float32)
+        av, ag, strength = ae, ae, ae
+        attended = tl.full((BLOCK,), ATTENTION, tl.int1)
+        if ATTENTION:
+            if MEASURED:
+                attended = tl.load(measured + row) != 0
+            ae = tl.where(attended, tl.load(attention_entropy + row), 0.0)
+            av = tl.where(attended, tl.load(attention_varentropy + row), 0.0)
+            ag = tl.where(attended, tl.load(agreement + row), 0.0)
+            strength = tl.where(attended, tl.load(interaction + row), 0.0)
+
+        record = records + row * record_stride
+        # Rows that nothing is told of have slot 0, and a record all the same.
+        keeps = mine & (tells > 0)
+        settings = numbers + slot * width
+        t, p, k, m, n, asks = PLAN(settings, h, v, attended, ae, av, ag, strength, record + own, keeps)
+        tl.store(temperature + row, t, mask=mine)
+        tl.store(top_p + row, p, mask=mine)
+        tl.store(top_k + row, k.to(tl.int64), mask=mine)
+        tl.store(min_p + row, m, mask=mine)
+        tl.store(samples + row, n.to(tl.int64), mask=mine)
+        tl.store(written + row, drawn, mask=mine)
+
+        token = tl.full((BLOCK,), -1, tl.int64)
+        if FORCING:
+            position, fed = tl.load(positions + row).to(tl.int64), tl.load(input_ids + row).to(tl.int64)
+            before = position - 1
+            index = _index_in_ring(before, ring_length)
+            remembered = ring + (slot * ring_length + index) * _FIELDS
+            there = tl.load(ring_positions + slot * ring_length + index).to(tl.int64) == before
+            # What this lane has just written it may not read back.
+            carried = known & (previous == before)
+            pending = tl.where(carried, pending, tl.where(there, tl.load(remembered), _PENDING).to(tl.int64))
+            was_forced = tl.where(carried, was_forced, tl.where(there, tl.load(remembered + 1), 0).to(tl.int64))
+            count = tl.where(carried, count, tl.where(there, tl.load(remembered + 2), _COUNT).to(tl.int64))
+            last = tl.where(carried, last, tl.where(there, tl.load(remembered + 3), _LAST).to(tl.int64))
+            seen = tl.where(carried, seen, tl.where(there, tl.load(remembered + 4), 0).to(tl.int64))
+
+            placed = (was_forced > 0) & (fed == tl.load(token_ids + tl.maximum(pending, 0)))
+            count += (placed & (pending == 0)).to(tl.int64)
+            last = tl.where(placed, position, last)
+            pending = tl.where(placed, pending + 1, pending)
+            pending = tl.where(pending >= tokens, -1, pending)
+            generated = position >= tl.load(prompt_length + slot)
+            is_last = generated & (fed == tl.load(token_ids + tokens - 1))
+            seen = (seen > 0).to(tl.int64) | is_last.to(tl.int64)
+            if FORCING == 1:
+                eligible = (position - last >= cooldown) & (count < most)
+            elif FORCING == 2:
+                eligible = is_last == 0
+            else:
+                eligible = seen == 0
+            may = drawn & (tl.load(may_force + slot) != 0)
+            pending = tl.where(asks & may & eligible & (pending < 0), 0, pending)
+            next_token = tl.load(token_ids + tl.maximum(pending, 0))
+            logit = tl.load(logits + row * row_stride + next_token)
+            allowed = logit - tl.load(log_normaliser + row) > _EXCLUDED
+            forces = may & (pending >= 0) & allowed
+            was_forced = forces.to(tl.int64)
+
+            # What isn't used leaves its trace with nobody.
+            uses = mine & counts
+            index = _index_in_ring(position, ring_length)
+            tl.store(ring_positions + slot * ring_length + index, position.to(tl.int32), mask=uses)
+            remembered = ring + (slot * ring_length + index) * _FIELDS
+            tl.store(remembered, pending.to(tl.int32), mask=uses)
+            tl.store(remembered + 1, was_forced.to(tl.int32), mask=uses)
+            tl.store(remembered + 2, count.to(tl.int32), mask=uses)
+            tl.store(remembered + 3, last.to(tl.int32), mask=uses)
+            tl.store(remembered + 4, seen.to(tl.int32), mask=uses)
+            known, previous = uses, position
+            token = tl.where(forces & counts, next_token, -1)
+        tl.store(forced + row, token, mask=mine)
+
+        # A greedy row's parameters are those of argmax.
+        tl.store(record, tl.where(told & counts, slot, 0).to(tl.float32), mask=keeps)
+        tl.store(record + _ENTROPY, h, mask=keeps)
+        tl.store(record + _VARENTROPY, v, mask=keeps)
+        tl.store(record + _ATTENTION_ENTROPY, tl.where(attended, ae, nan), mask=keeps)
+        tl.store(record + _ATTENTION_VARENTROPY, tl.where(attended, av, nan), mask=keeps)
+        tl.store(record + _AGREEMENT, tl.where(attended, ag, nan), mask=keeps)
+        tl.store(record + _INTERACTION, tl.where(attended, strength, nan), mask=keeps)
+        tl.store(record + _TEMPERATURE, tl.where(drawn, t, 0.0), mask=keeps)
+        tl.store(record + _TOP_P, tl.where(drawn, p, 1.0), mask=keeps)
+        tl.store(record + _TOP_K, tl.where(drawn, k.to(tl.int64), 1).to(tl.float32), mask=keeps)
+        tl.store(record + _MIN_P, tl.where(drawn, m, 0.0), mask=keeps)
+        tl.store(record + _FORCED, (token >= 0).to(tl.float32), mask=keeps)
+
+
+def rows_that_want_attention(rule: KernelRule, name: str, table: SequenceTable, rows: Rows, metrics: LogitsMetrics) -> Tensor:
+    """bool ``[rows]``: rows whose plan reads attention, or which are traced.
+
+    Args:
+        rule: of the sampler.
+        name: the sampler's.
+        table: of the sequences.
+        rows: of the step.
+        metrics: of their logits.
+    """
+    wanted, numbers = torch.empty_like(rows.valid), table.device_constants[name]
+    count = len(rows.slots)
+    _want_attention[(triton.cdiv(count, _BLOCK),)](
+        rows.slots,
+        rows.valid,
+        table.device_sampled,
+        table.device_traced,
+        numbers,
+        numbers.stride(0),
+        metrics.entropy,
+        metrics.varentropy,
+        wanted,
+        count,
+        rule.reads_attention,
+        _BLOCK,
+        num_warps=1,
+    )
+    return wanted
+
+
+def decide(
+    rule: KernelRule,
+    name: str,
+    first_field: str | None,
+    table: SequenceTable,
+    rows: Rows,
+    logits: Tensor,
+    metrics: LogitsMetrics,
+    attention: AttentionStatistics | None,
+    clarification: Clarification | None,
+    traced: bool,
+    counted: bool,
+) -> Decisions:
+    """Plan all rows, force tokens, and make records, in one launch.
+
+    Args:
+        rule: of the sampler.
+        name: the sampler's.
+        first_field: of its own fields in a record; None: it has none.
+        table: of the sequences.
+        rows: of the step; those of a sequence follow one another.
+        logits: float32 ``[rows, vocab]``, masked.
+        metrics: of the logits.
+        attention: of the rows; None if none was measured.
+        clarification: what may be forced, and what is remembered of it.
+        traced: make records of traced rows.
+        counted: make records of all sampled rows, too.
+    """
+    count, device = len(rows.slots), logits.device
+    temperature, top_p, min_p = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(3))
+    top_k, samples, forced = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(3))
+    written = torch.empty(count, dtype=torch.bool, device=device)
+    columns = 1 + len(names())
+    tells = traced or counted
+    # A field of another sampler is null; without one, the kernel writes all columns.
+    records = torch.full((count if tells else 0, columns), torch.nan, dtype=torch.float32, device=device)
+    own = column(first_field) if first_field is not None else None
+    numbers = table.device_constants[name]
+    ring = None if clarification is None else clarification.state
+    # Where there is nothing to point to, the kernel looks at nothing.
+    nothing = written
+    _decide[(triton.cdiv(count, _BLOCK),)](
+        rows.slots,
+        rows.positions,
+        rows.input_ids,
+        rows.valid,
+        torch.empty(0, dtype=torch.int32, device=device) if rows.draft_index is None else rows.draft_index,
+        0 if rows.draft_index is None else count,
+        count,
+        rows.draft_rows,
+        table.device_sampled,
+        table.device_traced,
+        table.device_allow_clarification,
+        table.device_prompt_length,
+        numbers,
+        numbers.stride(0),
+        logits,
+        logits.stride(0),
+        metrics.entropy,
+        metrics.varentropy,
+        metrics.log_normaliser,
+        *(
+            (nothing,) * 4
+            if attention is None
+            else (
+                attention.attention_entropy,
+                attention.attention_varentropy,
+                attention.agreement,
+                attention.interaction_strength,
+            )
+        ),
+        nothing if attention is None or attention.measured is None else attention.measured,
+        nothing if ring is None else ring.positions,
+        nothing if ring is None else ring.records,
+        1 if ring is None else ring.length,
+        nothing if clarification is None else clarification.token_ids,
+        0 if clarification is None else clarification.length,
+        0 if clarification is None else clarification.cooldown,
+        0 if clarification is None else clarification.max_per_request,
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        samples,
+        forced,
+        written,
+        records,
+        columns,
+        0 if own is None else 1 + own,
+        2 if counted else int(traced),
+        PLAN=rule.plan,
+        ATTENTION=attention is not None,
+        MEASURED=attention is not None and attention.measured is not None,
+        FORCING=_FORCING_RULES[None if clarification is None else clarification.rule],
+        BLOCK=_BLOCK,
+        num_warps=1,
+        # As PyTorch computes: no product is added before it is rounded.
+        enable_fp_fusion=False,
+    )
+    parameters = Parameters(temperature, top_p, top_k, min_p, samples)
+    return Decisions(parameters, forced, {rule.order: written}, records if tells else None)

@@ -9,6 +9,8 @@ import numpy as np
 from vllm_entropix.kernels.numba_.compiled import compiled
 from vllm_entropix.kernels.numba_.elementary import largest
 
+# exp() of it and of less is 0.
+_LEAST = -745.14
 # Logits whose largest is asked for together.
 _STRETCH = 64
 
@@ -104,6 +106,19 @@ def _power(base: float, exponent: int) -> float:
 
 
 @compiled()
+def _scale(line: Any, t: float) -> None:
+    """Overwrite a row of finite softmax with its log-probabilities at temperature ``t``."""
+    highest = np.float64(largest(line))
+    total = 0.0
+    for token in range(line.shape[0]):
+        total += np.exp((np.float64(line[token]) - highest) / t)
+    log_total = np.log(total)
+    for token in range(line.shape[0]):
+        scaled = (np.float64(line[token]) - highest) / t
+        line[token] = scaled - log_total if scaled > _LEAST else -np.inf
+
+
+@compiled()
 def distribute_rows(
     logits: Any,
     temperature: Any,
@@ -154,6 +169,10 @@ def distribute_rows(
             line[token[0]] = 0.0
             continue
         t = np.float64(temperature[row]) if temperature[row] > 0 else 1.0
+        if top_k[row] >= vocabulary and top_p[row] >= 1.0 and min_p[row] <= 0.0 and samples[row] <= 1:
+            # Everything stays, so nothing needs to be put in order.
+            _scale(line, t)
+            continue
         # What min_p drops needn't be looked at. A little lower, so that rounding here decides nothing.
         threshold = np.float32(-np.inf)
         if min_p[row] > 0.0:

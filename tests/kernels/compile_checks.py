@@ -15,21 +15,22 @@ from vllm_entropix.kernels.triton_ import candidates, logits_metrics, wide_filte
 FLOATS, LONGS = "*fp32", "*i64"
 # Types of arguments by name, of all kernels; what isn't named here is float32 in memory, or a constant.
 TYPES = {
-    **dict.fromkeys(("vocabulary", "tiles", "rows", "groups"), "i32"),
+    **dict.fromkeys(("vocabulary", "tiles", "rows", "groups", "maxima_stride"), "i32"),
     "row_stride": "i64",
     **dict.fromkeys(("top_k", "samples", "forced"), LONGS),
     "sampled": "*i1",
     "ids": "*i32",
 }
-ROW = {"BLOCK": 4096, "GROUP": 64, "LIMIT": candidates.LIMIT}
+ROW = {"BLOCK": 4096, "LIMIT": candidates.LIMIT}
+GROUPS = {"COLLECT": 2048, "GROUP": 64, "GROUPS": 2048}
 
 # Kernel, constants, types other than above, warps.
 VARIANTS = (
-    (logits_metrics._measure_tile, {"TILE": logits_metrics.TILE}, {"logits": "*bf16"}, 8),
+    (logits_metrics._measure_tile, {"TILE": logits_metrics.TILE, "GROUP": 64}, {"logits": "*bf16"}, 8),
     (logits_metrics._merge_tiles, {"TILES": 32}, {}, 1),
-    (logits_metrics._measure_tile, {"TILE": logits_metrics.TILE, "tiles": 1}, {}, 8),
+    (logits_metrics._measure_tile, {"TILE": logits_metrics.TILE, "GROUP": 16, "tiles": 1}, {}, 8),
     (logits_metrics._merge_tiles, {"TILES": 1, "tiles": 1}, {}, 1),
-    (candidates._distribute, {**ROW, "GROUPS": 2048, "CAPACITY": 256, "STEP": 32}, {}, 8),
+    (candidates._distribute, {**ROW, **GROUPS, "CAPACITY": 256, "STEP": 16}, {"chosen": "*i32"}, 8),
     (wide_filters._filter, ROW, {}, 8),
 )
 

@@ -29,8 +29,16 @@ from vllm_entropix.rows.table import Sequence
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 VOCABULARY = 8
+HALVES = {
+    **{f"thresholds.{regime}.entropy_below": -1.0 for regime in ("lelv", "lehv")},
+    **{f"thresholds.{regime}.entropy_above": 1e30 for regime in ("helv", "hehv")},
+    "base.top_k": 5,
+    "adaptive.top_k_interaction": -0.5,
+    "adaptive.top_k_min": 1,
+    "adaptive.top_k_max": 50,
+}
 RULES = ("cooldown", "last-token", "ever")
-SEQUENCES, DRAFTS, STEPS = 20, 3, 3
+SEQUENCES, DRAFTS, STEPS = 16, 3, 6
 
 
 def moved(tensors, device):
@@ -54,6 +62,10 @@ def batch_of(rng, preset, clarification, rule, regimes, counted, device):
     asking = rng.random(SEQUENCES) < 0.5
     for name, value in (("thresholds.helv.entropy_above", 0.0), ("thresholds.helv.varentropy_below", 100.0)):
         numbers[asking, NAMES.index(name)] = value
+    # Some of the others are ADAPTIVE, and 5 candidates become 2.5 where interaction is 1 and agreement 0.
+    halved = ~asking & (rng.random(SEQUENCES) < 0.5)
+    for name, value in HALVES.items():
+        numbers[halved, NAMES.index(name)] = value
     for index in range(SEQUENCES):
         flags = rng.random(3) < (0.8, 0.5, 0.8)
         batch.add(str(index), Sequence(numbers[index].tolist(), *map(bool, flags), prompt_length=int(rng.integers(0, 8))))
@@ -61,17 +73,22 @@ def batch_of(rng, preset, clarification, rule, regimes, counted, device):
     return batch
 
 
-def some_rows(rng, batch, step, drafts, device):
-    """Rows of the sequences that are there, some with drafts, some of whose tokens aren't used."""
+def some_rows(rng, batch, step, forced, drafts, device):
+    """Rows of the sequences that are there, some with drafts, some of whose tokens aren't used.
+
+    Most are fed the tokens that the step before ``forced [sequences]``.
+    """
     counts = rng.integers(1, DRAFTS + 1, SEQUENCES) if drafts else np.ones(SEQUENCES, dtype=int)
     sequence = np.repeat(np.arange(SEQUENCES), counts)
     index = np.concatenate([np.arange(count) for count in counts])
     slots = batch.sequences.slots_of(map(str, range(SEQUENCES)), SEQUENCES)
     slots[rng.random(SEQUENCES) < 0.1] = 0  # of nobody
+    placed = (index == 0) & (forced[sequence] >= 0) & (rng.random(len(sequence)) < 0.8)
     host = {
         "slots": slots[sequence],
-        "positions": 2 * step + sequence % 5 + index,
-        "input_ids": rng.integers(0, 4, len(sequence)),
+        # A step goes on after the first row of the one before: its drafts were rejected.
+        "positions": step + sequence % 5 + index,
+        "input_ids": np.where(placed, forced[sequence], rng.integers(0, 4, len(sequence))),
         "valid": rng.random(len(sequence)) < 0.9,
         "batch": sequence,
     }
@@ -95,9 +112,9 @@ def decisions_equal_those_of_pytorch(seed, preset, kind, rule, drafts, counted, 
     device = torch.get_default_device()
     clarification = None if rule is None else (1, 2, 3)[: 1 + seed % 3]
     batches = [batch_of(np.random.default_rng(seed), preset, clarification, rule, regimes, counted, device) for _ in range(2)]
-    rng = np.random.default_rng(seed + 1)
+    rng, forced = np.random.default_rng(seed + 1), np.full(SEQUENCES, -1)
     for step in range(STEPS):
-        rows = some_rows(rng, batches[0], step, drafts, device)
+        rows = some_rows(rng, batches[0], step, forced, drafts, device)
         count = len(rows.slots)
         logits = torch.from_numpy(rng.normal(size=(count, VOCABULARY)).astype(np.float32)).to(device)
         logits[torch.from_numpy(rng.random(logits.shape) < 0.1).to(device)] = -torch.inf
@@ -112,6 +129,8 @@ def decisions_equal_those_of_pytorch(seed, preset, kind, rule, drafts, counted, 
             asked.append(wanted)
             return attention
 
+        if attention is not None:
+            attention.interaction_strength[::2], attention.agreement[::2] = 1.0, 0.0
         measure = None if kind == "none" else measure
         given = (logits, metrics, rows, measure, tracing)
         want = batches[0]._decide(Backend(device), ["entropix"], *given)
@@ -123,6 +142,7 @@ def decisions_equal_those_of_pytorch(seed, preset, kind, rule, drafts, counted, 
             torch.testing.assert_close(
                 of_kernel[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
             )
+        forced[rows.batch.cpu().numpy()[::-1]] = want.forced.cpu().numpy()[::-1]  # of the first row
         if rule is not None:
             # Slot 0 is nobody's, and nobody reads what stands there.
             states = [batch.clarification.state for batch in batches]

@@ -56,7 +56,7 @@ def mixed(rows, vocabulary, seed):
 
 
 def metrics_of(logits):
-    return torch.stack(logits_metrics.logits_metrics(logits))
+    return torch.stack(logits_metrics.logits_metrics(logits)[:3])
 
 
 def reference_of(logits):
@@ -142,7 +142,8 @@ def distributed(logits, parameters, forced=None, sampled=None, wide=False):
     sampled = torch.ones(rows, dtype=torch.bool) if sampled is None else sampled
     logits, p = logits.clone(), parameters
     largest = int(p.top_k.max()) if rows else 1
-    candidates.distribute(logits, p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, sampled, largest)
+    arguments = (p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, sampled, largest)
+    candidates.distribute(logits, *arguments, logits_metrics.logits_metrics(logits)[3])
     if wide:
         wide_filters.filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, sampled)
     return logits

@@ -34,6 +34,7 @@ class Draws:
         most_candidates: an upper bound of top_k, known to the host.
         most_drawn: an upper bound of top_k where the best of several draws is kept.
         everywhere: the host knows that all rows are ``written``.
+        maxima: of the logits, as the backend's statistics have them.
     """
 
     parameters: Parameters
@@ -44,6 +45,7 @@ class Draws:
     most_candidates: int
     most_drawn: int
     everywhere: bool = False
+    maxima: Tensor | None = None
 
 
 class Backend:
@@ -161,7 +163,9 @@ class TritonBackend(Backend):
             super().write(logits, draws)
             return
         p, forced, written = draws.parameters, draws.forced, draws.written
-        distribute(logits, p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, written, draws.most_candidates)
+        assert draws.maxima is not None
+        arguments = (p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, written, draws.most_candidates)
+        distribute(logits, *arguments, draws.maxima)
         if draws.most_candidates > LIMIT:
             filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, written)
 

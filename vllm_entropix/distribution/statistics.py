@@ -31,11 +31,13 @@ class LogitsMetrics:
         entropy: of the next-token distribution, bits.
         varentropy: of the next-token distribution, bits².
         log_normaliser: ln Σ exp(logits); a logit minus it is the token's log-probability.
+        maxima: ``[rows, groups]``, largest logits of groups of tokens, where a kernel leaves them for the one that writes.
     """
 
     entropy: Tensor
     varentropy: Tensor
     log_normaliser: Tensor
+    maxima: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor) -> LogitsMetrics:

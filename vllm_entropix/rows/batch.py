@@ -136,6 +136,7 @@ class BatchSampler:
                 most_candidates,
                 most_drawn,
                 everywhere and len(decided.written) == 1,
+                statistics.maxima,
             )
             backend.write(logits, draws)
         if decided.records is None or alternatives is None:

@@ -1,8 +1,9 @@
 """Logits and parameters → final log-probabilities: ``filters.candidates``, ``filtered`` and ``best_of_n``, written in place.
 
-Nothing is sorted. The vocabulary is read in small groups, and the k-th largest of the groups' maxima is a value that at least k
-logits reach, and seldom many more. Those are collected in the order of their ids; which of two comes first, and what stands
-before or after one, is then found by comparing all pairs. Rows of greedy, forced and opted-out requests leave early.
+Nothing is sorted. The metrics' pass leaves the maxima of small groups of logits, and the k-th largest of these is a value that
+at least k logits reach, and seldom many more. Only groups that reach it are read again. What is found there is collected in the
+order of its ids; which of two comes first, and what stands before or after one, is then found by comparing all pairs. So a
+row's logits are read once, by the metrics, and written once. Rows of greedy, forced and opted-out requests leave early.
 """
 
 # Triton's compiler looks at a kernel's annotations, and knows none of Python's.
@@ -15,13 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_entropix.kernels.triton_.logits_metrics import group_size
+
 # Rows with a larger top_k are left to ``wide_filters``.
 LIMIT = 1024
 # Buffers are chosen from two sizes only: each is a kernel to compile.
 _CAPACITIES = (256, 2 * LIMIT)
 _BLOCK = 4096
-_MOST_GROUPS = 2048
-_PAIRS = 8192  # compared at a time
+_COLLECT = 2048
+_PAIRS = 4096  # compared at a time
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
@@ -51,29 +54,24 @@ def fill(line, vocabulary, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def survey(line, vocabulary, maxima, BLOCK: tl.constexpr, GROUP: tl.constexpr):  # noqa: N803
-    """The largest logit and the first token that has it, writing the maximum of every ``GROUP`` logits to ``maxima``.
+def survey(line, vocabulary, BLOCK: tl.constexpr):  # noqa: N803
+    """The largest logit and the first token that has it.
 
     NaN counts as larger than all else, as it does for a sort: the largest is +inf then, and the token is the first NaN's.
     """
     largest = tl.full((), -float("inf"), tl.float32)
     first = tl.full((), 0, tl.int32)
     invalid = tl.full((), _NO_TOKEN, tl.int32)
-    group, inside = tl.arange(0, BLOCK // GROUP), tl.arange(0, GROUP)
     for start in tl.range(0, vocabulary, BLOCK):
-        token = start + group[:, None] * GROUP + inside[None, :]
+        token = start + tl.arange(0, BLOCK)
         x = tl.load(line + token, mask=token < vocabulary, other=-float("inf"))
         is_nan = x != x
         x = tl.where(is_nan, -float("inf"), x)
-        groups = tl.max(x, axis=1)
-        index = start // GROUP + group
-        tl.store(maxima + index, groups, mask=index * GROUP < vocabulary)
-        here = tl.max(groups, axis=0)
-        first_here = tl.min(tl.min(tl.where(x == here, token, _NO_TOKEN), axis=1), axis=0)
+        here = tl.max(x, axis=0)
+        first_here = tl.min(tl.where(x == here, token, _NO_TOKEN), axis=0)
         first = tl.where(here > largest, first_here, first)
         largest = tl.maximum(largest, here)
-        invalid = tl.minimum(invalid, tl.min(tl.min(tl.where(is_nan, token, _NO_TOKEN), axis=1), axis=0))
-    tl.debug_barrier()
+        invalid = tl.minimum(invalid, tl.min(tl.where(is_nan, token, _NO_TOKEN), axis=0))
     has_nan = invalid < _NO_TOKEN
     return tl.where(has_nan, float("inf"), largest), tl.where(has_nan, invalid, first)
 
@@ -119,32 +117,51 @@ def kth_largest(line, vocabulary, k, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
+def _choose_groups(maxima, groups, threshold, chosen, GROUPS: tl.constexpr):  # noqa: N803
+    """Write down the groups whose maximum is at least ``threshold``, ascending; how many there are."""
+    index = tl.arange(0, GROUPS)
+    largest = tl.load(maxima + index, mask=index < groups, other=-float("inf"))
+    reached = ((largest >= threshold) & (largest > -float("inf"))).to(tl.int32)
+    tl.store(chosen + tl.cumsum(reached, axis=0) - 1, index, mask=reached > 0)
+    tl.debug_barrier()
+    return tl.sum(reached, axis=0)
+
+
+@triton.jit
 def _collect(
     line,
     vocabulary,
+    chosen,
+    groups,
     threshold,
     border,
     ties,
     values,
     ids,
     BLOCK: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
     CAPACITY: tl.constexpr,  # noqa: N803
 ):
-    """Collect logits from ``threshold`` and above ``border``, and the first ``ties`` equal to it; how many there are."""
+    """Collect, from the chosen groups, logits from ``threshold`` and above ``border``, and the first ``ties`` equal to it.
+
+    Returns how many there are.
+    """
     count, tied = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-    for start in tl.range(0, vocabulary, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        x = tl.load(line + token, mask=token < vocabulary, other=-float("inf"))
+    inside = tl.arange(0, BLOCK)
+    for start in tl.range(0, groups, BLOCK // GROUP):
+        index = start + inside // GROUP
+        group = tl.load(chosen + index, mask=index < groups, other=0)
+        token = group * GROUP + inside % GROUP
+        x = tl.load(line + token, mask=(index < groups) & (token < vocabulary), other=-float("inf"))
         reached = (x >= threshold) & (x > -float("inf"))
-        if tl.sum(reached.to(tl.int32), axis=0) > 0:
-            ties_here = (x == border).to(tl.int32)
-            kept = reached & ((x > border) | ((x == border) & (tied + tl.cumsum(ties_here, axis=0) <= ties)))
-            index = count + tl.cumsum(kept.to(tl.int32), axis=0) - 1
-            fits = kept & (index < CAPACITY)
-            tl.store(values + index, x, mask=fits)
-            tl.store(ids + index, token, mask=fits)
-            count += tl.sum(kept.to(tl.int32), axis=0)
-            tied += tl.sum(ties_here, axis=0)
+        ties_here = (reached & (x == border)).to(tl.int32)
+        kept = reached & ((x > border) | ((x == border) & (tied + tl.cumsum(ties_here, axis=0) <= ties)))
+        index = count + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+        fits = kept & (index < CAPACITY)
+        tl.store(values + index, x, mask=fits)
+        tl.store(ids + index, token, mask=fits)
+        count += tl.sum(kept.to(tl.int32), axis=0)
+        tied += tl.sum(ties_here, axis=0)
     tl.debug_barrier()
     return count
 
@@ -172,10 +189,13 @@ def _distribute(
     forced,
     sampled,
     maxima,
+    groups,
+    chosen,
     values,
     ids,
     weights,
     BLOCK: tl.constexpr,  # noqa: N803
+    COLLECT: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
     CAPACITY: tl.constexpr,  # noqa: N803
@@ -191,12 +211,20 @@ def _distribute(
     if (token < 0) & (k > LIMIT):
         return
     largest = tl.full((), 0.0, tl.float32)
-    maxima += row * GROUPS
+    maxima += row * groups
+    chosen += row * GROUPS
     if token < 0:
-        largest, first = survey(line, vocabulary, maxima, BLOCK, GROUP)
-        # With nothing but -inf, or with +inf or NaN, the first candidate stays alone.
-        alone = (k <= 1) | (largest == float("inf")) | (largest == -float("inf"))
-        token = tl.where(alone, first, token)
+        index = tl.arange(0, GROUPS)
+        of_groups = tl.load(maxima + index, mask=index < groups, other=-float("inf"))
+        largest = tl.max(of_groups, axis=0)
+        if (largest == float("inf")) | (largest == -float("inf")):
+            # With nothing but -inf, or with +inf or NaN, the first candidate stays alone.
+            _largest, token = survey(line, vocabulary, BLOCK)
+        elif k <= 1:
+            group = tl.min(tl.where(of_groups == largest, index, GROUPS), axis=0)
+            inside = group * GROUP + tl.arange(0, GROUP)
+            x = tl.load(line + inside, mask=inside < vocabulary, other=-float("inf"))
+            token = tl.min(tl.where(x == largest, inside, _NO_TOKEN), axis=0)
     if token >= 0:
         fill(line, vocabulary, BLOCK)
         tl.store(line + token, 0.0)
@@ -211,11 +239,13 @@ def _distribute(
     # What min_p drops needn't be collected. A little lower, so that rounding here decides nothing.
     low = largest + t * tl.log(smallest) - 1e-3 * (1.0 + tl.abs(largest))
     threshold = tl.where(smallest > 0, low, -float("inf"))
-    threshold = tl.maximum(threshold, _kth_of_maxima(maxima, tl.cdiv(vocabulary, GROUP), k, GROUPS))
-    count = _collect(line, vocabulary, threshold, -float("inf"), 0, values, ids, BLOCK, CAPACITY)
+    threshold = tl.maximum(threshold, _kth_of_maxima(maxima, groups, k, GROUPS))
+    reached = _choose_groups(maxima, groups, threshold, chosen, GROUPS)
+    count = _collect(line, vocabulary, chosen, reached, threshold, -float("inf"), 0, values, ids, COLLECT, GROUP, CAPACITY)
     if count > CAPACITY:
         border, above = kth_largest(line, vocabulary, k, BLOCK)
-        count = _collect(line, vocabulary, threshold, border, k - above, values, ids, BLOCK, CAPACITY)
+        ties = k - above
+        count = _collect(line, vocabulary, chosen, reached, threshold, border, ties, values, ids, COLLECT, GROUP, CAPACITY)
 
     index = tl.arange(0, CAPACITY)
     there = index < count
@@ -280,6 +310,7 @@ def distribute(
     forced: Tensor,
     sampled: Tensor,
     largest_top_k: int,
+    maxima: Tensor,
 ) -> None:
     """Overwrite the sampled rows with the log-probabilities they are drawn from, but for rows of a ``top_k`` above ``LIMIT``.
 
@@ -293,14 +324,14 @@ def distribute(
         forced: int64 ``[rows]``, token forced here, or -1.
         sampled: bool ``[rows]``; other rows are left alone.
         largest_top_k: an upper bound of ``top_k``, known to the host.
+        maxima: of the logits' groups, as ``logits_metrics`` gives them.
     """
     rows, vocabulary = logits.shape
     if not rows:
         return
     capacity = _CAPACITIES[0] if 2 * largest_top_k <= _CAPACITIES[0] else _CAPACITIES[1]
-    group = min(_BLOCK, max(16, triton.next_power_of_2(triton.cdiv(vocabulary, _MOST_GROUPS))))
-    groups = triton.next_power_of_2(triton.cdiv(vocabulary, group))
-    maxima = torch.empty(rows, groups, dtype=torch.float32, device=logits.device)
+    groups = maxima.shape[1]
+    chosen = torch.empty(rows, triton.next_power_of_2(groups), dtype=torch.int32, device=logits.device)
     values = torch.empty(rows, capacity, dtype=torch.float32, device=logits.device)
     weights = torch.empty_like(values)
     ids = torch.empty(rows, capacity, dtype=torch.int32, device=logits.device)
@@ -316,12 +347,15 @@ def distribute(
         forced,
         sampled,
         maxima,
+        groups,
+        chosen,
         values,
         ids,
         weights,
         BLOCK=_BLOCK,
-        GROUP=group,
-        GROUPS=groups,
+        COLLECT=_COLLECT,
+        GROUP=group_size(vocabulary),
+        GROUPS=chosen.shape[1],
         CAPACITY=capacity,
         STEP=_PAIRS // capacity,
         LIMIT=LIMIT,

@@ -2,6 +2,8 @@
 
 A row is cut into tiles of a fixed size, so that a single row keeps a whole GPU busy. A tile gives its maximum, and normaliser,
 mean and summed squared deviation relative to that; a second kernel merges the tiles of a row (Chan, Golub and LeVeque 1979).
+On the way the largest logit of every small group is written down, by which ``candidates`` finds a row's largest without reading
+the row again.
 Nothing is computed as E[x²] - E[x]². Tiles depend on the vocabulary alone, so a row's bits don't depend on the batch.
 """
 
@@ -16,19 +18,32 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096
+_MOST_GROUPS = 2048
 LN2 = tl.constexpr(0.6931471805599453)
 # Differences between logits are no larger: exp() of it is 0, and 0 times it is 0, which of -inf would be NaN.
 _FLOOR = tl.constexpr(-1e4)
 
 
 @triton.jit
-def _measure_tile(logits, row_stride, vocabulary, partial, tiles, TILE: tl.constexpr):  # noqa: N803
+def _measure_tile(
+    logits,
+    row_stride,
+    vocabulary,
+    partial,
+    tiles,
+    maxima,
+    maxima_stride,
+    TILE: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
+):
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=-float("inf")).to(tl.float32)
     bad = (x != x) | (x == float("inf"))
     # Reductions may pass over NaN, so that is told by +inf, which no usable row has.
-    maximum = tl.max(tl.where(bad, float("inf"), x), axis=0)
+    groups = tl.max(tl.reshape(tl.where(bad, float("inf"), x), [TILE // GROUP, GROUP]), axis=1)
+    tl.store(maxima + row * maxima_stride + tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP), groups)
+    maximum = tl.max(groups, axis=0)
     usable = (maximum > -float("inf")) & (maximum < float("inf"))
     shifted = tl.where(usable & (x > -float("inf")), tl.maximum(x - tl.where(usable, maximum, 0.0), _FLOOR), 0.0)
     # -inf counts 0 (D15).
@@ -69,19 +84,33 @@ def _merge_tiles(partial, tiles, results, rows, TILES: tl.constexpr):  # noqa: N
     tl.store(results + 2 * rows + row, tl.where(usable, maximum + log_total, nan))
 
 
-def logits_metrics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy (bits), varentropy (bits²) and log-normaliser of ``logits [rows, vocab]``, each float32 ``[rows]``.
+def group_size(vocabulary: int) -> int:
+    """How many logits share a maximum."""
+    smallest: int = triton.next_power_of_2(triton.cdiv(vocabulary, _MOST_GROUPS))
+    return min(TILE, max(16, smallest))
+
+
+def logits_metrics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy (bits), varentropy (bits²) and log-normaliser of ``logits [rows, vocab]``, each float32 ``[rows]``, and maxima.
+
+    The maxima ``[rows, groups]`` are those of :func:`group_size` logits each: +inf for a group with NaN, -inf beyond the end.
 
     Args:
         logits: float32, bfloat16 or float16, last dimension contiguous. -inf counts 0; a row with NaN, +inf or nothing but
             -inf gives NaN.
     """
     rows, vocabulary = logits.shape
-    tiles = triton.cdiv(vocabulary, TILE)
+    tiles, group = triton.cdiv(vocabulary, TILE), group_size(vocabulary)
     partial = torch.empty(rows, tiles, 4, dtype=torch.float32, device=logits.device)
     results = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
+    maxima = torch.empty(rows, tiles * (TILE // group), dtype=torch.float32, device=logits.device)
     if rows:
-        _measure_tile[(rows, tiles)](logits, logits.stride(0), vocabulary, partial, tiles, TILE, num_warps=8)
+        _measure_tile[(rows, tiles)](
+            *(logits, logits.stride(0), vocabulary, partial, tiles, maxima, maxima.stride(0)),
+            TILE=TILE,
+            GROUP=group,
+            num_warps=8,
+        )
         _merge_tiles[(rows,)](partial, tiles, results, rows, triton.next_power_of_2(tiles), num_warps=1)
     entropy, varentropy, log_normaliser = results
-    return entropy, varentropy, log_normaliser
+    return entropy, varentropy, log_normaliser, maxima

@@ -10,7 +10,6 @@ GPU's cache answers. There is no best of n here: its rows have a ``top_k`` that 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch import Tensor
 from vllm_entropix.kernels.triton_.candidates import LIMIT, as_float, count_and_above, fill, kth_largest, survey
 
 _BLOCK = 4096
-_GROUP = 64
 # The smallest finite float32 among ordered integers; smaller ones are -inf and NaN.
 _LEAST = tl.constexpr(-(2**31) + 2**23)
 
@@ -61,10 +59,7 @@ def _filter(
     min_p,
     forced,
     sampled,
-    maxima,
-    groups,
     BLOCK: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
     LIMIT: tl.constexpr,  # noqa: N803
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -72,7 +67,7 @@ def _filter(
     if (tl.load(sampled + row) == 0) | (tl.load(forced + row) >= 0) | (k <= LIMIT):
         return
     line = logits + row * row_stride
-    largest, first = survey(line, vocabulary, maxima + row * groups, BLOCK, GROUP)
+    largest, first = survey(line, vocabulary, BLOCK)
     if (largest == float("inf")) | (largest == -float("inf")):
         fill(line, vocabulary, BLOCK)
         tl.store(line + first, 0.0)
@@ -143,8 +138,6 @@ def filter_wide_rows(
     rows, vocabulary = logits.shape
     if not rows:
         return
-    groups = triton.cdiv(vocabulary, _GROUP)
-    maxima = torch.empty(rows, groups, dtype=torch.float32, device=logits.device)
     _filter[(rows,)](
         logits,
         logits.stride(0),
@@ -155,10 +148,7 @@ def filter_wide_rows(
         min_p,
         forced,
         sampled,
-        maxima,
-        groups,
         BLOCK=_BLOCK,
-        GROUP=_GROUP,
         LIMIT=LIMIT,
         num_warps=8,
     )

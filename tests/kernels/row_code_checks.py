@@ -1,0 +1,77 @@
+"""The kernels of a sampler's step compiled for an H100 as steps launch them; prints what their machine code says.
+
+Run by ``test_machine_code_rows.py`` in a process without the interpreter. Rows are of a model's whole vocabulary.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from unittest import mock
+
+import torch
+
+from tests.support.machine_code import compiling, specialising
+from vllm_entropix import EntropixConfig
+from vllm_entropix.distribution import backend
+from vllm_entropix.rows.batch import BatchSampler
+from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.table import Sequence
+from vllm_entropix.sampling import AttentionStatistics
+
+SIZES = (1, 2, 15, 16, 17, 64, 100, 256, 1000, 1024)
+VOCABULARY = 128256
+# Of whose rows the small buffer holds all candidates, the large one does, and none does.
+BASES = ({}, {"top_k": 500}, {"top_k": 2000})
+
+
+def some_attention(rows, wanted):
+    return AttentionStatistics(*torch.zeros(4, len(wanted)), measured=wanted)
+
+
+def step(rows, base, clarification=(1, 2, 3)):
+    """All kernels of a step; none of them is run."""
+    config = EntropixConfig.from_dict({"base": base})
+    batch = BatchSampler(config, rows, clarification, "cpu", counted=True)
+    numbers = [value for _, value in config.numbers()]
+    for row in range(rows):
+        batch.add(str(row), Sequence(numbers, sampled=True, traced=False, allow_clarification=True, prompt_length=1))
+    slots = batch.sequences.slots_of(map(str, range(rows)), rows)
+    here = torch.arange(rows)
+    described = Rows(torch.from_numpy(slots), slots, here + 10, here, here >= 0, here)
+    # A row that all others share: nobody looks at it.
+    batch.apply(torch.empty(1, VOCABULARY).expand(rows, -1), described, some_attention)
+
+
+def codes():
+    """What is said of each kernel."""
+    found = {}
+    for base in BASES:
+        with compiling() as launched:
+            step(64, base)
+        for code in launched:
+            told = dataclasses.asdict(code) | {
+                "narrow_loads": code.narrow_loads,
+                # A frame for the address that a division returns to is no spill.
+                "spills": sum(re.search(r"\b(LDL|STL)\b", one) is not None for one in code.instructions),
+            }
+            del told["loops"], told["instructions"], told["layouts"]
+            found[f"{code.name}, {base}"] = told | {"instructions": len(code.instructions)}
+    return found
+
+
+def variants():
+    """How many variants of each kernel all sizes of a step take."""
+    with specialising() as found:
+        for size in SIZES:
+            step(size, BASES[-1])
+    return {name: len(of_kernel) for name, of_kernel in found.items()}
+
+
+def main():
+    with mock.patch.object(backend, "kernels_for", return_value="triton"):
+        print("RESULT " + json.dumps({"variants": variants(), "codes": codes()}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""What the machine code of a sampler step's kernels says, compiled for an H100 as a step launches them; it takes no GPU."""
+
+import pytest
+
+from tests.kernels.test_triton import result_of
+from tests.support.machine_code import SHARED
+
+READING_LOGITS = {"_measure_tile", "_distribute", "_filter"}
+KERNELS = {"_merge_tiles", "_want_attention", "_decide", *READING_LOGITS}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return result_of("row_code_checks", "v1")
+
+
+def test_every_size_of_a_step_takes_the_same_code(found):
+    # 1 to 1024 rows: no request waits for a compiler.
+    assert found["variants"] == dict.fromkeys(KERNELS, 1)
+
+
+def test_registers_and_shared_memory(found):
+    assert {code["name"] for code in found["codes"].values()} == KERNELS
+    for what, code in found["codes"].items():
+        assert code["registers"] <= 168, what
+        assert code["spills"] == 0, what
+        assert code["shared"] <= SHARED, what
+        # Two blocks on a multiprocessor at least: while one waits, the other works.
+        assert code["registers"] * 32 * code["warps"] <= 65536 // 2, what
+
+
+def test_logits_are_read_four_bytes_at_a_time_at_least(found):
+    for what, code in found["codes"].items():
+        if code["name"] in READING_LOGITS:
+            assert not code["narrow_loads"], what

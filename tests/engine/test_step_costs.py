@@ -117,8 +117,8 @@ def kernels(request, monkeypatch):
     [
         ("numba", "off", Costs(0, 280, 112)),
         ("numba", "on", Costs(0, 330, 124)),
-        ("triton", "off", Costs(3, 480, 345)),
-        ("triton", "on", Costs(3, 515, 355)),
+        ("triton", "off", Costs(5, 200, 145)),
+        ("triton", "on", Costs(5, 215, 150)),
     ],
     indirect=["kernels"],
 )

@@ -30,7 +30,7 @@ VARIANTS = (
     (logits_metrics._merge_tiles, {"TILES": 32}, {}, 1),
     (logits_metrics._measure_tile, {"TILE": logits_metrics.TILE, "GROUP": 16, "tiles": 1}, {}, 8),
     (logits_metrics._merge_tiles, {"TILES": 1, "tiles": 1}, {}, 1),
-    (candidates._distribute, {**ROW, **GROUPS, "CAPACITY": 256, "STEP": 16}, {"chosen": "*i32"}, 8),
+    (candidates._distribute, {**ROW, **GROUPS, "CAPACITY": 256, "STEP": 32}, {"chosen": "*i32"}, 8),
     (wide_filters._filter, ROW, {}, 8),
 )
 

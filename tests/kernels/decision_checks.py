@@ -198,7 +198,7 @@ def observer_of(config, requests):
     observer._queries[31] = torch.zeros(requests, DRAFTS, 4, 32)
     lengths, table = torch.full((requests,), 20), torch.zeros(requests, 5, dtype=torch.int32)
     starts = torch.arange(requests + 1) * DRAFTS
-    observer._steps[31] = observer_module._Step(starts, lengths, table, requests, lengths)
+    observer._steps[31] = observer_module._Step(starts, lengths, table, requests, 20, lengths)
     return observer
 
 

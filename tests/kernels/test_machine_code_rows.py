@@ -25,8 +25,8 @@ def test_registers_and_shared_memory(found):
         assert code["registers"] <= 168, what
         assert code["spills"] == 0, what
         assert code["shared"] <= SHARED, what
-        # Two blocks on a multiprocessor at least: while one waits, the other works.
-        assert code["registers"] * 32 * code["warps"] <= 65536 // 2, what
+        # Sixteen warps on a multiprocessor at least: while one waits, another works.
+        assert code["registers"] * 32 * 16 <= 65536, what
 
 
 def test_logits_are_read_four_bytes_at_a_time_at_least(found):

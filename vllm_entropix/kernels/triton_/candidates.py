@@ -24,7 +24,7 @@ LIMIT = 1024
 _CAPACITIES = (256, 2 * LIMIT)
 _BLOCK = 4096
 _COLLECT = 2048
-_PAIRS = 4096  # compared at a time
+_PAIRS = 8192  # compared at a time
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
@@ -359,5 +359,6 @@ def distribute(
         CAPACITY=capacity,
         STEP=_PAIRS // capacity,
         LIMIT=LIMIT,
-        num_warps=8,
+        # The larger buffer's pairs would take more registers than there are for so few threads.
+        num_warps=8 if capacity == _CAPACITIES[0] else 16,
     )

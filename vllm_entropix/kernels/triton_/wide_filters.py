@@ -151,4 +151,5 @@ def filter_wide_rows(
         BLOCK=_BLOCK,
         LIMIT=LIMIT,
         num_warps=8,
+        maxnreg=128,  # left alone, the compiler spills some to save others
     )

@@ -49,6 +49,7 @@ CHECKS = (
     "heads_over_ranks_of_every_kind",
     "heads_over_ranks_in_parts",
     "the_sampler_decides_and_writes_by_them",
+    "samplers_without_a_rule_write_by_them",
     "decisions_equal_those_of_pytorch",
     "a_step_takes_few_launches",
 )

@@ -31,6 +31,9 @@ from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_p
 from vllm_entropix.distribution import backend, filters
 from vllm_entropix.distribution.best_of_n import best_of_n
 from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
+from vllm_entropix.rows.batch import BatchSampler
+from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.table import Sequence
 from vllm_entropix.sampling import LogitsMetrics, Parameters
 
 # The interpreter takes its time.
@@ -668,6 +671,43 @@ def the_sampler_decides_and_writes_by_them():
         assert_same_distribution(got[torch.from_numpy(sampled)], want[torch.from_numpy(sampled)].exp())
 
 
+def samplers_without_a_rule_write_by_them():
+    """Rows of samplers that plan with the requests' own parameters, columns of a table, are drawn from these."""
+    own = [(0.5 + 0.1 * row, 0.9, 40.0, 0.02 * (row % 3)) for row in range(9)]
+    logits = mixed(9, 3000, 15)
+    config, device = EntropixConfig(), logits.device
+    for samplers in (["min_p"], ["top_n_sigma"], ["min_p", "top_n_sigma", "entropix"]):
+        written = []
+        for kernels in (None, "triton"):
+            with mock.patch.object(backend, "kernels_for", return_value=kernels):
+                batch = BatchSampler(config, 9, None, device)
+            for row in range(9):
+                name = samplers[row % len(samplers)]
+                numbers = [value for _, value in batch.samplers[name].numbers()]
+                batch.add(
+                    str(row),
+                    Sequence(
+                        numbers,
+                        sampled=row != 4,
+                        traced=False,
+                        allow_clarification=False,
+                        prompt_length=1,
+                        sampler=name,
+                        base=own[row],
+                    ),
+                )
+            batch.sequences.flush()
+            slots = batch.sequences.slots_of(map(str, range(9)), 9)
+            here = torch.arange(9)
+            drawn = logits.clone()
+            batch.apply(drawn, Rows(torch.from_numpy(slots).to(device), slots, here + 10, here, here >= 0, here), None)
+            written.append(drawn)
+        want, got = written
+        assert torch.equal(got[4], logits[4])
+        rest = here != 4
+        assert_same_distribution(got[rest], want[rest].exp())
+
+
 CHECKS = (
     metrics_equal_float64,
     metrics_of_other_types,
@@ -704,6 +744,7 @@ CHECKS = (
     heads_over_ranks_of_every_kind,
     heads_over_ranks_in_parts,
     the_sampler_decides_and_writes_by_them,
+    samplers_without_a_rule_write_by_them,
     *decision_checks.CHECKS,
 )
 

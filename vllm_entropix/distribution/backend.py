@@ -162,7 +162,8 @@ class TritonBackend(Backend):
         if draws.order == "original" or draws.most_drawn > LIMIT:
             super().write(logits, draws)
             return
-        p, forced, written = draws.parameters, draws.forced, draws.written
+        # A sampler may plan with columns of a table.
+        p, forced, written = draws.parameters.packed(), draws.forced, draws.written
         assert draws.maxima is not None
         arguments = (p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, written, draws.most_candidates)
         distribute(logits, *arguments, draws.maxima)

@@ -31,6 +31,12 @@ class Parameters:
     min_p: Tensor
     samples: Tensor
 
+    def packed(self) -> Parameters:
+        """The same as kernels read them: of one type each, and a row's number beside the next one's."""
+        temperature, top_p, min_p = (one.float().contiguous() for one in (self.temperature, self.top_p, self.min_p))
+        top_k, samples = (one.long().contiguous() for one in (self.top_k, self.samples))
+        return Parameters(temperature, top_p, top_k, min_p, samples)
+
     def as_argmax(self, rows: Tensor) -> Parameters:
         """The same with argmax in the rows where the bool mask ``rows`` is set."""
         return Parameters(

@@ -21,7 +21,7 @@ from tests.support.engine import close_engine
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.tracefile import read_traces
 
-pytestmark = [pytest.mark.engine, pytest.mark.alone]
+pytestmark = pytest.mark.engine
 
 IMAGE = DEPLOY / "docker" / "Dockerfile.cpu"
 POD = {

@@ -14,7 +14,7 @@ from tests.support.engine import close_engine
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.tracefile import read_traces
 
-pytestmark = [pytest.mark.engine, pytest.mark.alone]
+pytestmark = pytest.mark.engine
 
 ROWS = 500
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 26}

@@ -9,7 +9,7 @@ from tests.support.engine import close_engine, engine, generate
 from tests.support.models import tiny_llama
 from vllm_entropix import __version__
 
-pytestmark = [pytest.mark.engine, pytest.mark.alone]
+pytestmark = pytest.mark.engine
 
 SAMPLED = {"max_tokens": 12, "ignore_eos": True, "seed": 3, "extra_args": {"entropix_trace": "on"}}
 REQUESTS = [[prompt, SAMPLED] for prompt in layouts.SHORT]

@@ -20,7 +20,7 @@ from tests.support.engine import close_engine
 from tests.support.server import free_port
 from vllm_entropix.client import trace_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.alone]
+pytestmark = pytest.mark.engine
 
 
 def test_arguments_of_a_command_line():

@@ -17,16 +17,16 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 @triton.jit(do_not_specialize=["tokens", "per_request"], do_not_specialize_on_alignment=["starts"])
 def _keep(queries, starts, kept, tokens, per_request, stride_token, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
-    """Copy a request's row, counted from its last, to its place."""
+    """Copy a request's row, counted from its last, to its index."""
     request, offset = tl.program_id(0), tl.program_id(1)
     end = tl.load(starts + request + 1).to(tl.int64)
     # A request with fewer rows, or a padded one, keeps some other row, unread.
     row = tl.minimum(tl.maximum(end - 1 - offset, 0), tokens - 1)
-    place = (request * per_request + offset).to(tl.int64)
+    index = (request * per_request + offset).to(tl.int64)
     for start in tl.static_range(0, WIDTH, BLOCK):
         element = start + tl.arange(0, BLOCK)
         values = tl.load(queries + row * stride_token + element, mask=element < WIDTH)
-        tl.store(kept + place * WIDTH + element, values, mask=element < WIDTH)
+        tl.store(kept + index * WIDTH + element, values, mask=element < WIDTH)
 
 
 def keep_queries(queries: Tensor, starts: Tensor, kept: Tensor, requests: int) -> None:

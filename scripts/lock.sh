@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export UV_CUSTOM_COMPILE_COMMAND=scripts/lock.sh
 compile=".venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate"
-$compile --config-file requirements/uv.toml --extra cpu --extra dev --extra docs --extra ray --extra report --no-emit-package torch \
+$compile --config-file requirements/uv.toml --extra bench --extra cpu --extra dev --extra docs --extra ray --extra report --no-emit-package torch \
     --output-file requirements/cpu.lock "$@" pyproject.toml
 image=$(printf 'hatchling\ntomli-w\nwrapt\n' | $compile --no-header --no-emit-package packaging --constraint requirements/cpu.lock -)
 {

@@ -83,7 +83,7 @@ def install_cpu(python: Path, torch_index: str) -> None:
 
 def install_cuda(python: Path) -> None:
     """vLLM with its CUDA requirements, and what the project needs, as pip resolves them."""
-    pip(python, "install", f"vllm=={VLLM}", "-e", f"{ROOT}[dev,docs,ray,report]")
+    pip(python, "install", f"vllm=={VLLM}", "-e", f"{ROOT}[bench,dev,docs,ray,report]")
 
 
 def fingerprint(build: str) -> str:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "samplers": SETTINGS | {"records", "kernels", "distribution"},
     "rows": SETTINGS | {"records", "kernels", "distribution", "samplers"},
 }
-WITHOUT_VLLM = (*MAY_IMPORT, "observability")
+WITHOUT_VLLM = (*MAY_IMPORT, "observability", "bench")
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:

@@ -41,22 +41,27 @@ READERS: dict[str, Callable[[str], Any]] = {
 SUFFIXES = ".json, .toml, .yaml or .yml"
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The table of a JSON, TOML or YAML file; ConfigError that names the file if it is missing, broken or of another type."""
+def read_mapping(path: Path, what: str = "sampler config") -> dict[str, Any]:
+    """The table of a JSON, TOML or YAML file; ConfigError that names the file if it is missing, broken or of another type.
+
+    Args:
+        path: of the file.
+        what: the file is, for the message.
+    """
     name, suffix = cut(str(path), 200), path.suffix.lower()
     if suffix not in READERS:
-        raise ConfigError(f"the sampler config {name} is a file of another kind; its name should end in {SUFFIXES}")
+        raise ConfigError(f"the {what} {name} is a file of another kind; its name should end in {SUFFIXES}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"can't read the sampler config {name}: not UTF-8 text") from None
+        raise ConfigError(f"can't read the {what} {name}: not UTF-8 text") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"can't read the sampler config {name}: {reason}") from None
+        raise ConfigError(f"can't read the {what} {name}: {reason}") from None
     kind = suffix.lstrip(".").replace("yml", "yaml").upper() or "TOML"
-    data = parse(text, READERS[suffix], f"the sampler config {name} is not valid {kind}")
+    data = parse(text, READERS[suffix], f"the {what} {name} is not valid {kind}")
     if not isinstance(data, dict):
-        raise ConfigError(f"the sampler config {name} holds a {type(data).__name__}, not a table of settings")
+        raise ConfigError(f"the {what} {name} holds a {type(data).__name__}, not a table of settings")
     return data
 
 

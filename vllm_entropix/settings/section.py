@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -48,7 +48,8 @@ def numbers_of(prefix: str, section: BaseModel) -> Iterator[tuple[str, float]]:
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a pydantic error in one sentence: the setting, its value, and what is allowed."""
-    first = error.errors()[0]
+    # A misspelt name is missing, too, but that doesn't tell what to mend.
+    first = min(error.errors(), key=lambda one: one["type"] == "missing")
     if first["type"] == "extra_forbidden":
         name = ".".join(map(str, first["loc"]))
         fields = _section_at(model, first["loc"][:-1]).model_fields
@@ -66,9 +67,11 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _section_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    found: Any = model
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        model = annotation
-    return model
+        # What isn't a section is a table or a list of sections.
+        is_section = isinstance(found, type) and issubclass(found, BaseModel)
+        found = found.model_fields[str(part)].annotation if is_section else get_args(found)[-1]
+    assert isinstance(found, type)
+    assert issubclass(found, BaseModel)
+    return found

@@ -1,0 +1,187 @@
+"""The study file: what is drawn from it, and what is refused, in one sentence that names the key, the value and the way out."""
+
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vllm_entropix.bench.study import Range, Study
+from vllm_entropix.settings.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+EVIDENCE = ROOT / "benchmarks" / "evidence" / "STUDY.toml"
+SMALL = """
+name = "small"
+seed = 3
+configurations = 6
+[models.one]
+endpoint = "http://127.0.0.1:1/v1"
+[tasks.sums]
+kind = "arithmetic"
+tuning = 5
+test = 10
+[samplers.greedy]
+fixed = { temperature = 0 }
+[samplers.min_p]
+sampler = "min_p"
+fixed = { top_k = 20 }
+ranges = { temperature = [0.2, 2], min_p = { low = 0.01, high = 0.3, scale = "log" } }
+"""
+
+
+def study(text=SMALL, **changes):
+    data = tomllib.loads(text)
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        table = data
+        for name in path:
+            table = table[name]
+        table[last] = value
+    return Study.model_validate(data)
+
+
+def refused(tmp_path, text):
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        Study.load(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_configurations_are_drawn_from_the_ranges():
+    drawn = study().parameters("min_p")
+    assert len(drawn) == 6
+    for parameters in drawn:
+        assert parameters["top_k"] == 20
+        assert 0.2 <= parameters["temperature"] <= 2
+        assert 0.01 <= parameters["min_p"] <= 0.3
+    assert len({parameters["temperature"] for parameters in drawn}) == 6
+    assert study().parameters("greedy") == [{"temperature": 0}]
+
+
+def test_configurations_depend_on_the_seed_and_on_nothing_of_other_samplers():
+    drawn = study().parameters("min_p")
+    assert study(samplers__new={"ranges": {"temperature": [0.1, 1.0]}}).parameters("min_p") == drawn
+    assert study(configurations=9).parameters("min_p")[:6] == drawn
+    assert study(seed=4).parameters("min_p") != drawn
+
+
+def test_ranges_are_uniform_in_what_they_say():
+    import random
+
+    rng = random.Random(0)
+    logarithmic = Range(low=0.01, high=1, scale="log")
+    assert sum(logarithmic.draw(rng) < 0.1 for _ in range(1000)) == pytest.approx(500, abs=60)
+    linear = Range.model_validate([0, 2])
+    assert sum(linear.draw(rng) < 1 for _ in range(1000)) == pytest.approx(500, abs=60)
+    assert {Range(low=1, high=3, integer=True).draw(rng) for _ in range(100)} == {1, 2, 3}
+    assert {Range(choices=("a", 2)).draw(rng) for _ in range(50)} == {"a", 2}
+
+
+def test_splits_share_nothing():
+    split = study().split("sums")
+    assert (len(split.tuning), len(split.test)) == (5, 10)
+    assert not {item.question for item in split.tuning} & {item.question for item in split.test}
+
+
+def test_seeds_are_the_same_for_all_samplers_and_differ_by_draw():
+    seeds = {study().draw_seed("sums", item.id, draw) for item in study().split("sums").test for draw in range(5)}
+    assert len(seeds) == 50
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_greedy_answers_once():
+    assert study().draws_of("greedy", "test") == 1
+    assert study().draws_of("min_p", "test") == 5
+    assert study().draws_of("min_p", "tuning") == 1
+
+
+def test_the_fingerprint_follows_what_changes_answers():
+    before = study().fingerprint()
+    assert study(concurrency=2, name="other", against=["min_p"]).fingerprint() == before
+    assert study(models__one__endpoint="http://127.0.0.1:2/v1").fingerprint() == before
+    assert study(seed=4).fingerprint() != before
+    assert study(tasks__sums__test=11).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ('kind = "arithmetic"', 'kind = "poetry"', "tasks.sums.kind is 'poetry', but there are arithmetic, word_problems"),
+        (
+            'sampler = "min_p"',
+            'sampler = "max_p"',
+            "samplers.min_p.sampler is 'max_p', but unknown sampler 'max_p'; there are vllm",
+        ),
+        (
+            "temperature = [0.2, 2]",
+            "temperature = [0.2, 11]",
+            "its ranges.temperature, which is 11.0, should be a number from 0 to 10",
+        ),
+        ("temperature = [0.2, 2]", "temperature = [2, 0.2]", "low should be below high"),
+        ("temperature = [0.2, 2]", "temperature = 0.2", "samplers.min_p.ranges.temperature"),
+        ("temperature = [0.2, 2]", "temperature = [0.2]", "it should be [low, high], or a table"),
+        (
+            "temperature = [0.2, 2]",
+            "temprature = [0.2, 2]",
+            "ranges.temprature is no parameter of min_p; there are temperature",
+        ),
+        ("low = 0.01, high", "low = 0, high", "low should be above 0 on a logarithmic scale"),
+        ("top_k = 20", "top_k = 20.5", "fixed.top_k, which is 20.5, should be a whole number"),
+        ("top_k = 20", "temperature = 1", "temperature is both fixed and drawn"),
+        ("high = 0.3", "high = 3", "ranges.min_p, which is 3.0, should be a number from 0 to 1"),
+        ("tuning = 5", "tuning = -5", "tasks.sums.tuning is -5"),
+        ("tuning = 5", "tuning = 0", "no task with right answers has a tuning split"),
+        ("tuning = 5", "tunning = 5", "unknown setting 'tasks.sums.tunning'; here are kind, tuning"),
+        (
+            "test = 10",
+            "test = 10\noptions = { colour = 1 }",
+            "of the options of arithmetic: unknown setting 'colour'; here are terms",
+        ),
+        ('endpoint = "http', 'endpoint = "ftp', "models.one.endpoint is 'ftp://127.0.0.1:1/v1'"),
+        ('endpoint = "http://127.0.0.1:1/v1"', "", "but it should have a path, which is served, or an endpoint"),
+        ('endpoint = "http://127.0.0.1:1/v1"', 'endpoint = "http://a/v1"\nplugin = false', "can't run with plugin = false"),
+        (
+            "top_k = 20 }",
+            "top_k = 20 }\nserver = { regimes = false }",
+            "needs a server of its own, but models.one is an endpoint",
+        ),
+        (
+            "fixed = { temperature = 0 }",
+            'as_tuned = "max_p"',
+            "samplers.greedy.as_tuned is 'max_p', but it should be one of min_p",
+        ),
+        ("seed = 3", 'seed = 3\nagainst = ["plain"]', "against names 'plain'; there are greedy, min_p"),
+        ('name = "small"', "", "name is missing"),
+        ("[models.one]", '[models."a b"]', "models.a b"),
+        ("seed = 3", "seed = ", "is not valid TOML"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(tmp_path, before, after, told):
+    assert before in SMALL
+    message = refused(tmp_path, SMALL.replace(before, after, 1))
+    assert told in message
+    assert len(message) < 900
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"can't read the study .*nothing.toml: No such file"):
+        Study.load(tmp_path / "nothing.toml")
+
+
+def test_the_evidence_study_keeps_its_protocol(monkeypatch, tmp_path):
+    found = Study.load(EVIDENCE)
+    assert (found.configurations, found.draws) == (24, 5)
+    scored = [name for name in found.tasks if found.is_scored(name)]
+    assert len(scored) >= 3
+    assert sum(found.tasks[name].test for name in scored) >= 500
+    assert len(found.models) >= 2
+    # Ranges of what is called the same are the same.
+    for names in (("temperature", "entropix_temperature"), ("min_p", "entropix_min_p"), ("top_p", "entropix_top_p")):
+        ranges = {arm.ranges[name] for arm in found.samplers.values() for name in names if name in arm.ranges}
+        assert len(ranges) == 1
+    published = (ROOT / "docs" / "evidence-protocol.md").read_text()
+    assert all(f"| {name}" in published for name in ("greedy", "temperature", "top_p", "min_p", "top_n_sigma"))
+    assert math.isclose(found.samplers["min_p"].ranges["min_p"].low, 0.01)

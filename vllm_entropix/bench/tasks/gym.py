@@ -57,7 +57,7 @@ class Gym(Task[GymOptions]):
             gym = import_module("reasoning_gym")
         except ImportError:
             raise ConfigError(
-                f"the task {self.kind} needs the package reasoning-gym; install it with pip install vllm-entropix[gym]"
+                f"the task {self.kind} needs the package reasoning-gym; install it with pip install reasoning-gym"
             ) from None
         try:
             return gym.create_dataset(self.options.family, **self.options.parameters, **arguments)

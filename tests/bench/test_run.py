@@ -1,0 +1,310 @@
+"""Running a study: every answer once, whatever stops it in the middle; what goes wrong is one sentence."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import tomli_w
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tests.support.openai_endpoint import chat, completion, endpoint, refusal
+from vllm_entropix.bench.answers import ANSWERS, Answer, Store, read
+from vllm_entropix.bench.choose import choose
+from vllm_entropix.bench.run import CHOSEN, Only, run
+from vllm_entropix.bench.study import Study
+from vllm_entropix.cli.main import app
+from vllm_entropix.settings.errors import ConfigError
+
+CONSOLE = Console(quiet=True)
+
+
+def described(url, **model):
+    return {
+        "name": "small",
+        "configurations": 3,
+        "draws": 2,
+        "concurrency": 4,
+        "models": {"stub": {"endpoint": url, "plugin": False, **model}},
+        "tasks": {
+            "sums": {"kind": "arithmetic", "tuning": 4, "test": 5},
+            "open": {"kind": "open_prompts", "tuning": 0, "test": 2},
+        },
+        "samplers": {
+            "greedy": {"fixed": {"temperature": 0}},
+            "temperature": {"ranges": {"temperature": [0.1, 1.9]}},
+            "warmer": {"as_tuned": "temperature", "fixed": {"top_p": 0.5}},
+        },
+    }
+
+
+def study(url, **model):
+    return Study.model_validate(described(url, **model))
+
+
+# Tuning: 4 items by 1 and by 3 configurations. Test: 7 items, once, and twice each by two samplers.
+TUNING, TEST = 4 * (1 + 3), 7 * (1 + 2 + 2)
+
+
+def solve(question):
+    found = re.match(r"What is ([-+* 0-9]+)\?", question)
+    return str(eval(found[1])) if found else "once upon a time"
+
+
+def solving(body):
+    """Right where the temperature is below 1."""
+    question = body["messages"][0]["content"]
+    right = solve(question)
+    return chat(f"Answer: {right if body['temperature'] < 1 else 'unknown'}")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / ANSWERS).read_text().splitlines()]
+
+
+def keys(folder):
+    return Counter(answer.key for answer in read(folder))
+
+
+def test_every_answer_is_asked_for_once(tmp_path):
+    with endpoint(solving) as (url, asked):
+        assert run(study(url), tmp_path, CONSOLE) == TUNING + TEST
+        assert len(asked) == TUNING + TEST
+        assert run(study(url), tmp_path, CONSOLE) == TUNING + TEST
+        assert len(asked) == TUNING + TEST
+    assert set(keys(tmp_path).values()) == {1}
+    by_phase = Counter((answer.phase, answer.sampler) for answer in read(tmp_path))
+    assert by_phase == {
+        ("tuning", "greedy"): 4,
+        ("tuning", "temperature"): 12,
+        ("test", "greedy"): 7,
+        ("test", "temperature"): 14,
+        ("test", "warmer"): 14,
+    }
+    assert all(answer.correct is None for answer in read(tmp_path) if answer.task == "open")
+    session = json.loads((tmp_path / "sessions.jsonl").read_text().splitlines()[0])
+    assert session["versions"]["vllm-entropix"]
+    assert session["cores"] >= 1
+
+
+def test_the_best_configuration_runs_on_the_test_split(tmp_path):
+    with endpoint(solving) as (url, _):
+        found = study(url)
+        run(found, tmp_path, CONSOLE)
+    temperatures = [one["temperature"] for one in found.parameters("temperature")]
+    best = next(index for index, temperature in enumerate(temperatures) if temperature < 1)
+    told = json.loads((tmp_path / CHOSEN).read_text())["stub"]
+    assert told["temperature"] == {"configuration": best, "parameters": {"temperature": temperatures[best]}, "accuracy": 1.0}
+    assert told["warmer"]["parameters"] == {"temperature": temperatures[best], "top_p": 0.5}
+    test = [answer for answer in read(tmp_path) if answer.phase == "test" and answer.task == "sums"]
+    assert {answer.configuration for answer in test if answer.sampler == "temperature"} == {best}
+    assert all(answer.correct for answer in test)
+
+
+def test_requests_say_what_the_study_says(tmp_path):
+    with endpoint(solving) as (url, asked):
+        run(study(url), tmp_path, CONSOLE)
+    told = {answer.key: answer for answer in read(tmp_path)}
+    assert {body["max_tokens"] for body in asked} == {128, 120}
+    assert all(body["logprobs"] is True and "vllm_xargs" not in body for body in asked)
+    warmer = [answer for answer in told.values() if answer.sampler == "warmer"]
+    assert {answer.parameters["top_p"] for answer in warmer} == {0.5}
+    assert len({answer.seed for answer in warmer}) == 14
+    plain = {(a.task, a.item, a.draw): a.seed for a in told.values() if (a.sampler, a.phase) == ("temperature", "test")}
+    assert {(a.task, a.item, a.draw): a.seed for a in warmer} == plain
+
+
+@pytest.mark.parametrize("stopped", [signal.SIGKILL, signal.SIGINT])
+def test_a_study_that_is_stopped_goes_on(tmp_path, stopped):
+    def slow(body):
+        time.sleep(0.05)
+        return solving(body)
+
+    with endpoint(slow) as (url, asked):
+        path = tmp_path / "study.toml"
+        path.write_text(tomli_w.dumps(described(url)))
+        results = tmp_path / "results"
+        command = [sys.executable, "-m", "vllm_entropix", "bench", str(path), "-o", str(results)]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "100"})
+        deadline = time.monotonic() + 60
+        while len(asked) < 9:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(stopped)
+        process.wait(30)
+        before = len(lines(results))
+        assert 0 < before < TUNING + TEST
+        # As a process leaves it that is killed while it writes.
+        with (results / ANSWERS).open("a") as file:
+            file.write('{"model": "stub", "phase": "tun')
+        ended = subprocess.run([*command], capture_output=True, text=True, check=False, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        assert f"has {TUNING + TEST} answers" in ended.stdout
+        assert set(keys(results).values()) == {1}
+        assert len(keys(results)) == TUNING + TEST
+        # What was asked for and not written is asked for again, and nothing else.
+        assert len(asked) - (TUNING + TEST) <= 4
+
+
+def test_a_full_disk_is_one_sentence_and_the_study_goes_on(tmp_path, monkeypatch):
+    with endpoint(solving) as (url, _):
+        whole = Store.add
+
+        def full(self, answer):
+            if len(self.known) == 10:
+                self._file.write(b'{"mod')
+                self._file.close()
+                self._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+            whole(self, answer)
+
+        monkeypatch.setattr(Store, "add", full)
+        with pytest.raises(ConfigError, match=r"can't write to .*answers.jsonl: No space left on device; make room"):
+            run(study(url), tmp_path, CONSOLE)
+        monkeypatch.undo()
+        assert run(study(url), tmp_path, CONSOLE) == TUNING + TEST
+        assert set(keys(tmp_path).values()) == {1}
+
+
+def test_a_part_of_a_study(tmp_path):
+    with endpoint(solving) as (url, _):
+        run(study(url), tmp_path / "whole", CONSOLE)
+        # A control needs the tuning of what it controls.
+        run(study(url), tmp_path / "part", CONSOLE, Only(sampler="warmer", task="sums"))
+    told = Counter((answer.phase, answer.sampler) for answer in read(tmp_path / "part"))
+    assert told == {("tuning", "temperature"): 12, ("test", "warmer"): 10}
+    with pytest.raises(ConfigError, match="the study has no task 'prose'; there are sums, open"):
+        run(study(url), tmp_path / "part", CONSOLE, Only(task="prose"))
+
+
+def test_one_cell_of_a_table_by_one_command(tmp_path):
+    with endpoint(solving) as (url, asked):
+        run(study(url), tmp_path / "whole", CONSOLE)
+        path = tmp_path / "study.toml"
+        path.write_text(tomli_w.dumps(described(url)))
+        asked.clear()
+        chosen = ["--chosen", str(tmp_path / "whole" / CHOSEN)]
+        cell = ["--sampler", "temperature", "--task", "sums", "-o", str(tmp_path / "cell")]
+        ended = CliRunner().invoke(app, ["bench", str(path), *chosen, *cell])
+    assert ended.exit_code == 0, ended.output
+    assert len(asked) == 10
+    whole = {answer.key: answer.text for answer in read(tmp_path / "whole")}
+    assert all(whole[answer.key] == answer.text for answer in read(tmp_path / "cell"))
+
+
+def test_another_study_in_the_same_folder_is_refused(tmp_path):
+    with endpoint(solving) as (url, _):
+        run(study(url), tmp_path, CONSOLE)
+        other = Study.model_validate({**described(url), "seed": 7})
+        with pytest.raises(ConfigError, match="has results of another study"):
+            run(other, tmp_path, CONSOLE)
+        with Store(tmp_path, study(url)), pytest.raises(ConfigError, match="another process writes to"):
+            Store(tmp_path, study(url))
+
+
+def test_an_endpoint_that_is_not_there_is_one_sentence(tmp_path):
+    with endpoint(solving) as (url, _):
+        pass
+    with pytest.raises(ConfigError, match=r"models.stub: http://127.0.0.1:\d+/v1 doesn't answer \(.*\); start it"):
+        run(study(url), tmp_path, CONSOLE)
+    with endpoint(solving) as (url, _), pytest.raises(ConfigError, match=r"served_name is 'other', but .* has stub"):
+        run(study(url, served_name="other"), tmp_path, CONSOLE)
+
+
+def test_a_model_without_a_chat_template_is_one_sentence(tmp_path):
+    def refuse(body):
+        return refusal(400, "default chat template is no longer allowed, so you must provide a chat template")
+
+    with endpoint(refuse) as (url, _), pytest.raises(ConfigError, match=r"has no chat template; set models.stub.chat = false"):
+        run(study(url), tmp_path, CONSOLE)
+
+
+def test_a_model_without_a_chat_template_continues_a_text(tmp_path):
+    def answering(body):
+        question = body["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        tokens = {"text_offset": [0], "token_logprobs": [None, -0.5, -1.5], "tokens": ["a"], "top_logprobs": None}
+        return completion(f" {solve(question)}", logprobs=tokens)
+
+    with endpoint(answering) as (url, asked):
+        run(study(url, chat=False), tmp_path, CONSOLE)
+    assert {body["path"] for body in asked} == {"/v1/completions"}
+    found = list(read(tmp_path))
+    assert all(answer.correct for answer in found if answer.task == "sums")
+    assert found[0].signals["perplexity"] == pytest.approx(2.718281828)
+
+
+def test_what_the_endpoint_refuses_is_one_sentence(tmp_path):
+    def refuse(body):
+        return refusal(400, "no such parameter")
+
+    with endpoint(refuse) as (url, _), pytest.raises(ConfigError, match=r"refuses with status 400: .*no such parameter"):
+        run(study(url), tmp_path, CONSOLE)
+
+
+def test_an_answer_that_hangs_its_checker_is_wrong(tmp_path):
+    loop = "```python\ndef {name}(*all):\n    while True: pass\n```"
+
+    def answering(body):
+        name = re.search(r"`(\w+)\(", body["messages"][0]["content"])[1]
+        return chat(loop.format(name=name))
+
+    with endpoint(answering) as (url, _):
+        data = described(url)
+        data["tasks"] = {"python": {"kind": "python_functions", "tuning": 0, "test": 1}}
+        data["samplers"] = {"greedy": {"fixed": {"temperature": 0}}}
+        run(Study.model_validate(data), tmp_path, CONSOLE)
+    assert [(answer.correct, answer.note) for answer in read(tmp_path)] == [(False, "took longer than 5 s")]
+
+
+def test_a_control_of_a_mean_temperature_follows_the_tuning_split():
+    data = described("http://127.0.0.1:1/v1", plugin=True)
+    data["samplers"] = {
+        "regimes": {"sampler": "entropix", "ranges": {"entropix_temperature": [0.1, 1], "entropix_min_p": [0.01, 0.1]}},
+        "constant": {"mean_temperature_of": "regimes", "fixed": {"top_k": 27}},
+    }
+    found = Study.model_validate(data)
+    tuned = found.parameters("regimes")[1]
+    common = {"model": "stub", "phase": "tuning", "sampler": "regimes", "seed": 0, "text": "", "finish_reason": "stop"}
+    told = [(0, 0, 10, 9.0, 0.0), (1, 0, 10, 1.0, 0.5), (1, 1, 15, 2.0, 0.0)]
+    tuning = [
+        Answer(
+            **common, configuration=configuration, task="sums", item=str(item), draw=0, parameters=tuned, tokens=tokens,
+            answer=None, correct=configuration == 1, seconds=1,
+            signals={"temperature_mean": temperature, "share_argmax": share},
+        )
+        for configuration, item, tokens, temperature, share in told
+    ]  # fmt: skip
+    chosen = choose(found, tuning)
+    assert chosen["regimes"].configuration == 1
+    # 5 tokens of 1.0 and 15 of 2.0.
+    assert chosen["constant"].parameters == {"min_p": tuned["entropix_min_p"], "temperature": 1.75, "top_k": 27}
+    with pytest.raises(ConfigError, match="takes the mean temperature of regimes, but no answer"):
+        choose(found, [])
+
+
+def test_results_can_be_read_compressed(tmp_path):
+    import gzip
+
+    with endpoint(solving) as (url, _):
+        run(study(url), tmp_path, CONSOLE)
+    before = keys(tmp_path)
+    (tmp_path / f"{ANSWERS}.gz").write_bytes(gzip.compress((tmp_path / ANSWERS).read_bytes()))
+    (tmp_path / ANSWERS).unlink()
+    assert keys(tmp_path) == before
+    with pytest.raises(ConfigError, match="give the folder that"):
+        next(read(tmp_path / "nothing"))
+
+
+def test_the_size_of_a_study_is_told_without_asking(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(tomli_w.dumps(described("http://127.0.0.1:1/v1")))
+    ended = CliRunner().invoke(app, ["bench", str(path), "-o", str(tmp_path / "none"), "--check"])
+    assert ended.exit_code == 0, ended.output
+    assert f"{TUNING + TEST} answers" in " ".join(ended.output.split())
+    assert not (tmp_path / "none").exists()

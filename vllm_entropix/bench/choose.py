@@ -1,0 +1,98 @@
+"""Which configuration of each sampler was best on the tuning split."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from vllm_entropix.bench.answers import Answer
+from vllm_entropix.bench.study import Study, Value
+from vllm_entropix.settings.errors import ConfigError
+
+_PREFIX = "entropix_"
+_FILTERS = ("top_p", "top_k", "min_p")
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The configuration of a sampler that runs on the test split.
+
+    Attributes:
+        configuration: which one.
+        parameters: its parameters.
+        accuracy: on the tuning split; NaN for what isn't tuned.
+    """
+
+    configuration: int
+    parameters: dict[str, Value]
+    accuracy: float
+
+
+def accuracies(answers: Iterable[Answer]) -> dict[str, dict[int, float]]:
+    """Accuracy of each configuration of each sampler: the mean over tasks, by one model's answers of one phase."""
+    right: defaultdict[tuple[str, int], defaultdict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for answer in answers:
+        if answer.correct is not None:
+            right[answer.sampler, answer.configuration][answer.task].append(answer.correct)
+    found: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    for (sampler, configuration), by_task in right.items():
+        means = [sum(task) / len(task) for task in by_task.values()]
+        found[sampler][configuration] = sum(means) / len(means)
+    return found
+
+
+def choose(study: Study, answers: Iterable[Answer]) -> dict[str, Chosen]:
+    """The chosen configuration of every sampler, of equally good ones the first.
+
+    Args:
+        study: whose samplers they are.
+        answers: all of one model's to the tuning split.
+
+    Raises:
+        ConfigError: a control follows a mean temperature that no answer tells.
+    """
+    tuning = list(answers)
+    by_sampler = accuracies(tuning)
+    chosen: dict[str, Chosen] = {}
+    for name, arm in study.samplers.items():
+        if arm.control_of is not None:
+            continue
+        scores = by_sampler.get(name, {})
+        best = max(sorted(scores), key=lambda configuration: scores[configuration], default=0)
+        chosen[name] = Chosen(best, study.parameters(name)[best], scores.get(best, math.nan))
+    for name, arm in study.samplers.items():
+        if arm.as_tuned is not None:
+            chosen[name] = Chosen(0, {**chosen[arm.as_tuned].parameters, **arm.fixed}, math.nan)
+        elif arm.mean_temperature_of is not None:
+            other = chosen[arm.mean_temperature_of]
+            followed = [
+                one for one in tuning if (one.sampler, one.configuration) == (arm.mean_temperature_of, other.configuration)
+            ]
+            temperature = _mean_temperature(followed)
+            if temperature is None:
+                raise ConfigError(
+                    f"samplers.{name} takes the mean temperature of {arm.mean_temperature_of}, but no answer of the tuning "
+                    "split tells any; give a task a tuning split, or leave this control out"
+                )
+            chosen[name] = Chosen(0, {**_filters(other.parameters), "temperature": temperature, **arm.fixed}, math.nan)
+    return chosen
+
+
+def _filters(parameters: Mapping[str, Value]) -> dict[str, Value]:
+    """Base filters of a sampler of ours, as plain parameters of a request."""
+    plain = {name.removeprefix(_PREFIX): value for name, value in parameters.items()}
+    return {name: plain[name] for name in _FILTERS if name in plain}
+
+
+def _mean_temperature(answers: Iterable[Answer]) -> float | None:
+    """Over the tokens that aren't argmax."""
+    weighted = tokens = 0.0
+    for answer in answers:
+        mean = answer.signals.get("temperature_mean")
+        if mean is not None:
+            warm = answer.tokens * (1 - answer.signals.get("share_argmax", 0.0))
+            weighted += mean * warm
+            tokens += warm
+    return float(f"{weighted / tokens:.4g}") if tokens else None

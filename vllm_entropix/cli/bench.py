@@ -1,0 +1,77 @@
+"""``vllm-entropix bench``: a fair test of samplers, and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from vllm_entropix.settings.errors import ConfigError
+
+
+class _RunUnlessNamed(TyperGroup):
+    """`bench STUDY.toml` runs a study: what isn't a command's name is an argument of `run`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return list(super().parse_args(ctx, args))
+
+
+bench = typer.Typer(
+    cls=_RunUnlessNamed,
+    no_args_is_help=True,
+    help="Test samplers fairly: equally many random configurations of each, tuned on one split and judged on another.",
+)
+
+
+@bench.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="Study file (.toml, .yaml or .json).", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results; a study goes on in its own.")],
+    model: Annotated[str | None, typer.Option(help="Only this model of the study.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Only this sampler of the study.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only this task of the study.")] = None,
+    chosen: Annotated[
+        Path | None, typer.Option(help="chosen.json of a study: run its test split alone, without tuning anew.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only read the study, and say how many answers it asks for.")] = False,
+) -> None:
+    """Run a study, or go on with it: `vllm-entropix bench STUDY.toml -o results/`."""
+    _require()
+    from vllm_entropix.bench.run import Only, read_chosen
+    from vllm_entropix.bench.run import run as run_study
+    from vllm_entropix.bench.study import Study
+
+    found = Study.load(study)
+    if check:
+        typer.echo(_size(found))
+        return
+    wanted = read_chosen(chosen) if chosen is not None else None
+    answers = run_study(found, output, Console(stderr=True), Only(model, sampler, task), wanted)
+    typer.echo(f"{output} has {answers:,} answers; `vllm-entropix bench report {output}` shows them")
+
+
+def _size(study: Any) -> str:
+    splits = {name: study.split(name) for name in study.tasks}
+    items = {phase: sum(len(split.of(phase)) for split in splits.values()) for phase in ("tuning", "test")}
+    tuned = {name: len(study.parameters(name)) for name, arm in study.samplers.items() if arm.control_of is None}
+    tuning = items["tuning"] * sum(tuned.values())
+    test = items["test"] * sum(study.draws_of(name, "test") for name in study.samplers)
+    return (
+        f"{len(study.models)} models; {items['tuning']} items to tune on and {items['test']} to test on, "
+        f"of {len(splits)} tasks; "
+        f"{sum(tuned.values())} configurations of {len(study.samplers)} samplers; "
+        f"{len(study.models) * (tuning + test):,} answers"
+    )
+
+
+def _require() -> None:
+    for package in ("numpy", "scipy", "openai"):
+        try:
+            __import__(package)
+        except ImportError:
+            raise ConfigError(f"bench needs the package {package}; pip install vllm-entropix[bench]") from None

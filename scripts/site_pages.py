@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("*.md", "docs/*.md", "*/README.md", "deploy/*/README.md", "tools/*/README.md", "vllm_entropix/*/README.md")
 # Linked from pages: pictures, schemas, scripts to copy.
-LINKED = ("docs/*.svg", "docs/*.json", "docs/images/*", "examples/*.py", "examples/*.sh", "examples/*.ipynb")
+LINKED = (
+    "docs/*.svg",
+    "docs/*.json",
+    "docs/images/*",
+    "examples/*.py",
+    "examples/*.sh",
+    "examples/*.ipynb",
+    "benchmarks/evidence/*.toml",
+)
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":

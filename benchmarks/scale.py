@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.common import add_out, finish, integers
 from vllm_entropix.attention.ranks import WORTH_WAITING
-from vllm_entropix.kernels.triton_.attention_statistics import layers_together
+from vllm_entropix.kernels.triton_.attention_statistics import EXCHANGE, exchanged_together
 
 FLOAT = 4
 # float32 a row in a message between pipeline stages: position and four sums.
@@ -72,10 +72,11 @@ class Step:
         """
         exchanges = received = 0
         if tensor > 1:
-            rows, share, total = len(contexts), heads // tensor, int(contexts.sum())
+            rows, share, total, longest = len(contexts), heads // tensor, int(contexts.sum()), int(contexts.max())
             if layers * total > WORTH_WAITING:
                 total = int(contexts[measured].sum())
-            exchanges = -(-layers // layers_together(layers, rows, share, total, tensor)) + 1
+            layers_at_once, rows_at_once = exchanged_together(layers, rows, share, total, longest, tensor, EXCHANGE)
+            exchanges = -(-layers // layers_at_once) * -(-rows // rows_at_once) + 1
             received = layers * (total + rows * (1 + share + SHARE_VALUES)) * (tensor - 1) * FLOAT
         sent_on = int(measured.sum()) * STAGE_VALUES * FLOAT
         return cls(exchanges, received, sent_on if stages > 1 else 0)

@@ -9,6 +9,7 @@ import torch
 
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import AttentionObserver, observer
+from vllm_entropix.kernels.ranks import RankGroup
 from vllm_entropix.kernels.triton_ import attention_statistics
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -17,13 +18,20 @@ MEBIBYTE = 2**20
 ROWS, LAYERS, HEADS, HEAD_DIM, LONGEST = 256, 32, 32, 128, 131072
 
 
-def allocated(monkeypatch, layers):
-    """Bytes of kept queries and of the workspace, allocated where memory costs nothing."""
+def reserved(monkeypatch, layers, ranks=None):
+    """An observer that has allocated what it needs, where memory costs nothing."""
     backend = SimpleNamespace(get_name=lambda: "FLASH_ATTN")
-    layer = SimpleNamespace(num_heads=HEADS, head_size=HEAD_DIM, query_quant=None, attn_backend=backend)
+    heads = HEADS // (ranks.size if ranks else 1)
+    layer = SimpleNamespace(num_heads=heads, head_size=HEAD_DIM, query_quant=None, attn_backend=backend)
     monkeypatch.setattr(observer, "kernels_for", lambda device: "triton")
-    one = AttentionObserver(dict.fromkeys(range(layers), layer), EntropixConfig(), max_requests=ROWS)
+    one = AttentionObserver(dict.fromkeys(range(layers), layer), EntropixConfig(), max_requests=ROWS, ranks=ranks)
     one.reserve(torch.bfloat16, torch.device("meta"), LONGEST)
+    return one
+
+
+def allocated(monkeypatch, layers):
+    """Bytes of kept queries and of the workspace."""
+    one = reserved(monkeypatch, layers)
     queries = sum(kept.numel() * kept.itemsize for kept in one._queries.values())
     return queries, one._workspace.buffer.numel() * one._workspace.buffer.itemsize
 
@@ -40,6 +48,25 @@ def test_the_table_says_what_is_allocated(monkeypatch, layers, name):
     assert documented(f"kept queries, {name}") == queries / MEBIBYTE
     assert documented("workspace of the attention kernels") == workspace / MEBIBYTE
     assert queries + workspace <= 180 * MEBIBYTE
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_what_ranks_exchange_is_allocated_beforehand(monkeypatch, size):
+    one = reserved(monkeypatch, LAYERS, RankGroup(size, 0, all_gather=None, complete=None))
+    said = documented("with tensor parallelism, what ranks exchange, allocated beforehand too")
+    assert one._exchange.numel() * one._exchange.itemsize == said * MEBIBYTE
+    assert reserved(monkeypatch, LAYERS)._exchange is None
+
+
+def test_exchanges_fit_what_is_allocated():
+    for layers, rows, longest, ranks in ((1, 1, 10, 2), (32, 256, 131072, 8), (80, 1024, 1000, 4), (1, 4, 10**7, 8)):
+        room = attention_statistics.exchange_size(layers, rows, longest, ranks)
+        assert room <= max(attention_statistics.EXCHANGE, ranks * (longest + 1))
+        for total in (1, rows, rows * longest // 3, rows * longest):
+            number, many = attention_statistics.exchanged_together(layers, rows, 4, total, longest, ranks, room)
+            assert 1 <= number <= layers
+            assert 1 <= many <= rows
+            assert ranks * number * (min(total, many * longest) + many) <= room, (layers, rows, total)
 
 
 def test_partial_sums_in_the_table():

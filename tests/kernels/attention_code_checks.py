@@ -55,7 +55,7 @@ def step(layers, ranks=1):
     if ranks == 1:
         measure_layers(layers, requests, lengths, wanted, EntropixConfig())
     else:
-        group = RankGroup(ranks, lambda share: torch.zeros(ranks, len(share)))
+        group = RankGroup(ranks, 0, lambda share: torch.zeros(ranks, len(share)), lambda everything: None)
         measure_over_ranks_by_triton(layers, requests, lengths, wanted, lengths, EntropixConfig(), group)
 
 

@@ -548,23 +548,21 @@ def heads_over_ranks_of_every_kind():
 
 def heads_over_ranks_in_parts():
     case, whole = ranked_case(2, lengths=(130, 5, 70), wanted=[True, False, True])
-    for module, name, value, exchanges in (
-        (attention_statistics, "_EXCHANGE", 1, 3),  # a layer at a time
-        (
-            attention_statistics,
-            "WORKSPACE",
-            sum(attention_statistics._sizes(1, 3, 2, 1).values()),
-            3,
-        ),  # scores are computed again
-        (ranks, "WORTH_WAITING", 0, 2),
+    block_table = case[0][0].block_table
+    longest = block_table.shape[1] * 16
+    # A number for each position, and one for each row's padded slots; bounds are 3 too high.
+    of_all, of_wanted = 130 + 5 + 70 + 3 * 3 + 3, 130 + 70 + 3
+    without_room = sum(attention_statistics._sizes(1, 3, 2, 1).values())
+    for module, name, value, each, exchanges in (
+        (attention_statistics, "EXCHANGE", 2 * of_all, of_all, 2),  # a layer at a time
+        (attention_statistics, "EXCHANGE", 1, longest + 1, 6),  # a row at a time
+        (attention_statistics, "WORKSPACE", without_room, of_all, 2),  # scores are computed again
+        (ranks, "WORTH_WAITING", 0, 2 * of_wanted, 1),
     ):
         with mock.patch.object(module, name, value):
             found, exchanged = over_ranks(case, 2)
-        assert len(exchanged) == exchanges, name
-        assert torch.equal(found.nan_to_num(7.0), whole.nan_to_num(7.0)), name
-        # What the sums of weights take: a number for each position, one for each row's padded slots.
-        of_contexts = 2 * (130 + 70 if name == "WORTH_WAITING" else 130 + 5 + 70 + 3 * 3) + 2 * 3
-        assert sum(exchanged[:-1]) == of_contexts, name
+        assert exchanged[:-1] == [each] * exchanges, (name, value)
+        assert torch.equal(found.nan_to_num(7.0), whole.nan_to_num(7.0)), (name, value)
     found, _ = over_ranks((*case[:-1], torch.zeros_like(case[-1])), 2)
     assert found.isnan().all()
 

@@ -36,7 +36,11 @@ class Meeting:
             self._turn.acquire()
             return everything
 
-        return RankGroup(self.number, gather) if self.number > 1 else None
+        def complete(everything):
+            assert everything.is_contiguous()
+            everything.copy_(gather(everything[rank]))
+
+        return RankGroup(self.number, rank, gather, complete) if self.number > 1 else None
 
     def run(self, work):
         """``work(rank)`` on all ranks; their results in order."""

@@ -32,11 +32,13 @@ class Kept:
         query_rows: int64 ``[rows]``, where a row's queries are among those of each layer; None for one after the other.
         longest: no row's length is greater; None if nothing is known but the block tables' width.
         workspace: for the kernels; None to allocate it.
+        exchange: for what ranks exchange; None to allocate it.
     """
 
     query_rows: Tensor | None = None
     longest: int | None = None
     workspace: Workspace | None = None
+    exchange: Tensor | None = None
 
 
 ROWS_IN_ORDER = Kept()

@@ -68,6 +68,7 @@ class AttentionObserver:
         # Of each layer, [requests, rows of a request, heads, head_dim].
         self._queries: dict[int, Tensor] = {}
         self._workspace: Workspace | None = None
+        self._exchange: Tensor | None = None
         self._steps: dict[int, _Step] = {}
         # What each builder made last, and of which step: groups of a hybrid cache may take over one another's.
         self._built: dict[int, tuple[Any, _Step]] = {}
@@ -85,7 +86,7 @@ class AttentionObserver:
         readable = all(layer.attn_backend.get_name() in READERS for layer in self.layers.values())
         if kernels_for(device) != "triton" or not self.layers or not readable:
             return
-        from vllm_entropix.kernels.triton_.attention_statistics import Workspace
+        from vllm_entropix.kernels.triton_.attention_statistics import Workspace, exchange_size
 
         kinds: dict[tuple[int, int, torch.dtype], list[int]] = {}
         for index, layer in self.layers.items():
@@ -97,6 +98,9 @@ class AttentionObserver:
         rows = self._max_requests * self.rows_per_request
         largest = max(self.layers.values(), key=lambda layer: layer.num_heads)
         self._workspace = Workspace.for_steps(len(self.layers), rows, largest.num_heads, longest, device)
+        if self.ranks is not None:
+            size = exchange_size(len(self.layers), rows, longest, self.ranks.size)
+            self._exchange = torch.empty(size, dtype=torch.float32, device=device)
 
     def attach(self, builders: Iterable[tuple[Any, Iterable[str]]]) -> None:
         """Begin to observe.
@@ -233,7 +237,7 @@ class AttentionObserver:
             ]
             # All groups of layers have the same requests.
             step = next(iter(self._steps.values()))
-            kept = Kept(self._rows_of_queries(step, requests, lengths), step.longest, self._workspace)
+            kept = Kept(self._rows_of_queries(step, requests, lengths), step.longest, self._workspace, self._exchange)
             if self.ranks is None:
                 return measure_layers(layers, requests, lengths, everything, self.config, kept)
             assert step.bounds is not None

@@ -138,7 +138,9 @@ def measure_over_ranks_by_triton(
         total = int((bounds if window is None else bounds.clamp_max(window)).sum())
         if len(indices) * total > WORTH_WAITING:
             total = int(attended.sum())
-        shares_of_layers = head_shares(paged, rows, padded, attended, total, ranks, kept.workspace)
+        longest = rows.longest if window is None else min(rows.longest, window)
+        room = (kept.workspace, kept.exchange)
+        shares_of_layers = head_shares(paged, rows, padded, attended, total, longest, ranks, *room)
         for index, share in zip(indices, shares_of_layers, strict=True):
             found[index] = torch.where(wanted.unsqueeze(-1), share, torch.nan), attended.clamp_min(padded)
     shares, counted = zip(*(found[index] for index in range(len(layers))), strict=True)

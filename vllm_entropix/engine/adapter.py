@@ -267,7 +267,13 @@ def _ranks() -> RankGroup | None:
     group = get_tp_group()
     if group.world_size == 1:
         return None
-    return RankGroup(group.world_size, lambda share: group.all_gather(share, dim=0).view(group.world_size, -1))
+    size, rank = group.world_size, group.rank_in_group
+
+    def complete(everything: Tensor) -> None:
+        # vLLM's own gathering allocates what it fills. Output and input may be one tensor, as NCCL has it.
+        torch.distributed.all_gather_into_tensor(everything.view(-1), everything[rank], group=group.device_group)
+
+    return RankGroup(size, rank, lambda share: group.all_gather(share, dim=0).view(size, -1), complete)
 
 
 def _is_others(processor: Any) -> bool:

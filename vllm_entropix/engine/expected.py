@@ -190,7 +190,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "SpeculativeConfig": ("rejection_sample_method",),
     },
     "vllm.distributed.parallel_state": {
-        "GroupCoordinator": ("all_gather", "cpu_group", "is_last_rank", "rank_in_group", "world_size"),
+        "GroupCoordinator": ("all_gather", "cpu_group", "device_group", "is_last_rank", "rank_in_group", "world_size"),
     },
     "vllm.engine.arg_utils": {
         "EngineArgs": ("additional_config", "disable_log_stats"),

@@ -14,8 +14,12 @@ class RankGroup:
 
     Attributes:
         size: number of ranks.
+        rank: this one's place among them.
         all_gather: this rank's numbers ``[n]`` → all ranks' ``[size, n]``, in their order. All have to call it.
+        complete: the same in place: ``[size, n]``, contiguous, of which this rank has filled its own row.
     """
 
     size: int
+    rank: int
     all_gather: Callable[[Tensor], Tensor]
+    complete: Callable[[Tensor], None]

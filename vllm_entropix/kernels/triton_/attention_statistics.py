@@ -21,6 +21,7 @@ and what comes out is each rank's share of the statistics (``attention.ranks``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -41,8 +42,8 @@ _PLANNED = tl.constexpr(1024)  # rows that are given room at a time
 _LN2 = tl.constexpr(0.6931471805599453)
 # All that the kernels keep between them, in float32 elements: 112 MiB. What isn't partial sums is room for scores.
 WORKSPACE = 28 << 20
-# Size of what is received in an exchange between ranks, in float32 elements: 256 MiB.
-_EXCHANGE = 1 << 26
+# What an exchange between ranks fills, in float32 elements: 32 MiB.
+EXCHANGE = 8 << 20
 
 # Integers that differ between steps or between engines, and pointers into others' buffers: of none of them takes a kernel
 # variants. The addresses of keys and queries, for which alignment matters, are read from memory and checked by the host.
@@ -815,12 +816,15 @@ def head_shares(
     padded: int,
     attended: Tensor,
     total: int,
+    longest: int,
     ranks: RankGroup,
     workspace: Workspace | None = None,
+    exchange: Tensor | None = None,
 ) -> Tensor:
     """A rank's share of the statistics, as ``attention.ranks.combine_shares`` takes it: float32 ``[layers, rows, heads + 2]``.
 
     Exchanges the sums of weights once, or more often if memory doesn't allow that. Rows that aren't wanted get anything.
+    What is exchanged depends on what the host knows, so all ranks do it alike.
 
     Args:
         layers: of this rank; ``queries`` and caches have its heads alone.
@@ -828,40 +832,68 @@ def head_shares(
         padded: slots that count at least, with score 0 (D2); 0 for none.
         attended: int64 ``[rows]``, positions that a wanted row attends to in each of the layers, 0 for the others.
         total: their sum or more; the host has to know it.
+        longest: none of them is greater.
         ranks: that have the other heads.
         workspace: what steps of this size need; None to allocate it.
+        exchange: float32, of ``exchange_size`` elements for steps of this size; None to allocate it.
     """
     number, many, heads, _ = rows.shape
     device = rows.lengths.device
     shares = torch.empty(number, many, heads + 2, dtype=torch.float32, device=device)
     if not shares.numel():
         return shares
-    starts = attended.cumsum(0) - attended
-    together = layers_together(number, many, heads, total, ranks.size)
-    workspace = workspace or Workspace.for_steps(together, many, heads, rows.longest, device)
-    for first in range(0, number, together):
-        chunk = slice(first, first + together)
-        launches = _Launches(layers.part(chunk), rows.part(chunk), padded, workspace)
-        launches.attend()
-        sums = launches.sums(total, starts)
-        everything = ranks.all_gather(sums.flatten()).view(ranks.size, *sums.shape)
-        shares[chunk] = launches.shares(everything, starts)
+    if exchange is None:
+        exchange = torch.empty(exchange_size(number, many, longest, ranks.size), dtype=torch.float32, device=device)
+    layers_at_once, rows_at_once = exchanged_together(number, many, heads, total, longest, ranks.size, exchange.numel())
+    workspace = workspace or Workspace.for_steps(layers_at_once, rows_at_once, heads, rows.longest, device)
+    for first_row in range(0, many, rows_at_once):
+        chosen = slice(first_row, first_row + rows_at_once)
+        here = attended[chosen]
+        starts = here.cumsum(0) - here
+        positions = min(total, len(here) * longest)
+        for first in range(0, number, layers_at_once):
+            chunk = slice(first, min(first + layers_at_once, number))
+            launches = _Launches(layers.part(chunk), rows.part(chunk, chosen), padded, workspace)
+            launches.attend()
+            shape = (ranks.size, chunk.stop - chunk.start, positions + len(here))
+            everything = exchange[: math.prod(shape)].view(shape)
+            launches.sums(everything[ranks.rank], starts)
+            ranks.complete(everything.flatten(1))
+            shares[chunk, chosen] = launches.shares(everything, starts)
     return shares
 
 
-def layers_together(layers: int, rows: int, heads: int, total: int, ranks: int) -> int:
-    """Layers of one exchange of sums: all, unless memory for what is received or kept doesn't allow that.
+def exchange_size(layers: int, rows: int, longest: int, ranks: int) -> int:
+    """float32 elements that exchanges of steps of at most this size fill: ``EXCHANGE`` at most, unless one row needs more.
+
+    Args:
+        layers: of a step.
+        rows: of a step.
+        longest: positions that a row attends to.
+        ranks: how many.
+    """
+    of_a_row = ranks * (longest + 1)
+    return min(layers * rows * of_a_row, max(EXCHANGE, of_a_row))
+
+
+def exchanged_together(layers: int, rows: int, heads: int, total: int, longest: int, ranks: int, room: int) -> tuple[int, int]:
+    """Layers and rows of one exchange of sums: all, unless memory for what is exchanged or kept doesn't allow that.
 
     Args:
         layers: of a step.
         rows: of a step.
         heads: of this rank.
         total: positions that the rows attend to.
+        longest: that a row attends to.
         ranks: how many.
+        room: for what all ranks send, in float32 elements.
     """
+    if ranks * (total + rows) > room:
+        # The host knows no more of some of the rows than that none is longer.
+        return 1, max(1, min(rows, room // (ranks * (longest + 1))))
     shared = sum(_sizes(0, 0, heads, SPLITS).values())
     per_layer = sum(_sizes(1, rows, heads, SPLITS).values()) - shared
-    return max(1, min(layers, _EXCHANGE // (ranks * (total + rows)), (WORKSPACE - shared) // per_layer))
+    return max(1, min(layers, room // (ranks * (total + rows)), (WORKSPACE - shared) // per_layer)), rows
 
 
 class _Launches:
@@ -989,12 +1021,10 @@ class _Launches:
         )
         return results
 
-    def sums(self, total: int, starts: Tensor) -> Tensor:
-        """Sums over this rank's heads ``[layers, total + rows]``: of the weights at each position, then of padded slots."""
-        sums = torch.empty(self._number, total + self._many, dtype=torch.float32, device=self._found.device)
+    def sums(self, sums: Tensor, starts: Tensor) -> None:
+        """Fill ``[layers, total + rows]`` with sums over this rank's heads: of weights by position, then of padded slots."""
         self.deviate(sums, starts, -1)
-        sums[:, total:] = self._padding()[1].sum(dim=-1).view(self._number, self._many)
-        return sums
+        sums[:, -self._many :] = self._padding()[1].sum(dim=-1).view(self._number, self._many)
 
     def shares(self, sums: Tensor, starts: Tensor) -> Tensor:
         """This rank's shares ``[layers, rows, heads + 2]``, by the sums of all, ``[ranks, layers, total + rows]``."""

@@ -51,6 +51,7 @@ CHECKS = (
     "the_sampler_decides_and_writes_by_them",
     "samplers_without_a_rule_write_by_them",
     "decisions_equal_those_of_pytorch",
+    "decisions_of_several_samplers",
     "a_step_takes_few_launches",
 )
 

@@ -53,10 +53,12 @@ class Backend:
 
     Attributes:
         name: by which a sampler chooses among implementations of its own rule.
+        decides: is there a kernel for decisions, ``rows/decision.py``?
         asks_device: may the host look at values of the device, since that costs nothing?
     """
 
     name = "torch"
+    decides = False
 
     def __init__(self, device: torch.device | str) -> None:
         self.asks_device = torch.device(device).type == "cpu"
@@ -147,6 +149,7 @@ class TritonBackend(Backend):
     """Kernels for float32 on a GPU."""
 
     name = "triton"
+    decides = True
 
     def statistics(self, logits: Tensor) -> LogitsMetrics:
         """As :meth:`Backend.statistics`."""

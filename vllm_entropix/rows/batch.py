@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,11 +18,13 @@ from vllm_entropix.records.fields import names
 from vllm_entropix.rows.forcing import Clarification
 from vllm_entropix.rows.rows import Decisions, Measure, Rows
 from vllm_entropix.rows.table import Sequence, SequenceTable
-from vllm_entropix.samplers.base import KernelRule, RowView
+from vllm_entropix.samplers.base import RowView
 from vllm_entropix.samplers.registry import instances
 
 if TYPE_CHECKING:
+    from vllm_entropix.rows.decision import RuledRows
     from vllm_entropix.samplers.entropix.settings import EntropixConfig
+    from vllm_entropix.settings.rules import Fidelity
 
 # A bool mask [rows] of those whose attention is wanted → their statistics, or None if there are none to be had.
 Attention = Callable[[Tensor], AttentionStatistics | None]
@@ -118,11 +121,8 @@ class BatchSampler:
         # A row that is neither drawn nor traced needs no plan, whichever sampler its slot has.
         concerned = table.sampled[rows.host_slots] | table.traced[rows.host_slots]
         present = table.samplers_of(rows.host_slots[concerned])
-        rule = self.samplers[present[0]].kernel_rule(backend.name) if len(present) == 1 else None
-        if rule is None:
-            decided = self._decide(backend, present, logits, statistics, rows, measure, tracing)
-        else:
-            decided = self._decide_by_kernel(rule, present[0], logits, statistics, rows, measure, tracing)
+        decide = self._decide_by_kernel if backend.decides else self._decide
+        decided = decide(backend, present, logits, statistics, rows, measure, tracing)
         alternatives = self._alternatives(backend, logits, statistics) if tracing else None
         bounds = (int(of[rows.host_slots].max()) for of in (table.most_candidates, table.most_drawn))
         most_candidates, most_drawn = bounds
@@ -145,27 +145,60 @@ class BatchSampler:
 
     def _decide_by_kernel(
         self,
-        rule: KernelRule,
-        name: str,
+        backend: Backend,
+        present: list[str],
         logits: Tensor,
         statistics: LogitsMetrics,
         rows: Rows,
         measure: Measure | None,
         tracing: bool,
     ) -> Decisions:
-        """What :meth:`_decide` does of rows of one sampler, whose rule a kernel follows."""
+        """What :meth:`_decide` does, in a kernel: it follows one sampler's rule, and reads the plans of those without one."""
         from vllm_entropix.rows.decision import decide, rows_that_want_attention
 
-        table, fields = self.sequences, self.samplers[name].fields
-        attention = None
-        if measure is not None:
-            attention = measure(rows, rows_that_want_attention(rule, name, table, rows, statistics))
-        first_field = fields[0].name if fields else None
-        return decide(
-            *(rule, name, first_field, table, rows, logits, statistics, attention, self.clarification),
-            traced=tracing,
-            counted=self.counted,
+        table = self.sequences
+        ruled = next(filter(None, (self._ruled(backend, name) for name in present)), None)
+        others = [name for name in present if ruled is None or name != ruled.name]
+        measured = None
+        if ruled is not None and measure is not None:
+            measured = measure(rows, rows_that_want_attention(ruled.rule, ruled.name, table, rows, statistics))
+        plan: Plan | None = None
+        plans: list[tuple[Tensor, Plan]] = []
+        if others:
+            attention, alone = self._attention(rows, measure), len(present) == 1
+            plans = self._plans(backend, others, logits, statistics, rows, attention, alone)
+            plan = _mixed(plans, alone)
+            if plan.attention is not None:
+                # What another sampler's plan looked at.
+                theirs = torch.stack([mine for mine, one in plans if one.attention is not None]).any(dim=0)
+                measured = plan.attention if measured is None else measured.overlaid(theirs, plan.attention)
+            elif ruled is None and tracing:
+                measured = attention(torch.zeros_like(rows.valid))
+        decided = decide(
+            *(ruled, plan, table, rows, logits, statistics, measured, self.clarification), traced=tracing, counted=self.counted
         )
+        orders = [(mine, one.order) for mine, one in plans]
+        if ruled is not None and plans:
+            orders.append((table.device_sampler[rows.slots] == table.number[ruled.name], ruled.rule.order))
+        (sampled,) = decided.written.values()
+        return replace(decided, written=_by_order(sampled, orders)) if len(orders) > 1 else decided
+
+    def _ruled(self, backend: Backend, name: str) -> RuledRows | None:
+        """The rows of a sampler, if it has a rule for this backend's kernel."""
+        from vllm_entropix.rows.decision import RuledRows
+
+        rule, fields = self.samplers[name].kernel_rule(backend.name), self.samplers[name].fields
+        return None if rule is None else RuledRows(rule, name, fields[0].name if fields else None)
+
+    def _attention(self, rows: Rows, measure: Measure | None) -> Attention:
+        """What plans ask for attention: of drawn rows that they want, and of all traced ones."""
+        sampled = self.sequences.device_sampled[rows.slots]
+        traced = self.sequences.device_traced[rows.slots]
+
+        def attention(wanted: Tensor) -> AttentionStatistics | None:
+            return None if measure is None else measure(rows, rows.valid & (traced | (sampled & wanted)))
+
+        return attention
 
     def _decide(
         self,
@@ -180,23 +213,14 @@ class BatchSampler:
         table = self.sequences
         sampled = table.device_sampled[rows.slots]
         traced = table.device_traced[rows.slots]
-
-        def attention(wanted: Tensor) -> AttentionStatistics | None:
-            return None if measure is None else measure(rows, rows.valid & (traced | (sampled & wanted)))
-
-        plans = self._plans(backend, present, logits, statistics, rows, attention)
-        plan = _mixed(plans)
+        attention, alone = self._attention(rows, measure), len(present) == 1
+        plans = self._plans(backend, present, logits, statistics, rows, attention, alone)
+        plan = _mixed(plans, alone)
         measured = plan.attention
         if measured is None and tracing:
             measured = attention(torch.zeros_like(traced))
         forced = self._force(logits, rows, plan, statistics, sampled)
-        written = {plan.order: sampled}
-        if len({one.order for _, one in plans}) > 1:
-            # Rows of another order get theirs in another call.
-            written = {
-                order: sampled & torch.stack([mine for mine, one in plans if one.order == order]).any(dim=0)
-                for order in sorted({one.order for _, one in plans})
-            }
+        written = _by_order(sampled, [(mine, one.order) for mine, one in plans])
         records = None
         if tracing or self.counted:
             told = (traced | sampled) if self.counted else traced
@@ -212,17 +236,19 @@ class BatchSampler:
         statistics: LogitsMetrics,
         rows: Rows,
         attention: Attention,
+        alone: bool,
     ) -> list[tuple[Tensor, Plan]]:
-        """(bool ``[rows]``: its rows, plan) of each sampler that is ``present`` in the batch.
+        """(bool ``[rows]``: its rows, plan) of each sampler that is ``present`` in the batch; ``alone``: there is no other.
 
         Each plan covers all rows, since which rows are whose is known on the device only.
         """
         table, plans = self.sequences, []
+        base = cache(partial(table.base_of_rows, rows.slots))
         for name in present:
-            mine = rows.valid if len(present) == 1 else table.device_sampler[rows.slots] == table.number[name]
-            measure = attention if len(present) == 1 else partial(_of_mine, attention, mine)
+            mine = rows.valid if alone else table.device_sampler[rows.slots] == table.number[name]
+            measure = attention if alone else partial(_of_mine, attention, mine)
             settings = table.of_rows(name, rows.slots)
-            view = RowView(logits, statistics, settings, backend, partial(table.base_of_rows, rows.slots), measure)
+            view = RowView(logits, statistics, settings, backend, base, measure)
             plans.append((mine, self.samplers[name].plan(view)))
         return plans
 
@@ -259,10 +285,23 @@ def _of_mine(attention: Attention, mine: Tensor, wanted: Tensor) -> AttentionSta
     return attention(wanted & mine)
 
 
-def _mixed(plans: list[tuple[Tensor, Plan]]) -> Plan:
-    """One plan, with what each row's own sampler plans."""
+def _by_order(sampled: Tensor, orders: list[tuple[Tensor, Fidelity]]) -> dict[Fidelity, Tensor]:
+    """The sampled rows by the order of their filters: those of another order are written by another call.
+
+    Args:
+        sampled: bool ``[rows]``.
+        orders: bool ``[rows]``, rows of a sampler, and its order.
+    """
+    found = sorted({order for _, order in orders})
+    if len(found) == 1:
+        return {found[0]: sampled}
+    return {one: sampled & torch.stack([mine for mine, order in orders if order == one]).any(dim=0) for one in found}
+
+
+def _mixed(plans: list[tuple[Tensor, Plan]], alone: bool) -> Plan:
+    """One plan, with what each row's own sampler plans; ``alone``: all rows are the first one's."""
     (_, first), *others = plans
-    if not others:
+    if alone:
         return first
     parameters, attention = first.parameters, first.attention
     for mine, plan in others:

@@ -1,7 +1,8 @@
 """A step's decisions on a GPU in one kernel: each row's plan, the token forced at it, and its record.
 
-What the kernel computes stands in PyTorch in ``batch``, ``forcing`` and ``state``. The plan is the sampler's, whose rule for
-kernels (:class:`~vllm_entropix.samplers.base.KernelRule`) is a function that the kernel calls. A block of rows takes a warp.
+What the kernel computes stands in PyTorch in ``batch``, ``forcing`` and ``state``. A plan is the sampler's: its rule for
+kernels (:class:`~vllm_entropix.samplers.base.KernelRule`) is a function that the kernel calls; without one the kernel reads the
+plan that the sampler has made in PyTorch. Rows of both kinds may stand in one batch. A block of rows takes a warp.
 """
 
 # Triton's compiler looks at a kernel's annotations, and knows none of Python's.
@@ -9,13 +10,15 @@ kernels (:class:`~vllm_entropix.samplers.base.KernelRule`) is a function that th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vllm_entropix.distribution.attention import AttentionStatistics
-from vllm_entropix.distribution.plan import Parameters
+from vllm_entropix.distribution.plan import Parameters, Plan
 from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.records.fields import COMMON, column, names
 from vllm_entropix.rows.forcing import EXCLUDED, INITIAL, Clarification
@@ -38,7 +41,10 @@ _FORCING_RULES = {None: 0, "cooldown": 1, "last-token": 2, "ever": 3}
 
 
 # Nothing is specialised: no size of a batch compiles a variant.
-_WANTED = ("slots", "valid", "sampled", "traced", "numbers", "width", "entropy", "varentropy", "wanted", "rows")
+_WANTED = (
+    *("slots", "valid", "sampled", "traced", "samplers", "number", "numbers", "width"),
+    *("entropy", "varentropy", "wanted", "rows"),
+)
 
 
 @triton.jit(do_not_specialize=_WANTED)
@@ -47,6 +53,8 @@ def _want_attention(
     valid,
     sampled,
     traced,
+    samplers,
+    number,
     numbers,
     width,
     entropy,
@@ -60,7 +68,7 @@ def _want_attention(
     row = tl.minimum(lane, rows - 1)
     slot = tl.load(slots + row)
     reads = READS(numbers + slot * width, tl.load(entropy + row), tl.load(varentropy + row))
-    drawn = (tl.load(sampled + slot) != 0) & reads
+    drawn = (tl.load(sampled + slot) != 0) & (tl.load(samplers + slot) == number) & reads
     wants = (tl.load(valid + row) != 0) & ((tl.load(traced + slot) != 0) | drawn)
     tl.store(wanted + row, wants, mask=lane < rows)
 
@@ -73,7 +81,8 @@ def _index_in_ring(position, length):
 
 _ARGUMENTS = (
     *("slots", "positions", "input_ids", "valid", "draft_index", "drafts", "rows", "draft_rows"),
-    *("sampled", "traced", "may_force", "prompt_length", "numbers", "width"),
+    *("sampled", "traced", "may_force", "prompt_length", "samplers", "number", "numbers", "width"),
+    *("given_temperature", "given_top_p", "given_top_k", "given_min_p", "given_samples", "asking"),
     *("logits", "row_stride", "entropy", "varentropy", "log_normaliser"),
     *("attention_entropy", "attention_varentropy", "agreement", "interaction", "measured"),
     *("ring_positions", "ring", "ring_length", "token_ids", "tokens", "cooldown", "most"),
@@ -95,8 +104,16 @@ def _decide(
     traced,
     may_force,
     prompt_length,
+    samplers,
+    number,
     numbers,
     width,
+    given_temperature,
+    given_top_p,
+    given_top_k,
+    given_min_p,
+    given_samples,
+    asking,
     logits,
     row_stride,
     entropy,
@@ -126,6 +143,7 @@ def _decide(
     own,
     tells,
     PLAN: tl.constexpr,  # noqa: N803
+    GIVEN: tl.constexpr,  # noqa: N803
     ATTENTION: tl.constexpr,  # noqa: N803
     MEASURED: tl.constexpr,  # noqa: N803
     FORCING: tl.constexpr,  # noqa: N803
@@ -165,13 +183,28 @@ def _decide(
         record = records + row * record_stride
         # Rows that nothing is told of have slot 0, and a record all the same.
         keeps = mine & (tells > 0)
-        settings = numbers + slot * width
-        t, p, k, m, n, asks = PLAN(settings, h, v, attended, ae, av, ag, strength, record + own, keeps)
+        by_rule = tl.full((BLOCK,), PLAN is not None, tl.int1)
+        if GIVEN:
+            t, p, m = tl.load(given_temperature + row), tl.load(given_top_p + row), tl.load(given_min_p + row)
+            k, n = tl.load(given_top_k + row), tl.load(given_samples + row)
+            asks = tl.load(asking + row) != 0
+        if PLAN is not None:
+            if GIVEN:
+                by_rule = tl.load(samplers + slot) == number
+            settings = numbers + slot * width
+            tr, pr, kr, mr, nr, ar = PLAN(settings, h, v, attended, ae, av, ag, strength, record + own, keeps & by_rule)
+            kr, nr = kr.to(tl.int64), nr.to(tl.int64)
+            if GIVEN:
+                t, p, m = tl.where(by_rule, tr, t), tl.where(by_rule, pr, p), tl.where(by_rule, mr, m)
+                k, n = tl.where(by_rule, kr, k), tl.where(by_rule, nr, n)
+                asks = (by_rule & ar) | ((by_rule == 0) & asks)
+            else:
+                t, p, k, m, n, asks = tr, pr, kr, mr, nr, ar
         tl.store(temperature + row, t, mask=mine)
         tl.store(top_p + row, p, mask=mine)
-        tl.store(top_k + row, k.to(tl.int64), mask=mine)
+        tl.store(top_k + row, k, mask=mine)
         tl.store(min_p + row, m, mask=mine)
-        tl.store(samples + row, n.to(tl.int64), mask=mine)
+        tl.store(samples + row, n, mask=mine)
         tl.store(written + row, drawn, mask=mine)
 
         token = tl.full((BLOCK,), -1, tl.int64)
@@ -235,13 +268,13 @@ def _decide(
         tl.store(record + _INTERACTION, tl.where(attended, strength, nan), mask=keeps)
         tl.store(record + _TEMPERATURE, tl.where(drawn, t, 0.0), mask=keeps)
         tl.store(record + _TOP_P, tl.where(drawn, p, 1.0), mask=keeps)
-        tl.store(record + _TOP_K, tl.where(drawn, k.to(tl.int64), 1).to(tl.float32), mask=keeps)
+        tl.store(record + _TOP_K, tl.where(drawn, k, 1).to(tl.float32), mask=keeps)
         tl.store(record + _MIN_P, tl.where(drawn, m, 0.0), mask=keeps)
         tl.store(record + _FORCED, (token >= 0).to(tl.float32), mask=keeps)
 
 
 def rows_that_want_attention(rule: KernelRule, name: str, table: SequenceTable, rows: Rows, metrics: LogitsMetrics) -> Tensor:
-    """bool ``[rows]``: rows whose plan reads attention, or which are traced.
+    """bool ``[rows]``: rows of a sampler whose plan reads attention, and all that are traced.
 
     Args:
         rule: of the sampler.
@@ -257,6 +290,8 @@ def rows_that_want_attention(rule: KernelRule, name: str, table: SequenceTable, 
         rows.valid,
         table.device_sampled,
         table.device_traced,
+        table.device_sampler,
+        table.number[name],
         numbers,
         numbers.stride(0),
         metrics.entropy,
@@ -270,10 +305,24 @@ def rows_that_want_attention(rule: KernelRule, name: str, table: SequenceTable, 
     return wanted
 
 
+@dataclass(frozen=True)
+class RuledRows:
+    """The rows of a sampler that has a rule for kernels.
+
+    Attributes:
+        rule: the sampler's.
+        name: the sampler's.
+        first_field: of its own fields in a record; None: it has none.
+    """
+
+    rule: KernelRule
+    name: str
+    first_field: str | None
+
+
 def decide(
-    rule: KernelRule,
-    name: str,
-    first_field: str | None,
+    ruled: RuledRows | None,
+    plan: Plan | None,
     table: SequenceTable,
     rows: Rows,
     logits: Tensor,
@@ -283,12 +332,11 @@ def decide(
     traced: bool,
     counted: bool,
 ) -> Decisions:
-    """Plan all rows, force tokens, and make records, in one launch.
+    """Plan rows that have a rule, force tokens, and make records, in one launch.
 
     Args:
-        rule: of the sampler.
-        name: the sampler's.
-        first_field: of its own fields in a record; None: it has none.
+        ruled: the rows that the kernel plans; None: there are none.
+        plan: of all other rows; None: there are none.
         table: of the sequences.
         rows: of the step; those of a sequence follow one another.
         logits: float32 ``[rows, vocab]``, masked.
@@ -306,11 +354,15 @@ def decide(
     tells = traced or counted
     # A field of another sampler is null; without one, the kernel writes all columns.
     records = torch.full((count if tells else 0, columns), torch.nan, dtype=torch.float32, device=device)
-    own = column(first_field) if first_field is not None else None
-    numbers = table.device_constants[name]
     ring = None if clarification is None else clarification.state
     # Where there is nothing to point to, the kernel looks at nothing.
     nothing = written
+    own = column(ruled.first_field) if ruled is not None and ruled.first_field is not None else None
+    numbers = None if ruled is None else table.device_constants[ruled.name]
+    given = None if plan is None else plan.parameters.packed()
+    asking = nothing
+    if plan is not None:
+        asking = torch.zeros_like(written) if plan.forces is None else plan.forces.contiguous()
     _decide[(triton.cdiv(count, _BLOCK),)](
         rows.slots,
         rows.positions,
@@ -324,8 +376,12 @@ def decide(
         table.device_traced,
         table.device_allow_clarification,
         table.device_prompt_length,
-        numbers,
-        numbers.stride(0),
+        table.device_sampler,
+        0 if ruled is None else table.number[ruled.name],
+        nothing if numbers is None else numbers,
+        0 if numbers is None else numbers.stride(0),
+        *((nothing,) * 5 if given is None else (given.temperature, given.top_p, given.top_k, given.min_p, given.samples)),
+        asking,
         logits,
         logits.stride(0),
         metrics.entropy,
@@ -360,7 +416,8 @@ def decide(
         columns,
         0 if own is None else 1 + own,
         2 if counted else int(traced),
-        PLAN=rule.plan,
+        PLAN=None if ruled is None else ruled.rule.plan,
+        GIVEN=plan is not None,
         ATTENTION=attention is not None,
         MEASURED=attention is not None and attention.measured is not None,
         FORCING=_FORCING_RULES[None if clarification is None else clarification.rule],
@@ -369,5 +426,12 @@ def decide(
         # As PyTorch computes: no product is added before it is rounded.
         enable_fp_fusion=False,
     )
+    if plan is not None and tells:
+        for field, values in plan.fields.items():
+            index = column(field)
+            if index is not None:
+                records[:, 1 + index] = values
     parameters = Parameters(temperature, top_p, top_k, min_p, samples)
-    return Decisions(parameters, forced, {rule.order: written}, records if tells else None)
+    planner = plan if ruled is None else ruled.rule
+    assert planner is not None
+    return Decisions(parameters, forced, {planner.order: written}, records if tells else None)

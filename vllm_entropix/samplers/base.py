@@ -72,6 +72,8 @@ class RowView:
 class KernelRule:
     """A plan as functions that Triton compiles into the step's decision kernel, ``rows/decision.py``: see entropix's.
 
+    It pays for a plan of many operations. Of samplers without one the kernel reads what :meth:`Sampler.plan` made.
+
     Attributes:
         reads_attention: pointers to the rows' numbers, entropy, varentropy → the rows whose plan reads attention.
         plan: the same, which rows' attention was measured, its four numbers, pointers to the sampler's own fields in the rows'
@@ -121,7 +123,7 @@ class Sampler(ABC):
         """What is done with each row. Rows must not influence one another."""
 
     def kernel_rule(self, backend: str) -> KernelRule | None:
-        """What :meth:`plan` does, for the decision kernel of a backend of this name; None: there is no such rule."""
+        """What :meth:`plan` does, for the decision kernel of a backend of this name; None: the kernel reads its result."""
         return None
 
     def numbers(self) -> list[tuple[str, float]]:

@@ -75,3 +75,21 @@ def _require() -> None:
             __import__(package)
         except ImportError:
             raise ConfigError(f"bench needs the package {package}; pip install vllm-entropix[bench]") from None
+
+
+@bench.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder that a study wrote.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report; default: the results'.")] = None,
+) -> None:
+    """Show what a study found so far: an HTML page, tables in Markdown, and every figure in JSON."""
+    _require()
+    from vllm_entropix.bench.report import findings, write
+    from vllm_entropix.bench.summary import summarise
+
+    with Console(stderr=True).status("Computing intervals ..."):
+        summary = summarise(results)
+        written = write(summary, output or results)
+    for sentence in findings(summary):
+        typer.echo(sentence)
+    typer.echo(f"wrote {', '.join(map(str, written))}")

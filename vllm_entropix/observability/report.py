@@ -8,14 +8,12 @@ nothing else runs and nothing is fetched.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
@@ -25,18 +23,15 @@ from pydantic import BaseModel
 
 from vllm_entropix._version import __version__
 from vllm_entropix.observability.overview import Overview, answer_start, interest, kind_of, sequence_title
+from vllm_entropix.observability.page import json_for_script, plotly_script, script_hash, template
 from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.records.fields import Field, metrics, parameters
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.regimes import Regime
 from vllm_entropix.settings.errors import ConfigError
 
-# The charts are plotly.js's smallest bundle: the one that Python's plotly brings takes a browser a second longer to start.
-TEMPLATES = ("report.html.j2", "report.css", "report.js", "plotly/plotly-basic.min.js")
+TEMPLATES = ("report.html.j2", "report.css", "report.js")
 SNIPPET_CHARACTERS = 90
-# Browsers compile a function when it is first called, and the charts call most of theirs at once. Chromium takes this comment
-# as advice to compile all of them together, which takes less time; to others it is a comment.
-COMPILE_ALL = "//# allFunctionsCalledOnLoad\n"
 # Significant digits: of metrics and parameters (at most 4 fit a column), and of the probabilities of alternatives.
 DIGITS = 4
 PROBABILITY_DIGITS = 3
@@ -207,16 +202,6 @@ def _json(data: Any) -> bytes:
     return json.dumps(data, separators=(",", ":")).encode()
 
 
-def _json_for_script(data: Any) -> str:
-    """JSON that can stand in a ``script`` element: nothing in it can end the element or begin a comment."""
-    text = json.dumps(data, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _script_hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
 def _described(fields: Iterable[Field]) -> list[dict[str, str]]:
     return [{"field": field.name, "name": field.label, "unit": field.unit, "description": field.described} for field in fields]
 
@@ -261,20 +246,19 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
         "histograms": payload.overview.histograms(),
         "uncertain": payload.overview.uncertain(),
     }
-    templates = files("vllm_entropix.observability") / "templates"
-    page, style, script, plotly = ((templates / name).read_text(encoding="utf-8") for name in TEMPLATES)
-    plotly = COMPILE_ALL + plotly
+    page, style, script = map(template, TEMPLATES)
+    plotly = plotly_script()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     # Markup is what is ours: style and scripts from this package and from plotly, and JSON that is escaped above.
     return environment.from_string(page).render(
         title=title,
         version=__version__,
         regimes=data["regimes"],
-        script_hashes=" ".join((_script_hash(plotly), _script_hash(script))),
+        script_hashes=" ".join((script_hash(plotly), script_hash(script))),
         style=Markup(style),
         # Base64 has nothing to escape.
         packed=Markup(rest),
-        data=Markup(_json_for_script(data)),
+        data=Markup(json_for_script(data)),
         plotly=Markup(plotly),
         script=Markup(script),
     )

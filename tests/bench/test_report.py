@@ -1,0 +1,150 @@
+"""The report of a study: figures worked by hand, the page in a real browser, texts that are no markup."""
+
+import json
+import math
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.support.browser import chromium, opened
+from vllm_entropix.bench.answers import Answer, Store
+from vllm_entropix.bench.report import FIGURES, PAGE, TABLES
+from vllm_entropix.bench.study import Study
+from vllm_entropix.bench.summary import summarise
+from vllm_entropix.cli.main import app
+from vllm_entropix.settings.errors import ConfigError
+
+NAME = "A <script>alert(1)</script> & study"
+
+
+def study():
+    return Study.model_validate(
+        {
+            "name": NAME,
+            "resamples": 400,
+            "configurations": 2,
+            "models": {"m": {"endpoint": "http://127.0.0.1:1/v1"}},
+            "tasks": {
+                "sums": {"kind": "arithmetic", "tuning": 2, "test": 20},
+                "capitals": {"kind": "capitals", "tuning": 0, "test": 10},
+                "open": {"kind": "open_prompts", "tuning": 0, "test": 1},
+            },
+            "samplers": {
+                "greedy": {"fixed": {"temperature": 0}},
+                "warm": {"ranges": {"temperature": [0.5, 1]}},
+                "copy": {"fixed": {"temperature": 0.1}},
+            },
+        }
+    )
+
+
+def answer(sampler, task, item, draw, correct, text, phase="test", configuration=0, **more):
+    return Answer(
+        model="m", phase=phase, sampler=sampler, configuration=configuration, task=task, item=str(item), draw=draw, seed=0,
+        parameters={"temperature": 0.5}, text=text, finish_reason="length" if draw == 4 else "stop", tokens=10,
+        answer=None if correct is None else text, correct=correct, seconds=1.0, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Greedy: 10 of 20 sums, all capitals. warm: each sum right in 1 of 5 draws, the capitals in all. copy: greedy's texts."""
+    folder = tmp_path_factory.mktemp("results")
+    with Store(folder, study()) as store:
+        for configuration, right in enumerate([(False, False), (True, False)]):
+            for item, correct in enumerate(right):
+                store.add(answer("warm", "sums", item, 0, correct, "t", "tuning", configuration))
+        for item in range(20):
+            store.add(answer("greedy", "sums", item, 0, item < 10, f"greedy {item}"))
+            for draw in range(5):
+                signals = {"temperature_mean": 0.5, "share_lelv": 0.75, "share_argmax": 0.75}
+                text = "right" if draw == 0 else "wrong"
+                store.add(answer("warm", "sums", item, draw, draw == 0, text, signals=signals))
+                store.add(answer("copy", "sums", item, draw, item < 10, f"greedy {item}"))
+        for item in range(10):
+            store.add(answer("greedy", "capitals", item, 0, True, "Rome"))
+            for draw in range(5):
+                store.add(answer("warm", "capitals", item, draw, True, "Rome"))
+                store.add(answer("copy", "capitals", item, draw, True, "Rome"))
+        store.add(answer("greedy", "open", 0, 0, None, "a b c d"))
+        for draw in range(5):
+            store.add(answer("warm", "open", 0, draw, None, f"a b c {draw}"))
+            store.add(answer("copy", "open", 0, draw, None, "a b c d"))
+    return folder
+
+
+def test_figures_by_hand(results):
+    summary = summarise(results)
+    [model] = summary.models
+    greedy, warm, copy = model.arms
+    assert (greedy.accuracy.value, warm.accuracy.value, copy.accuracy.value) == pytest.approx((0.75, 0.6, 0.75))
+    assert warm.by_task["sums"].value == pytest.approx(0.2)
+    assert warm.by_task["sums"].low == pytest.approx(warm.by_task["sums"].high)  # each item has the same share
+    assert (warm.pass_at, greedy.pass_at) == (1.0, 0.75)
+    assert warm.majority == pytest.approx(0.5)  # four of five draws agree on what is wrong
+    assert warm.distinct == pytest.approx((2 + 1) / 2)
+    assert (warm.distinct_open, copy.distinct_open) == (1.0, 0.2)
+    assert math.isnan(greedy.distinct_open)
+    # "Rome" is greedy's answer: 50 of 155 draws.
+    assert warm.as_greedy == pytest.approx(50 / 155)
+    assert (copy.as_greedy, copy.imitates_greedy, warm.imitates_greedy, greedy.as_greedy) == (1.0, True, False, None)
+    assert warm.cut == pytest.approx(1 / 5)
+    assert model.too_hard == []
+
+
+def test_comparisons_by_hand(results):
+    warm, copy = summarise(results).comparisons
+    assert (warm.sampler, warm.against, copy.sampler) == ("warm", "greedy", "copy")
+    assert warm.difference.value == pytest.approx(-0.15)
+    assert warm.difference.low < -0.15 < warm.difference.high
+    # First draws of warm are all right; greedy is wrong on ten sums.
+    assert (warm.mcnemar.first, warm.mcnemar.second) == (10, 0)
+    assert warm.mcnemar.p == pytest.approx(2 / 2**10)
+    assert warm.holm == pytest.approx(2 * warm.p)
+    assert (copy.p, copy.holm, copy.difference.value) == (1.0, 1.0, 0.0)
+
+
+def test_tuning_by_hand(results):
+    [tuned] = summarise(results).models[0].tuned
+    assert tuned.accuracies == {0: 0.0, 1: 0.5}
+    assert tuned.best_of == [0.25, 0.5]
+
+
+def test_the_command_writes_page_tables_and_figures(results, tmp_path):
+    ended = CliRunner().invoke(app, ["bench", "report", str(results), "-o", str(tmp_path / "out")])
+    assert ended.exit_code == 0, ended.output
+    figures = json.loads((tmp_path / "out" / FIGURES).read_text())
+    assert figures["models"][0]["arms"][0]["distinct_open"] is None
+    assert figures["models"][0]["arms"][1]["accuracy"]["value"] == pytest.approx(0.6)
+    tables = (tmp_path / "out" / TABLES).read_text()
+    assert "| warm | 60.0 (60.0 to 60.0) | 20.0 (20.0 to 20.0) | 100.0" in tables
+    assert "More than nine in ten draws of copy are greedy's own" in tables
+
+
+def test_the_page_opens_in_a_browser(results, tmp_path):
+    CliRunner().invoke(app, ["bench", "report", str(results), "-o", str(tmp_path)])
+    with chromium() as browser, opened(browser, tmp_path / PAGE) as page:
+        assert page.title() == NAME
+        charts = page.locator(".chart")
+        assert charts.count() == page.locator(".chart .main-svg >> nth=0").count() + charts.count() - 1 >= 4
+        for index in range(charts.count()):
+            assert charts.nth(index).locator(".main-svg").count() >= 1
+            assert charts.nth(index).bounding_box()["height"] > 100
+        assert page.locator("table").count() >= 5
+        assert "warm" in page.locator(".chart").first.inner_text()
+
+
+def test_a_folder_without_results_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="give the folder that a study wrote"):
+        summarise(tmp_path)
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(ConfigError, match="isn't what a study wrote"):
+        summarise(tmp_path)
+
+
+def test_a_study_that_has_only_begun_is_shown(tmp_path):
+    with Store(tmp_path, study()) as store:
+        store.add(answer("warm", "sums", 0, 0, True, "t", "tuning", 0))
+    ended = CliRunner().invoke(app, ["bench", "report", str(tmp_path)])
+    assert ended.exit_code == 0, ended.output
+    assert (tmp_path / PAGE).exists()

@@ -1,12 +1,14 @@
 """The study file: what is drawn from it, and what is refused, in one sentence that names the key, the value and the way out."""
 
 import math
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from vllm_entropix.bench.study import Range, Study
+from vllm_entropix.bench.tasks import KINDS
 from vllm_entropix.settings.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,6 +171,13 @@ def test_what_is_wrong_is_one_sentence(tmp_path, before, after, told):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"can't read the study .*nothing.toml: No such file"):
         Study.load(tmp_path / "nothing.toml")
+
+
+def test_the_study_of_the_documentation_is_one():
+    page = (ROOT / "docs" / "testing-samplers.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert Study.model_validate(tomllib.loads(example)).parameters("min_p")
+    assert all(f"`{kind}`" in page for kind in KINDS)
 
 
 def test_the_evidence_study_keeps_its_protocol(monkeypatch, tmp_path):

@@ -1,6 +1,8 @@
 """Tasks: items that are the same every time, splits that share nothing, answers judged, and code that does harm."""
 
 import json
+import sys
+import types
 
 import pytest
 
@@ -85,6 +87,32 @@ def test_every_animal_and_country_is_asked_once():
     for kind, least in (("capitals", 90), ("animals", 150)):
         universe = task(kind).items(least, "seed")
         assert len({item.id for item in universe}) == least
+
+
+def test_families_of_reasoning_gym_judge_themselves(monkeypatch):
+    """The package isn't required: it brings matplotlib and a compiled solver. A family like its own stands in."""
+
+    class Family(list):
+        def score_answer(self, answer, entry):
+            return 1.0 if answer == entry["answer"] else 0.01
+
+    def create_dataset(name, size, seed, **parameters):
+        if name != "chain_sum":
+            raise ValueError(f"Dataset '{name}' not registered")
+        return Family({"question": f"{n} + {seed}", "answer": str(n + seed), "metadata": parameters} for n in range(size))
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create_dataset))
+    gym = task("reasoning_gym", family="chain_sum", parameters={"min_terms": 2})
+    items = gym.items(3, "seed")
+    assert items == gym.items(3, "seed")
+    assert items[0].expected["metadata"] == {"min_terms": 2}
+    assert gym.grade(items[1], f"So ...\nAnswer: {items[1].expected['answer']}.") == Graded(items[1].expected["answer"], True)
+    assert gym.grade(items[1], "Answer: none") == Graded("none", False)
+    with pytest.raises(ConfigError, match="can't make the family 'poetry': Dataset 'poetry' not registered"):
+        task("reasoning_gym", family="poetry").items(1, "seed")
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ConfigError, match="pip install reasoning-gym"):
+        gym.items(1, "seed")
 
 
 # --- functions --------------------------------------------------------------------------------------------------------

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 from vllm_entropix.bench.study import REQUEST_PARAMETERS, ModelSettings, Value
 from vllm_entropix.client import trace_of
 from vllm_entropix.records.schema import ChoiceTrace
+from vllm_entropix.samplers import registry
 from vllm_entropix.settings.errors import ConfigError, cut
 
 if TYPE_CHECKING:
     import openai
 
 _STANDARD = ("temperature", "top_p", "frequency_penalty", "presence_penalty")  # what the client's methods have arguments for
+_SCORES = "entropix_scores"
 START_SECONDS = 900
 _CONTINUED = "Question: {question}\nAnswer:"
 _NEXT = "\nQuestion:"
@@ -97,8 +99,7 @@ class Endpoint:
         }
         if self._settings.plugin:
             own = {name: value for name, value in parameters.items() if name not in REQUEST_PARAMETERS}
-            asked = {"entropix_scores": "on", **({"entropix_trace": "on"} if traced else {})}
-            body["vllm_xargs"] = {"samplers": sampler, **asked, **own}
+            body["vllm_xargs"] = {**_asked(sampler, traced), **own}
         arguments |= {"model": self._served, "max_tokens": tokens, "seed": seed, "extra_body": body}
         measured_by_logprobs = not self._settings.plugin
         with self._one_sentence():
@@ -142,6 +143,16 @@ class Endpoint:
             if "chat template" in told and self._settings.chat:
                 raise ConfigError(f"models.{self._name} has no chat template; set models.{self._name}.chat = false") from None
             raise ConfigError(f"models.{self._name}: {self._url} refuses with status {error.status_code}: {told}") from None
+
+
+def _asked(sampler: str, traced: bool) -> dict[str, str]:
+    """What a request tells a server with this plugin: which sampler, and what to measure."""
+    asked = {"samplers": sampler}
+    if _SCORES in registry.request_settings().names():
+        asked[_SCORES] = "on"
+    elif sampler == registry.VLLM:
+        return {"entropix": "off"}
+    return {**asked, **({"entropix_trace": "on"} if traced else {})}
 
 
 def _message(error: openai.APIStatusError) -> str:

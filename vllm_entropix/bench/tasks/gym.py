@@ -62,4 +62,4 @@ class Gym(Task[GymOptions]):
         try:
             return gym.create_dataset(self.options.family, **self.options.parameters, **arguments)
         except (ValueError, TypeError, AssertionError) as error:
-            raise ConfigError(f"reasoning-gym has no such family as {quoted(self.options.family)}: {cut(str(error))}") from None
+            raise ConfigError(f"reasoning-gym can't make the family {quoted(self.options.family)}: {cut(str(error))}") from None

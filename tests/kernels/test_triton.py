@@ -56,10 +56,10 @@ CHECKS = (
 )
 
 
-def result_of(module, runner):
+def result_of(module, runner, *arguments):
     """What a module beside this one prints in a process for this runner."""
     ended = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{module}"],
+        [sys.executable, "-m", f"tests.kernels.{module}", *map(str, arguments)],
         cwd=ROOT,
         env=runners.environment(runner),
         capture_output=True,

@@ -25,20 +25,19 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 _PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# What a block may use of an H100's shared memory.
-SHARED = 232448
+# What a block may use of the shared memory of an A100, an H100 and a B200.
+SHARED = {80: 166912, 90: 232448, 100: 232448}
 
 
 class _NoDevice:
     """A driver with a device of the wanted kind, that nothing is sent to."""
 
     launcher_cls = SimpleNamespace
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": SHARED, "multiprocessor_count": 132, "warpSize": 32}
-    )
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
+        properties = {"max_shared_mem": SHARED[capability], "multiprocessor_count": 132, "warpSize": 32}
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
 
     def get_current_device(self) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""What an observer allocates on a GPU, and the table of it in docs/performance.md."""
+"""What is allocated on a GPU, and the table of it in docs/performance.md."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,13 @@ import torch
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import AttentionObserver, observer
 from vllm_entropix.kernels.ranks import RankGroup
-from vllm_entropix.kernels.triton_ import attention_statistics
+from vllm_entropix.kernels.triton_ import attention_statistics, wide_filters
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 MEBIBYTE = 2**20
 # The shape of Llama-3.1-8B, at 256 rows.
 ROWS, LAYERS, HEADS, HEAD_DIM, LONGEST = 256, 32, 32, 128, 131072
+VOCABULARY = 128256
 
 
 def reserved(monkeypatch, layers, ranks=None):
@@ -76,3 +77,9 @@ def test_partial_sums_in_the_table():
     assert documented("in it, partial sums from 3841 positions on") == pytest.approx(
         4 * sum(sizes.values()) / MEBIBYTE, abs=0.05
     )
+
+
+def test_buffers_of_rows_without_a_top_k():
+    kept = wide_filters.buffers(ROWS, VOCABULARY, "meta")
+    size = sum(one.numel() * one.itemsize for one in kept)
+    assert documented("more of them for rows of a greater `top_k` or none") == pytest.approx(size / MEBIBYTE, abs=0.05)

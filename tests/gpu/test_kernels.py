@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 # What needs float8 on the GPU itself, or a sampler on the CPU, stands apart.
-NOT_HERE = {"attention_types", "the_sampler_decides_and_writes_by_them", "a_step_takes_few_launches"}
+NOT_HERE = {"attention_types", "the_sampler_decides_and_writes_by_them", "a_step_takes_few_launches", "rows_are_read_seldom"}
 
 
 def names():

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_entropix.kernels.triton_ import candidates, logits_metrics, wide_filters
+from vllm_entropix.kernels.triton_ import candidates, logits_metrics
 
 FLOATS, LONGS = "*fp32", "*i64"
 # Types of arguments by name, of all kernels; what isn't named here is float32 in memory, or a constant.
@@ -31,7 +31,6 @@ VARIANTS = (
     (logits_metrics._measure_tile, {"TILE": logits_metrics.TILE, "GROUP": 16, "tiles": 1}, {}, 8),
     (logits_metrics._merge_tiles, {"TILES": 1, "tiles": 1}, {}, 1),
     (candidates._distribute, {**ROW, **GROUPS, "CAPACITY": 256, "STEP": 32}, {"chosen": "*i32"}, 8),
-    (wide_filters._filter, ROW, {}, 8),
 )
 
 

@@ -21,7 +21,8 @@ from vllm_entropix.attention import AttentionObserver, LayerAttention, launches
 from vllm_entropix.attention import observer as observer_module
 from vllm_entropix.attention.paged_keys import PlainKeys
 from vllm_entropix.distribution import backend
-from vllm_entropix.distribution.backend import Backend, TritonBackend
+from vllm_entropix.distribution.backend import Backend, Draws, TritonBackend
+from vllm_entropix.distribution.plan import Parameters
 from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
@@ -287,5 +288,60 @@ def a_step_takes_few_launches():
             assert len(names) <= LAUNCHES, (case, names)
 
 
+class Reads:
+    """Counts how many numbers of a tensor the kernels load while it is open."""
+
+    def __init__(self, tensor):
+        self.begin, self.end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        self.count = 0
+
+    def __enter__(self):
+        load = interpreter.InterpreterBuilder.create_masked_load
+
+        def counted(builder, pointers, mask, *rest):
+            inside = (pointers.data >= self.begin) & (pointers.data < self.end) & mask.data
+            self.count += int(inside.sum())
+            return load(builder, pointers, mask, *rest)
+
+        self.patch = mock.patch.object(interpreter.InterpreterBuilder, "create_masked_load", counted)
+        self.patch.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.patch.__exit__(*error)
+
+
+def rows_are_read_seldom():
+    """What a row's kernels read of its logits, in whole rows, without the pass that measures it."""
+    vocabulary = 2 * 4096 + 5
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(3))
+    of_16_bits = (2 * logits).to(torch.bfloat16).float()
+    # Without a top_k: four at most, wherever its border is, also where it cuts through equal logits.
+    cases = [
+        *((row, vocabulary, top_p, min_p, 4) for row in (logits, of_16_bits) for top_p in (0.9, 0.1) for min_p in (0.0, 0.1)),
+        (torch.zeros_like(logits), vocabulary, 0.5, 0.0, 4),
+        (logits, vocabulary, 1.0, 0.0, 2),
+        (logits, vocabulary, 1.0, 0.1, 2),
+        (of_16_bits, 2000, 0.9, 0.0, 7),
+        (logits, 2000, 1.0, 0.0, 5),
+        # A few groups of tokens.
+        (logits, 27, 0.9, 0.03, 0.3),
+    ]
+    for row, top_k, top_p, min_p, most in cases:
+        row = row.clone()
+        given = [torch.tensor([value], dtype=torch.float32) for value in (0.8, top_p, min_p)]
+        parameters = Parameters(given[0], given[1], torch.tensor([top_k]), given[2], torch.tensor([1]))
+        kernels = TritonBackend("cpu")
+        statistics = kernels.statistics(row)
+        forced, written = torch.tensor([-1]), torch.tensor([True])
+        draws = Draws(
+            *(parameters, "corrected", forced, written, statistics.log_normaliser, top_k, 0), maxima=statistics.maxima
+        )
+        with Reads(row) as reads:
+            kernels.write(row, draws)
+        assert reads.count <= most * vocabulary, (top_k, top_p, min_p, reads.count / vocabulary)
+        assert reads.count > 0
+
+
 LAUNCHES = 40
-CHECKS = (decisions_equal_those_of_pytorch, decisions_of_several_samplers, a_step_takes_few_launches)
+CHECKS = (decisions_equal_those_of_pytorch, decisions_of_several_samplers, a_step_takes_few_launches, rows_are_read_seldom)

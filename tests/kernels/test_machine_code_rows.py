@@ -5,8 +5,8 @@ import pytest
 from tests.kernels.test_triton import result_of
 from tests.support.machine_code import SHARED
 
-READING_LOGITS = {"_measure_tile", "_distribute", "_filter"}
-KERNELS = {"_merge_tiles", "_want_attention", "_decide", *READING_LOGITS}
+READING_LOGITS = {"_measure_tile", "_distribute", "_begin", "_tally", "_count_values", "_write"}
+KERNELS = {"_merge_tiles", "_want_attention", "_decide", "_choose", "_choose_value", *READING_LOGITS}
 
 
 @pytest.fixture(scope="module")

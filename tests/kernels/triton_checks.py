@@ -145,10 +145,11 @@ def distributed(logits, parameters, forced=None, sampled=None, wide=False):
     sampled = torch.ones(rows, dtype=torch.bool) if sampled is None else sampled
     logits, p = logits.clone(), parameters
     largest = int(p.top_k.max()) if rows else 1
-    arguments = (p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, sampled, largest)
-    candidates.distribute(logits, *arguments, logits_metrics.logits_metrics(logits)[3])
+    _entropy, _varentropy, log_normaliser, maxima = logits_metrics.logits_metrics(logits)
+    candidates.distribute(logits, p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, sampled, largest, maxima)
     if wide:
-        wide_filters.filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, sampled)
+        of_rows = (p.temperature, p.top_p, p.top_k, p.min_p, forced, sampled, log_normaliser)
+        wide_filters.filter_wide_rows(logits, *of_rows, maxima)
     return logits
 
 
@@ -200,7 +201,7 @@ def ties_are_kept_by_lowest_id():
 
 
 def large_top_k():
-    # The larger buffer, and the border between it and the bisection.
+    # The larger buffer, up to where the search for a border begins.
     logits = mixed(5, 6000, 5)
     for top_k in (129, 1024):
         parameters = parameters_of(5, top_k=top_k)
@@ -228,6 +229,53 @@ def wide_ties():
         got, want = distributed(logits, parameters, wide=True), expected(logits, parameters)
         assert torch.equal(got > -torch.inf, want > 0)
         torch.testing.assert_close(got.exp().double(), want, rtol=1e-5, atol=1e-8)
+
+
+def wide_ties_over_tiles():
+    """Logits of 16 bits: every value many times, in all tiles; both signs of zero at the border."""
+    vocabulary = 2 * 4096 + 100
+    logits = (random(6, vocabulary, seed=12) * 2).to(torch.bfloat16).float()
+    logits[1] = 0.0
+    logits[2] = torch.where(logits[2] > 4, 4.0, logits[2].sign() * 0.0)
+    logits[3] = logits[3].sign()
+    logits[4, :5000] = -torch.inf
+    for top_k in (vocabulary, 3000):
+        # No sum of equal shares meets these.
+        for top_p in (1.0, 0.91307, 0.10073, 0.0):
+            parameters = parameters_of(6, top_k=top_k, top_p=top_p, min_p=0.0, samples=1)
+            got, want = distributed(logits, parameters, wide=True), expected(logits, parameters)
+            assert_same_distribution(got, want)
+            for row in range(6):
+                kept = got[row] > -torch.inf
+                # Of those equal to the smallest that stays, the first.
+                equal = logits[row] == logits[row][kept].min()
+                assert torch.equal(kept[equal].int(), kept[equal].int().sort(descending=True).values)
+
+
+def wide_filters_of_every_kind():
+    """Each filter alone and with the others, over several tiles, at temperatures that make one token or all of them likely."""
+    logits = mixed(8, 9001, 13)
+    for top_k in (9001, 2000):
+        for temperature in (0.01, 1.0, 50.0):
+            parameters = parameters_of(8, top_k=top_k, temperature=temperature, samples=1)
+            parameters = dataclasses.replace(
+                parameters,
+                top_p=torch.tensor([1.0, 0.9137, 0.3171, 1.0, 0.9137, 0.0, 0.99, 0.6]),
+                min_p=torch.tensor([0.0, 0.0, 0.0, 0.05, 0.05, 0.05, 0.0, 1e-4]),
+            )
+            assert_same_distribution(distributed(logits, parameters, wide=True), expected(logits, parameters))
+
+
+def wide_rows_do_not_depend_on_the_batch():
+    logits = mixed(9, 9001, 14)
+    logits[3] = logits[3].to(torch.bfloat16).float()
+    logits[5, 17] = torch.nan
+    parameters = parameters_of(9, top_k=9001, samples=1)
+    parameters.top_k[1::3] = 4000
+    together = distributed(logits, parameters, wide=True)
+    for order in (torch.randperm(9), torch.tensor([7]), torch.tensor([4, 3, 2])):
+        chosen = {field.name: getattr(parameters, field.name)[order] for field in dataclasses.fields(parameters)}
+        assert torch.equal(distributed(logits[order], Parameters(**chosen), wide=True), together[order])
 
 
 def narrow_and_wide_rows_together():
@@ -717,6 +765,9 @@ CHECKS = (
     large_top_k,
     wide_top_k,
     wide_ties,
+    wide_ties_over_tiles,
+    wide_filters_of_every_kind,
+    wide_rows_do_not_depend_on_the_batch,
     narrow_and_wide_rows_together,
     strange_rows,
     early_rows,

@@ -171,7 +171,8 @@ class TritonBackend(Backend):
         arguments = (p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, written, draws.most_candidates)
         distribute(logits, *arguments, draws.maxima)
         if draws.most_candidates > LIMIT:
-            filter_wide_rows(logits, p.temperature, p.top_p, p.top_k, p.min_p, forced, written)
+            of_rows = (p.temperature, p.top_p, p.top_k, p.min_p, forced, written, draws.log_normaliser)
+            filter_wide_rows(logits, *of_rows, draws.maxima)
 
 
 _BACKENDS: dict[str | None, type[Backend]] = {None: Backend, "numba": NumbaBackend, "triton": TritonBackend}

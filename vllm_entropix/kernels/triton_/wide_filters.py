@@ -435,7 +435,7 @@ def filter_wide_rows(
         for shift in _SHIFTS:
             _tally[grid](*line, *of_row, tallies, shift, by_mass, BLOCK=_BLOCK, BINS=_BINS, SCALE=scale, num_warps=_WARPS)
             _choose[(rows,)](
-                *(temperature, top_p, min_p, state, largest, tallies, shift, by_mass), BINS=_BINS, SCALE=scale, num_warps=8
+                *(temperature, top_p, min_p, state, largest, tallies, shift, by_mass), BINS=_BINS, SCALE=scale, num_warps=_WARPS
             )
         _count_values[grid](*line, *of_row, counts, by_mass, BLOCK=_BLOCK, VALUES=_VALUES, SCALE=scale, num_warps=_WARPS)
         _choose_value[(rows,)](

@@ -71,8 +71,11 @@ def codes(capability=90):
     found = {}
     for name, shape in SHAPES.items() if capability == 90 else [("llama", SHAPES["llama"])]:
         for ranks in (1, 8) if name == "llama" else (1,):
-            with compiling(capability) as launched, without_room(shape):
-                step(layers_of(1, 64, *shape), ranks)
+            with compiling(capability) as launched:
+                with without_room(shape):
+                    step(layers_of(1, 64, *shape), ranks)
+                if ranks == 1:
+                    step(layers_of(32, 64, *shape))  # programs that take whole rows
             for code in launched:
                 told = dataclasses.asdict(code) | {
                     "narrow_loads": code.narrow_loads,
@@ -91,7 +94,10 @@ def variants():
     with specialising() as found, mock.patch.object(attention_statistics, "WORKSPACE", 1 << 22):
         for layers in LAYERS:
             for size in SIZES if layers == 1 else SIZES[::3]:
-                step(layers_of(layers, size, 4, 2, 16, BFLOAT16, BFLOAT16, {}))
+                # As steps take rows, and none of them whole.
+                for fewest in (attention_statistics.FEWEST, attention_statistics.PROGRAMS + 1):
+                    with mock.patch.object(attention_statistics, "FEWEST", fewest):
+                        step(layers_of(layers, size, 4, 2, 16, BFLOAT16, BFLOAT16, {}))
     return {name: len(of_kernel) for name, of_kernel in found.items()}
 
 

@@ -7,9 +7,15 @@ import pytest
 
 from tests.kernels.test_triton import result_of
 from tests.support.machine_code import SHARED
-from vllm_entropix.kernels.triton_.attention_statistics import PROGRAMS, WORKSPACE, rows_together, workspace_size
+from vllm_entropix.kernels.triton_.attention_statistics import (
+    PROGRAMS,
+    WORKSPACE,
+    programs_for_whole_rows,
+    rows_together,
+    workspace_size,
+)
 
-READING_KEYS = ("_attend", "_deviate_again")
+READING_KEYS = ("_attend", "_deviate_again", "_measure_whole")
 KERNELS = {"_plan", "_merge_splits", "_deviate", "_finish", *READING_KEYS}
 
 
@@ -49,8 +55,8 @@ def test_registers_and_shared_memory(of_gpu):
 
 def test_keys_are_read_sixteen_bytes_at_a_time(of_gpu):
     for what, code in of_gpu[1].items():
-        if code["name"] != "_plan":  # which reads a flag of each row
-            assert not code["narrow_loads"], what
+        # These two read a flag of each row.
+        assert len(code["narrow_loads"]) <= {"_plan": 8, "_measure_whole": 1}.get(code["name"], 0), what
         if code["name"] in READING_KEYS:
             assert code["wide_copies"] > 0, what
 
@@ -62,19 +68,22 @@ def test_keys_of_a_tile_are_copied_by_all_threads(codes):
     assert attend["registers"] <= 128
 
 
-def test_rows_without_room_are_added_up_in_the_same_order(codes):
+def test_rows_are_added_up_in_the_same_order_by_all_kernels(codes):
     # The same numbers, laid out over the same threads: so the same bits, whether scores were kept or computed again.
     for what, again in codes.items():
         if again["name"] == "_deviate_again":
             [layout] = codes[what.replace("_deviate_again", "_deviate")]["layouts"]
             assert layout in again["layouts"], what
+        if again["name"] == "_measure_whole":
+            for name in ("_attend", "_merge_splits", "_deviate"):
+                assert set(codes[what.replace("_measure_whole", name)]["layouts"]) <= set(again["layouts"]), (what, name)
 
 
 def test_the_page_says_what_the_machine_code_says(codes):
     page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
-    for name in ("_attend", "_deviate", "_deviate_again"):
+    for name in ("_attend", "_deviate", "_deviate_again", "_measure_whole"):
         code = codes[f"llama, 1 ranks: {name}"]
-        [numbers] = re.findall(rf"^\| `{name}` \| (.+) \|$", page, re.M)
+        [numbers] = re.findall(rf"^\| `{name}`[^|]* \| (.+) \|$", page, re.M)
         said = [int(number.replace(",", "")) for number in numbers.split(" | ")]
         assert said == [code["warps"], code["registers"], code["shared"], code["longest_loop"]], name
 
@@ -87,3 +96,10 @@ def test_all_layers_are_one_launch():
     # The scores of 64 contexts of 8192 positions find room.
     assert workspace_size(1, 64, 32, 8192) < WORKSPACE
     assert PROGRAMS == 3 * 132
+
+
+def test_who_takes_whole_rows():
+    # All layers of a whole batch; of long contexts scores of too few rows find room.
+    for rows, longest, programs in ((256, 1024, 396), (64, 1024, 396), (256, 4096, 210), (256, 8192, 0), (16, 1024, 0)):
+        assert programs_for_whole_rows(32, rows, 32, longest, WORKSPACE) == programs, (rows, longest)
+    assert not programs_for_whole_rows(1, 256, 32, 8192, WORKSPACE)

@@ -42,6 +42,7 @@ CHECKS = (
     "attention_padding",
     "attention_rows_that_are_not_wanted",
     "attention_without_room_in_the_scratch",
+    "attention_of_whole_rows",
     "attention_rows_do_not_depend_on_the_batch",
     "attention_of_strange_keys",
     "a_layer_is_measured_by_them",

@@ -520,6 +520,38 @@ def attention_without_room_in_the_scratch():
             assert torch.equal(without, with_room)
 
 
+def attention_of_whole_rows():
+    slopes, sinks = torch.tensor([0.5, 0.25, 0.1, 0.0]), torch.tensor([1.0, -2.0, 0.0, 5.0])
+    original = EntropixConfig.preset("jax-2024-10", fidelity="original")
+    for programs, case in (
+        # One begins when another has ended, so the first takes all rows.
+        (3, {"lengths": (130, 5, 1, 600)}),
+        (1, {"lengths": (4200, 70, 300), "heads": 2, "kv_heads": 1, "size": 64, "layers": 1}),
+        (1, {"lengths": (65, 3, 200), "windows": (64, None), "dtype": torch.bfloat16, "tolerance": 1e-4}),
+        (1, {"lengths": (130, 5, 300), "heads": 6, "wanted": [True, False, True]}),
+        (1, {"lengths": (65, 3, 200), "softcap": 20.0, "alibi_slopes": slopes, "sinks": sinks, "config": original}),
+    ):
+        *arguments, config, shared = attention_case(**case)
+        layers, _requests, lengths = arguments
+        wanted = torch.tensor(case.get("wanted", [True] * len(lengths)))
+        number, heads = len(layers), layers[0].queries.shape[1]
+        block_table = layers[0].block_table
+        longest = block_table.shape[1] * case.get("size", 16)
+        with (
+            mock.patch.object(attention_statistics, "PROGRAMS", programs),
+            mock.patch.object(attention_statistics, "FEWEST", programs),
+            mock.patch.object(attention_statistics, "ROWS_EACH", 1),
+        ):
+            sizes = attention_statistics._sizes(number, len(lengths), heads, attention_statistics.splits_of(longest))
+            size = sum(sizes.values()) + (programs + 1) * heads * (longest + attention_statistics.TILE)
+            with (
+                mock.patch.object(attention_statistics, "WORKSPACE", size),
+                mock.patch.object(attention_statistics._Launches, "attend", side_effect=AssertionError("they are shared")),
+            ):
+                whole = by_kernels(*arguments, wanted, config)
+        assert torch.equal(whole.nan_to_num(7.0), shared.nan_to_num(7.0)), case
+
+
 def attention_rows_do_not_depend_on_the_batch():
     for dtype in (torch.float32, torch.bfloat16):
         layers, requests, lengths, config, together = attention_case(dtype=dtype, lengths=(130, 1, 64), tolerance=1e-4)
@@ -783,6 +815,7 @@ CHECKS = (
     attention_padding,
     attention_rows_that_are_not_wanted,
     attention_without_room_in_the_scratch,
+    attention_of_whole_rows,
     attention_rows_do_not_depend_on_the_batch,
     attention_of_strange_keys,
     a_layer_is_measured_by_them,

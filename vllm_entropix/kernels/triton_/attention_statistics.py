@@ -9,8 +9,11 @@ Five kernels, one launch of each for all layers that share a type and strides, h
    ``_deviate_again`` does so for rows without room, whose keys it reads a second time.
 5. ``_finish`` makes the four statistics.
 
-A context is cut into shares whose borders depend on the row alone, and rows without room have the same scores reduced by the
-same code, so a row's bits are the same in any batch.
+Where there are far more rows than find room, ``_measure_whole`` stands in for all but the last of them: a program takes one row
+of a layer after the other, all heads and shares of it, and needs room for one. So no key is read twice.
+
+A context is cut into shares whose borders depend on the row alone, and whichever program takes them, the same scores are
+reduced by the same code, so a row's bits are the same in any batch.
 
 Where heads are split over tensor-parallel ranks, the ranks exchange the sums of their heads' weights between the two passes,
 and what comes out is each rank's share of the statistics (``attention.ranks``).
@@ -36,8 +39,11 @@ TILE = 64
 # Shares that a context is cut into at most, and tiles of a share at least.
 SPLITS = 16
 LEAST = 4
-# Programs that share the work on rows without room: three for each multiprocessor of an H100.
+# Programs that share the work on rows without room: three for each multiprocessor of an H100. Of those that take whole rows,
+# one for each will do, as keys would be read twice otherwise; but each has to have rows to take, or many wait in the end.
 PROGRAMS = 396
+FEWEST = PROGRAMS // 3
+ROWS_EACH = 4
 _PLANNED = tl.constexpr(1024)  # rows that are given room at a time
 _LN2 = tl.constexpr(0.6931471805599453)
 # All that the kernels keep between them, in float32 elements: 112 MiB. What isn't partial sums is room for scores.
@@ -266,6 +272,111 @@ def _scores_of_tile(
     return scores
 
 
+@triton.jit
+def _attend_to_share(
+    queries,
+    addresses,
+    tables,
+    table_stride,
+    requests,
+    query_rows,
+    lengths,
+    factors,
+    scales,
+    slopes,
+    layers,
+    splits,
+    stride_block,
+    stride_head,
+    stride_position,
+    stride_dim,
+    layer,
+    row,
+    kv_head,
+    split,
+    kept,
+    keeps,
+    partial,
+    HEADS: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr,  # noqa: N803
+    DIMS: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    QUERY: tl.constexpr,  # noqa: N803
+    ELEMENT: tl.constexpr,  # noqa: N803
+    SOFTCAP: tl.constexpr,  # noqa: N803
+    ALIBI: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+    SPLITS: tl.constexpr,  # noqa: N803
+    LEAST: tl.constexpr,  # noqa: N803
+):
+    """Scores of one share, key head and row of a layer, to where the row keeps them, if it does. And per query head their
+    maximum, and relative to it the normaliser and the sum of score times weight; the sum of absolute scores."""
+    length, begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
+    start = first + split * share
+    query_row = tl.load(query_rows + row)
+    query = _query_of(queries, layer, query_row, kv_head, HEADS, GROUP, ROWS, HEAD_DIM, DIMS, QUERY)
+    cache = tl.multiple_of(tl.cast(tl.load(addresses + layer), tl.pointer_type(ELEMENT)), 16)
+    table = tl.cast(tl.load(tables + layer), tl.pointer_type(tl.int32)) + tl.load(requests + row) * table_stride
+    scale = tl.load(scales + layer * (HEADS // GROUP) + kv_head)
+    cap = tl.load(factors + layer)
+    member = tl.arange(0, ROWS)
+    head = kv_head * GROUP + member
+    grouped = member < GROUP
+    slope = tl.load(slopes + layer * HEADS + head, mask=grouped, other=0.0) if ALIBI else cap
+    maximum = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    product = tl.zeros((ROWS,), tl.float32)
+    absolute = tl.zeros((ROWS,), tl.float32)
+    # Two tiles of keys, and the block numbers of a third, are on their way while one is worked on.
+    for tile in tl.range(start, tl.minimum(last, start + share), num_stages=5):
+        position = tile * TILE + tl.arange(0, TILE)
+        # Masked by position and not by value: a stale cache block may hold NaN.
+        real = (position >= begin) & (position < length)
+        if QUERY.primitive_bitwidth == 32:
+            # There are no registers to hold these.
+            query = _query_of(queries, layer, query_row, kv_head, HEADS, GROUP, ROWS, HEAD_DIM, DIMS, QUERY)
+        scores = _scores_of_tile(
+            query,
+            cache,
+            table,
+            kv_head,
+            position,
+            real,
+            length,
+            scale,
+            cap,
+            slope,
+            stride_block,
+            stride_head,
+            stride_position,
+            stride_dim,
+            HEAD_DIM,
+            DIMS,
+            BLOCK_SIZE,
+            SOFTCAP,
+            ALIBI,
+        )
+        index = ((tile - first) * HEADS + head)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        tl.store(kept + index, scores, mask=(grouped & keeps)[:, None])
+        masked = tl.where(real[None, :], scores, -float("inf"))
+        higher = tl.maximum(maximum, tl.max(masked, axis=1))
+        shift = tl.where(maximum > -float("inf"), maximum - higher, 0.0)
+        fade = tl.where(maximum > -float("inf"), tl.exp(shift), 0.0)
+        relative = tl.where(real[None, :], scores - higher[:, None], 0.0)
+        weight = tl.where(real[None, :], tl.exp(relative), 0.0)
+        product = fade * (product + shift * total) + tl.sum(weight * relative, axis=1)
+        total = fade * total + tl.sum(weight, axis=1)
+        absolute += tl.sum(tl.where(real[None, :], tl.abs(scores), 0.0), axis=1)
+        maximum = higher
+    pointer = partial + split * 4 * HEADS + head
+    tl.store(pointer, maximum, mask=grouped)
+    tl.store(pointer + HEADS, total, mask=grouped)
+    tl.store(pointer + 2 * HEADS, product, mask=grouped)
+    tl.store(pointer + 3 * HEADS, absolute, mask=grouped)
+
+
 @_kernel
 def _attend(
     queries,
@@ -302,78 +413,106 @@ def _attend(
     SPLITS: tl.constexpr,  # noqa: N803
     LEAST: tl.constexpr,  # noqa: N803
 ):
-    """Scores of one share, key head and row of a layer, and per query head their maximum, and relative to it the normaliser and
-    the sum of score times weight; the sum of absolute scores."""
+    """What ``_attend_to_share`` says, of every share, key head and row of a layer."""
     pair, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     layer, row = pair // rows, pair % rows
     offset = tl.load(offsets + pair)
     if offset == -2:
         return
-    length, begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
-    start = first + split * share
-    if start >= last:
+    _length, _begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
+    if first + split * share >= last:
         return
-    query_row = tl.load(query_rows + row)
-    query = _query_of(queries, layer, query_row, kv_head, HEADS, GROUP, ROWS, HEAD_DIM, DIMS, QUERY)
-    cache = tl.multiple_of(tl.cast(tl.load(addresses + layer), tl.pointer_type(ELEMENT)), 16)
-    table = tl.cast(tl.load(tables + layer), tl.pointer_type(tl.int32)) + tl.load(requests + row) * table_stride
-    scale = tl.load(scales + layer * (HEADS // GROUP) + kv_head)
-    cap = tl.load(factors + layer)
-    member = tl.arange(0, ROWS)
-    head = kv_head * GROUP + member
-    grouped = member < GROUP
-    slope = tl.load(slopes + layer * HEADS + head, mask=grouped, other=0.0) if ALIBI else cap
-    kept = scratch + tl.multiple_of(tl.maximum(offset, 0), 16)
-    maximum = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    product = tl.zeros((ROWS,), tl.float32)
-    absolute = tl.zeros((ROWS,), tl.float32)
-    # Two tiles of keys, and the block numbers of a third, are on their way while one is worked on.
-    for tile in tl.range(start, tl.minimum(last, start + share), num_stages=5):
-        position = tile * TILE + tl.arange(0, TILE)
-        # Masked by position and not by value: a stale cache block may hold NaN.
-        real = (position >= begin) & (position < length)
-        if QUERY.primitive_bitwidth == 32:
-            # There are no registers to hold these.
-            query = _query_of(queries, layer, query_row, kv_head, HEADS, GROUP, ROWS, HEAD_DIM, DIMS, QUERY)
-        scores = _scores_of_tile(
-            query,
-            cache,
-            table,
-            kv_head,
-            position,
-            real,
-            length,
-            scale,
-            cap,
-            slope,
-            stride_block,
-            stride_head,
-            stride_position,
-            stride_dim,
-            HEAD_DIM,
-            DIMS,
-            BLOCK_SIZE,
-            SOFTCAP,
-            ALIBI,
-        )
-        index = ((tile - first) * HEADS + head)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        tl.store(kept + index, scores, mask=(grouped & (offset >= 0))[:, None])
-        masked = tl.where(real[None, :], scores, -float("inf"))
-        higher = tl.maximum(maximum, tl.max(masked, axis=1))
-        shift = tl.where(maximum > -float("inf"), maximum - higher, 0.0)
-        fade = tl.where(maximum > -float("inf"), tl.exp(shift), 0.0)
-        relative = tl.where(real[None, :], scores - higher[:, None], 0.0)
-        weight = tl.where(real[None, :], tl.exp(relative), 0.0)
-        product = fade * (product + shift * total) + tl.sum(weight * relative, axis=1)
-        total = fade * total + tl.sum(weight, axis=1)
-        absolute += tl.sum(tl.where(real[None, :], tl.abs(scores), 0.0), axis=1)
-        maximum = higher
-    pointer = partial + (pair * splits + split) * 4 * HEADS + head
-    tl.store(pointer, maximum, mask=grouped)
-    tl.store(pointer + HEADS, total, mask=grouped)
-    tl.store(pointer + 2 * HEADS, product, mask=grouped)
-    tl.store(pointer + 3 * HEADS, absolute, mask=grouped)
+    _attend_to_share(
+        queries,
+        addresses,
+        tables,
+        table_stride,
+        requests,
+        query_rows,
+        lengths,
+        factors,
+        scales,
+        slopes,
+        layers,
+        splits,
+        stride_block,
+        stride_head,
+        stride_position,
+        stride_dim,
+        layer,
+        row,
+        kv_head,
+        split,
+        scratch + tl.multiple_of(tl.maximum(offset, 0), 16),
+        offset >= 0,
+        partial + pair * splits * 4 * HEADS,
+        HEADS,
+        GROUP,
+        ROWS,
+        HEAD_DIM,
+        DIMS,
+        BLOCK_SIZE,
+        QUERY,
+        ELEMENT,
+        SOFTCAP,
+        ALIBI,
+        TILE,
+        SPLITS,
+        LEAST,
+    )
+
+
+@triton.jit
+def _merge_shares(
+    partial,
+    lengths,
+    factors,
+    sinks,
+    layers,
+    splits,
+    padded,
+    layer,
+    row,
+    heads_found,
+    HEADS: tl.constexpr,  # noqa: N803
+    HEADS_2: tl.constexpr,  # noqa: N803
+    SINKS: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+    SPLITS: tl.constexpr,  # noqa: N803
+    LEAST: tl.constexpr,  # noqa: N803
+):
+    """Per query head of a row of a layer: log-normaliser, entropy and sum of absolute scores."""
+    length, begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
+    empty = tl.maximum(padded - (length - begin), 0).to(tl.float32)
+    head, split = tl.arange(0, HEADS_2), tl.arange(0, SPLITS)
+    inside = head < HEADS
+    used = split * share < last - first
+    mask = inside[:, None] & used[None, :]
+    pointer = partial + split[None, :] * 4 * HEADS + head[:, None]
+    maxima = tl.load(pointer, mask=mask, other=-float("inf"))
+    totals = tl.load(pointer + HEADS, mask=mask, other=0.0)
+    products = tl.load(pointer + 2 * HEADS, mask=mask, other=0.0)
+    absolute = tl.load(pointer + 3 * HEADS, mask=mask, other=0.0)
+    maximum = tl.max(maxima, axis=1)
+    maximum = tl.where(empty > 0, tl.maximum(maximum, 0.0), maximum)
+    sink = tl.full((HEADS_2,), -float("inf"), tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + layer * HEADS + head, mask=inside, other=-float("inf"))
+        maximum = tl.maximum(maximum, sink)
+    there = maxima > -float("inf")
+    shift = tl.where(there, maxima - maximum[:, None], 0.0)
+    fade = tl.where(there, tl.exp(shift), 0.0)
+    real = tl.sum(totals * fade, axis=1)
+    product = tl.sum(fade * (products + shift * totals), axis=1)
+    padding = tl.where(empty > 0, empty * tl.exp(-maximum), 0.0)
+    normaliser = real + padding + tl.exp(sink - maximum)
+    mass = (real + padding) / normaliser
+    # -Σ a·ln a with a = exp(s - maximum) / normaliser; a padded slot's score is 0.
+    entropy = tl.log(normaliser) * mass + maximum * (padding / normaliser) - product / normaliser
+    pointer = heads_found + head
+    tl.store(pointer, maximum + tl.log(normaliser), mask=inside)
+    tl.store(pointer + HEADS, entropy / _LN2, mask=inside)
+    tl.store(pointer + 2 * HEADS, tl.sum(absolute, axis=1), mask=inside)
 
 
 @_kernel
@@ -395,42 +534,29 @@ def _merge_splits(
     SPLITS: tl.constexpr,  # noqa: N803
     LEAST: tl.constexpr,  # noqa: N803
 ):
-    """Per query head: log-normaliser, entropy and sum of absolute scores."""
+    """What ``_merge_shares`` says, of every row of a layer."""
     pair = tl.program_id(0).to(tl.int64)
     layer, row = pair // rows, pair % rows
     if tl.load(wanted + row) == 0:
         return
-    length, begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
-    empty = tl.maximum(padded - (length - begin), 0).to(tl.float32)
-    head, split = tl.arange(0, HEADS_2), tl.arange(0, SPLITS)
-    inside = head < HEADS
-    used = split * share < last - first
-    mask = inside[:, None] & used[None, :]
-    pointer = partial + (pair * splits + split[None, :]) * 4 * HEADS + head[:, None]
-    maxima = tl.load(pointer, mask=mask, other=-float("inf"))
-    totals = tl.load(pointer + HEADS, mask=mask, other=0.0)
-    products = tl.load(pointer + 2 * HEADS, mask=mask, other=0.0)
-    absolute = tl.load(pointer + 3 * HEADS, mask=mask, other=0.0)
-    maximum = tl.max(maxima, axis=1)
-    maximum = tl.where(empty > 0, tl.maximum(maximum, 0.0), maximum)
-    sink = tl.full((HEADS_2,), -float("inf"), tl.float32)
-    if SINKS:
-        sink = tl.load(sinks + layer * HEADS + head, mask=inside, other=-float("inf"))
-        maximum = tl.maximum(maximum, sink)
-    there = maxima > -float("inf")
-    shift = tl.where(there, maxima - maximum[:, None], 0.0)
-    fade = tl.where(there, tl.exp(shift), 0.0)
-    real = tl.sum(totals * fade, axis=1)
-    product = tl.sum(fade * (products + shift * totals), axis=1)
-    padding = tl.where(empty > 0, empty * tl.exp(-maximum), 0.0)
-    normaliser = real + padding + tl.exp(sink - maximum)
-    mass = (real + padding) / normaliser
-    # -Σ a·ln a with a = exp(s - maximum) / normaliser; a padded slot's score is 0.
-    entropy = tl.log(normaliser) * mass + maximum * (padding / normaliser) - product / normaliser
-    pointer = heads_found + pair * 3 * HEADS + head
-    tl.store(pointer, maximum + tl.log(normaliser), mask=inside)
-    tl.store(pointer + HEADS, entropy / _LN2, mask=inside)
-    tl.store(pointer + 2 * HEADS, tl.sum(absolute, axis=1), mask=inside)
+    _merge_shares(
+        partial + pair * splits * 4 * HEADS,
+        lengths,
+        factors,
+        sinks,
+        layers,
+        splits,
+        padded,
+        layer,
+        row,
+        heads_found + pair * 3 * HEADS,
+        HEADS,
+        HEADS_2,
+        SINKS,
+        TILE,
+        SPLITS,
+        LEAST,
+    )
 
 
 @triton.jit
@@ -477,20 +603,21 @@ def _deviation_of_tile(
     return tl.sum(tl.where(inside, tl.abs(weight - mean[None, :]), 0.0), axis=0)
 
 
-@_kernel
-def _deviate(
+@triton.jit
+def _deviation_of_share(
     lengths,
     factors,
     layers,
     rows,
     splits,
-    offsets,
-    scratch,
+    layer,
+    row,
+    split,
+    kept,
     heads_found,
     sums,
     sums_width,
     starts,
-    deviations,
     HEADS: tl.constexpr,  # noqa: N803
     HEADS_2: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
@@ -499,22 +626,10 @@ def _deviate(
     RANKS: tl.constexpr,  # noqa: N803
 ):
     """Summed deviation of all heads' weights from their mean, over one share of a row that kept its scores."""
-    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    layer, row = pair // rows, pair % rows
-    offset = tl.load(offsets + pair)
-    if offset == -2:
-        return
     length, begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
     start = first + split * share
-    pointer = deviations + pair * splits + split
-    if start >= last:
-        tl.store(pointer, 0.0)
-        return
-    if offset < 0:
-        return
-    kept = scratch + tl.multiple_of(offset, 16)
     head = tl.arange(0, HEADS_2)
-    normaliser = tl.load(heads_found + pair * 3 * HEADS + head, mask=head < HEADS, other=0.0)
+    normaliser = tl.load(heads_found + head, mask=head < HEADS, other=0.0)
     deviation = tl.zeros((TILE,), tl.float32)
     for tile in tl.range(start, tl.minimum(last, start + share)):
         position = tile * TILE + tl.arange(0, TILE)
@@ -536,7 +651,65 @@ def _deviate(
             RANKS,
             TILE,
         )
-    tl.store(pointer, tl.sum(deviation, axis=0))
+    return tl.sum(deviation, axis=0)
+
+
+@_kernel
+def _deviate(
+    lengths,
+    factors,
+    layers,
+    rows,
+    splits,
+    offsets,
+    scratch,
+    heads_found,
+    sums,
+    sums_width,
+    starts,
+    deviations,
+    HEADS: tl.constexpr,  # noqa: N803
+    HEADS_2: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+    SPLITS: tl.constexpr,  # noqa: N803
+    LEAST: tl.constexpr,  # noqa: N803
+    RANKS: tl.constexpr,  # noqa: N803
+):
+    """What ``_deviation_of_share`` says, of every share of every row of a layer that kept its scores."""
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    layer, row = pair // rows, pair % rows
+    offset = tl.load(offsets + pair)
+    if offset == -2:
+        return
+    _length, _begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
+    pointer = deviations + pair * splits + split
+    if first + split * share >= last:
+        tl.store(pointer, 0.0)
+        return
+    if offset < 0:
+        return
+    deviation = _deviation_of_share(
+        lengths,
+        factors,
+        layers,
+        rows,
+        splits,
+        layer,
+        row,
+        split,
+        scratch + tl.multiple_of(offset, 16),
+        heads_found + pair * 3 * HEADS,
+        sums,
+        sums_width,
+        starts,
+        HEADS,
+        HEADS_2,
+        TILE,
+        SPLITS,
+        LEAST,
+        RANKS,
+    )
+    tl.store(pointer, deviation)
 
 
 @_kernel
@@ -659,6 +832,151 @@ def _deviate_again(
 
 
 @_kernel
+def _measure_whole(
+    queries,
+    addresses,
+    tables,
+    table_stride,
+    requests,
+    query_rows,
+    lengths,
+    factors,
+    scales,
+    slopes,
+    layers,
+    rows,
+    splits,
+    stride_block,
+    stride_head,
+    stride_position,
+    stride_dim,
+    wanted,
+    sinks,
+    padded,
+    tickets,
+    own,
+    room,
+    partial,
+    heads_found,
+    deviations,
+    HEADS: tl.constexpr,  # noqa: N803
+    HEADS_2: tl.constexpr,  # noqa: N803
+    SINKS: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr,  # noqa: N803
+    DIMS: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    QUERY: tl.constexpr,  # noqa: N803
+    ELEMENT: tl.constexpr,  # noqa: N803
+    SOFTCAP: tl.constexpr,  # noqa: N803
+    ALIBI: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+    SPLITS: tl.constexpr,  # noqa: N803
+    LEAST: tl.constexpr,  # noqa: N803
+):
+    """All that the kernels above do, but of a row and layer by one program, which keeps scores where it kept those of the one
+    before: in ``room`` numbers of its ``own``. Programs take the next row as they get done."""
+    program = tl.program_id(0).to(tl.int64)
+    kept = own + tl.multiple_of(program * room, 16)
+    partial += program * splits * 4 * HEADS
+    ticket = tl.atomic_add(tickets, 1)
+    while ticket < layers * rows:
+        # A GPU divides 64 bits in a function of its own.
+        pair, layer, row = ticket.to(tl.int64), (ticket // rows).to(tl.int64), (ticket % rows).to(tl.int64)
+        _length, _begin, first, last, share = _extent(lengths, factors + layers, row, layer, splits, TILE, SPLITS, LEAST)
+        # A row that the host's bound on lengths is wrong about takes nobody's memory.
+        if (tl.load(wanted + row) != 0) & ((last - first) * (HEADS * TILE) <= room):
+            shares = (last - first + share - 1) // share
+            found = heads_found + pair * 3 * HEADS
+            for work in tl.range(0, shares * (HEADS // GROUP), num_stages=1):
+                _attend_to_share(
+                    queries,
+                    addresses,
+                    tables,
+                    table_stride,
+                    requests,
+                    query_rows,
+                    lengths,
+                    factors,
+                    scales,
+                    slopes,
+                    layers,
+                    splits,
+                    stride_block,
+                    stride_head,
+                    stride_position,
+                    stride_dim,
+                    layer,
+                    row,
+                    work // shares,
+                    work % shares,
+                    kept,
+                    True,
+                    partial,
+                    HEADS,
+                    GROUP,
+                    ROWS,
+                    HEAD_DIM,
+                    DIMS,
+                    BLOCK_SIZE,
+                    QUERY,
+                    ELEMENT,
+                    SOFTCAP,
+                    ALIBI,
+                    TILE,
+                    SPLITS,
+                    LEAST,
+                )
+            tl.debug_barrier()  # what one thread wrote, another reads
+            _merge_shares(
+                partial,
+                lengths,
+                factors,
+                sinks,
+                layers,
+                splits,
+                padded,
+                layer,
+                row,
+                found,
+                HEADS,
+                HEADS_2,
+                SINKS,
+                TILE,
+                SPLITS,
+                LEAST,
+            )
+            tl.debug_barrier()
+            for split in tl.range(0, splits, num_stages=1):
+                # Without any tile in what is no share.
+                deviation = _deviation_of_share(
+                    lengths,
+                    factors,
+                    layers,
+                    rows,
+                    splits,
+                    layer,
+                    row,
+                    split,
+                    kept,
+                    found,
+                    deviations,
+                    0,
+                    lengths,
+                    HEADS,
+                    HEADS_2,
+                    TILE,
+                    SPLITS,
+                    LEAST,
+                    0,
+                )
+                tl.store(deviations + pair * splits + split, deviation)
+            tl.debug_barrier()
+        ticket = tl.atomic_add(tickets, 1)
+
+
+@_kernel
 def _finish(
     lengths,
     wanted,
@@ -766,16 +1084,33 @@ def rows_together(layers: int, rows: int, heads: int, longest: int, workspace: i
     return next((size for size in sizes if sum(_sizes(layers, size, heads, splits).values()) <= workspace), 1)
 
 
-def _sizes(layers: int, rows: int, heads: int, splits: int) -> dict[str, int]:
-    """What is kept beside scores, in float32 elements: multiples of 16 bytes each."""
+def programs_for_whole_rows(layers: int, rows: int, heads: int, longest: int, workspace: int) -> int:
+    """Programs that take whole rows, each with room for the scores of one; 0 where rows are better shared by programs.
+
+    Args:
+        layers: measured together.
+        rows: of a launch.
+        heads: of a layer.
+        longest: positions of a row.
+        workspace: its float32 elements.
+    """
+    splits, pairs, of_one = splits_of(longest), layers * rows, heads * -(-longest // TILE) * TILE
+    if sum(_sizes(layers, rows, heads, splits).values()) + pairs * of_one <= workspace:
+        return 0
+    programs = min(PROGRAMS, (workspace - sum(_sizes(layers, rows, heads, splits, whole=True).values())) // of_one)
+    return programs if programs >= FEWEST and pairs >= ROWS_EACH * programs else 0
+
+
+def _sizes(layers: int, rows: int, heads: int, splits: int, whole: bool = False) -> dict[str, int]:
+    """What is kept beside scores, in float32 elements: multiples of 16 bytes each. Are whole rows taken?"""
     pairs = layers * rows
     needed = {
         "offsets": 2 * pairs,  # int64
         "without": layers,
-        "partial": pairs * splits * 4 * heads,
+        "partial": (PROGRAMS if whole else pairs) * splits * 4 * heads,
         "found": pairs * 3 * heads,
         "deviations": pairs * splits,
-        "own": PROGRAMS * heads * TILE,
+        "own": 0 if whole else PROGRAMS * heads * TILE,
     }
     return {name: -(-size // 4) * 4 for name, size in needed.items()}
 
@@ -801,9 +1136,14 @@ def attention_statistics(
     together = rows_together(number, many, heads, rows.longest, workspace.buffer.numel())
     for start in range(0, many, together):
         chunk = slice(start, start + together)
-        launches = _Launches(layers, rows if together == many else rows.part(rows=chunk), padded, workspace)
-        launches.attend()
-        launches.deviate()
+        here = rows if together == many else rows.part(rows=chunk)
+        programs = programs_for_whole_rows(number, len(here.lengths), heads, rows.longest, workspace.buffer.numel())
+        launches = _Launches(layers, here, padded, workspace, programs)
+        if programs:
+            launches.measure_whole()
+        else:
+            launches.attend()
+            launches.deviate()
         found = launches.finish(variance_rule, results if together == many else None)
         if together < many:
             results[:, :, chunk] = found
@@ -897,18 +1237,20 @@ def exchanged_together(layers: int, rows: int, heads: int, total: int, longest: 
 
 
 class _Launches:
-    """The launches for some layers and rows, in their order, and what they share."""
+    """The launches for some layers and rows, in their order, and what they share; ``programs`` that take whole rows, or 0."""
 
-    def __init__(self, layers: PagedLayers, rows: PagedRows, padded: int, workspace: Workspace) -> None:
+    def __init__(self, layers: PagedLayers, rows: PagedRows, padded: int, workspace: Workspace, programs: int = 0) -> None:
         number, many, heads, head_dim = rows.shape
         cache = layers.caches[0]
         kv_heads = cache.shape[1]
         splits = splits_of(rows.longest)
         self._layers, self._rows, self._padded, self._heads = layers, rows, padded, heads
-        self._number, self._many, self._splits = number, many, splits
-        sizes = _sizes(number, many, heads, splits)
+        self._number, self._many, self._splits, self._programs = number, many, splits, programs
+        sizes = _sizes(number, many, heads, splits, programs > 0)
         parts = dict(zip(sizes, _carved(workspace.buffer, list(sizes.values())), strict=True))
-        room = (workspace.buffer.numel() - sum(sizes.values())) // number // TILE * TILE
+        of_row = heads * (-(-rows.longest // TILE) * TILE)
+        # Of a program that takes whole rows, or of a layer.
+        self._room = of_row if programs else (workspace.buffer.numel() - sum(sizes.values())) // number // TILE * TILE
         self._scratch = workspace.buffer[sum(sizes.values()) :]
         self._offsets, self._without = parts["offsets"].view(torch.int64), parts["without"].view(torch.int32)
         self._partial, self._own = parts["partial"], parts["own"]
@@ -938,18 +1280,44 @@ class _Launches:
         }
         # So many that a thread's share of a tile fits its registers (test_machine_code_attention.py).
         wide = self._shape["ROWS"] > 16 or rows.queries[0].dtype == torch.float32
-        self._attend_warps = 16 if self._shape["ROWS"] > 64 else 8 if wide else 4
+        # Sums are spread over as many in all kernels, so that they come to the same bits.
+        self._warps = 16 if self._shape["ROWS"] > 64 else 8 if wide else 4
         self._of_heads = {**self._cut, "HEADS": heads, "HEADS_2": triton.next_power_of_2(heads)}
         # Room for the scores of all rows, whichever they are: then none is without.
-        self._room_for_all = room >= many * heads * (-(-rows.longest // TILE) * TILE)
-        _plan[(number,)](
-            rows.lengths, rows.wanted, layers.factors, number, many, room, self._offsets, self._without, HEADS=heads, TILE=TILE
+        self._room_for_all = self._room >= many * of_row
+
+    def measure_whole(self) -> None:
+        """All but :meth:`finish`."""
+        tickets, sinks = self._without[:1], self._layers.sinks
+        tickets.zero_()
+        _measure_whole[(self._programs,)](
+            *self._sources,
+            self._rows.wanted,
+            self._layers.factors if sinks is None else sinks,
+            self._padded,
+            tickets,
+            self._scratch,
+            self._room,
+            self._partial,
+            self._found,
+            self._deviations,
+            SINKS=sinks is not None,
+            **(self._shape | self._of_heads),
+            num_warps=self._warps,
+            # As many as three blocks leave one another; the compiler spills one, for a B200, if it isn't told.
+            maxnreg=168 if self._warps == 4 else None,
         )
 
     def attend(self) -> None:
         """Scores, and what each head says by itself."""
+        rows, factors = self._rows, self._layers.factors
+        _plan[(self._number,)](
+            *(rows.lengths, rows.wanted, factors, self._number, self._many, self._room, self._offsets, self._without),
+            HEADS=self._heads,
+            TILE=TILE,
+        )
         grid = (self._number * self._many, self._heads // self._shape["GROUP"], self._splits)
-        _attend[grid](*self._sources, self._offsets, self._scratch, self._partial, **self._shape, num_warps=self._attend_warps)
+        _attend[grid](*self._sources, self._offsets, self._scratch, self._partial, **self._shape, num_warps=self._warps)
         sinks = self._layers.sinks
         _merge_splits[grid[:1]](
             self._partial,
@@ -964,6 +1332,7 @@ class _Launches:
             self._found,
             SINKS=sinks is not None,
             **self._of_heads,
+            num_warps=self._warps,
         )
 
     def deviate(self, sums: Tensor | None = None, starts: Tensor | None = None, ranks: int = 0) -> None:
@@ -986,7 +1355,7 @@ class _Launches:
             *rest,
             RANKS=ranks,
             **self._of_heads,
-            num_warps=8,
+            num_warps=self._warps,
         )
         if not self._room_for_all:
             programs = min(PROGRAMS, self._number * self._many * self._splits)
@@ -998,7 +1367,7 @@ class _Launches:
                 *rest,
                 RANKS=ranks,
                 **(self._shape | self._of_heads),
-                num_warps=8,
+                num_warps=self._warps,
             )
 
     def finish(self, variance_rule: int, results: Tensor | None = None) -> Tensor:

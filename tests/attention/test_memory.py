@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import AttentionObserver, observer
 from vllm_entropix.kernels.ranks import RankGroup
-from vllm_entropix.kernels.triton_ import attention_statistics, wide_filters
+from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 MEBIBYTE = 2**20
@@ -83,3 +84,23 @@ def test_buffers_of_rows_without_a_top_k():
     kept = wide_filters.buffers(ROWS, VOCABULARY, "meta")
     size = sum(one.numel() * one.itemsize for one in kept)
     assert documented("more of them for rows of a greater `top_k` or none") == pytest.approx(size / MEBIBYTE, abs=0.05)
+
+
+def test_buffers_of_logits():
+    tiles, group = -(-VOCABULARY // logits_metrics.TILE), logits_metrics.group_size(VOCABULARY)
+    groups = tiles * (logits_metrics.TILE // group)
+    measured = ROWS * 4 * (groups + 4 * tiles)
+    assert documented("largest logits of groups, and partial sums of the metrics") == pytest.approx(
+        measured / MEBIBYTE, abs=0.05
+    )
+    for label, capacity in zip(("buffers of the filters", "the same"), candidates._CAPACITIES, strict=True):
+        # Values, weights and ids of what is collected, and the groups chosen.
+        size = ROWS * 4 * (3 * capacity + triton.next_power_of_2(groups))
+        assert documented(f"{label}, `top_k`") == pytest.approx(size / MEBIBYTE, abs=0.05)
+
+
+def test_all_of_it():
+    everything = ("kept queries, all 32 layers", "workspace", "largest logits", "the same, `top_k`", "more of them")
+    total = sum(map(documented, everything))
+    assert f"On one GPU that is {total:.0f} MiB at most." in PAGE.read_text()
+    assert total <= 200

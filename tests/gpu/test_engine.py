@@ -1,31 +1,38 @@
-"""A real engine on Model Runner V2: statistics of every backend, CUDA graphs, asynchronous scheduling, no waiting."""
+"""A real engine on Model Runner V2: statistics in every mode, steps that wait for nothing, rows by themselves."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import json
+import warnings
 
 import pytest
 import torch
 
-from tests.support.dense import METRICS, TRACED, Dense, assert_close_to_dense, observed, prompt
+from tests.gpu.modes import MODES, ON_A_CPU
+from tests.support.dense import METRICS, TRACED, Dense, assert_within, errors_to_dense, observed, prompt, quantiles
 from tests.support.engine import adapter_of, engine, generate, worker_of
 
-ALL_LAYERS = {"attention": {"layers": "all"}}
-# The only dtype that all backends have.
-HALF = {"dtype": "float16", "block_size": 16}
-BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
-# Median, 97 % and the largest error: tests/support/test_dense.py says what right code and wrong code give.
-HALF_BARS = (0.002, 0.01, 0.1)
-# vLLM's Triton attention multiplies float32 as tf32.
-TF32_BARS = (1e-3, 5e-3, 3e-2)
+PROMPTS = [prompt(length, length) for length in (1, 15, 16, 17, 70, 200)]
 TOKENS = 20
+OF_A_STEP = ("begin_step", "after_forward", "transform")
 
 
-def generate_traced(llm):
-    """All prompts once, sampled and traced."""
+def observing(folder, **arguments):
+    """An engine that observes all layers; several processes may have one at once."""
+    layers = {"attention": {"layers": "all"}}
+    return engine(folder, sampler="entropix", sampler_config=layers, gpu_memory_utilization=0.2, **arguments)
+
+
+def generate_mixed(llm):
+    """All prompts once, of them every third traced and every third opted out; how many records each got."""
     from vllm import SamplingParams
 
-    params = [SamplingParams(max_tokens=6, ignore_eos=True, seed=seed, extra_args=TRACED) for seed in range(len(PROMPTS))]
-    return generate(llm, [{"prompt_token_ids": one} for one in PROMPTS], params)
+    kinds = ({}, TRACED, {"entropix": "off"})
+    settings = {"max_tokens": TOKENS, "ignore_eos": True}
+    params = [SamplingParams(seed=seed, extra_args=kinds[seed % 3], **settings) for seed in range(len(PROMPTS))]
+    outputs = generate(llm, [{"prompt_token_ids": one} for one in PROMPTS], params)
+    return [len(getattr(output.outputs[0], "entropix_trace", None) or ()) for output in outputs]
 
 
 def on_cpu(per_layer):
@@ -36,51 +43,82 @@ def on_cpu(per_layer):
     ]
 
 
-PROMPTS = [prompt(length, length) for length in (1, 15, 16, 17, 70, 200)]
+@contextlib.contextmanager
+def watched_steps(adapter):
+    """Notes which of a step's methods were called, and where they waited for the device: (names, "file:line"s)."""
+    called, waits = set(), set()
+
+    def watched(name):
+        original = getattr(adapter, name)
+
+        def call(*args, **kwargs):
+            called.add(name)
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    return original(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+                waits.update(f"{one.filename}:{one.lineno}" for one in told if "synchroniz" in str(one.message))
+
+        return call
+
+    for name in OF_A_STEP:
+        setattr(adapter, name, watched(name))
+    try:
+        yield called, waits
+    finally:
+        for name in OF_A_STEP:
+            delattr(adapter, name)
 
 
-def assert_right(llm, tiny, bars=HALF_BARS):
-    """What an engine observes is right for the tokens that it generates itself: two runs needn't round alike."""
+@pytest.mark.parametrize("name", MODES)
+def test_mode(name, folder_of, request, record_property):
+    on_gpu = torch.cuda.is_available()
+    mode = MODES[name] if on_gpu else ON_A_CPU
+    if mode.package and importlib.util.find_spec(mode.package) is None:
+        pytest.skip(f"{mode.package} isn't installed")
+    if mode.compiled:
+        request.getfixturevalue("compiled")
+    folder = folder_of(mode)
+    llm = observing(folder, **mode.arguments)
+    adapter, worker = adapter_of(llm), worker_of(llm)
+    assert worker.vllm_config.use_v2_model_runner
+    backends = {layer.attn_backend.get_name() for layer in adapter.observer.layers.values()}
+    graphs = worker.vllm_config.compilation_config.cudagraph_mode.name
+    record_property("backends", json.dumps(sorted(backends)))
+    record_property("graphs", graphs)
+    assert mode.backend is None or backends == {mode.backend}
+    assert mode.arguments.get("compilation_config", {}).get("cudagraph_mode", graphs) == graphs
+
+    # What is compared then finds compiled kernels, and prefixes in the cache.
+    observed(llm, PROMPTS, max_tokens=2)
     outputs, per_layer = observed(llm, PROMPTS, max_tokens=TOKENS)
-    assert assert_close_to_dense(outputs, on_cpu(per_layer), Dense(tiny), bars) == len(PROMPTS) * TOKENS
+    # The dense statistics are those of the tokens that this run generated: two runs needn't round alike.
+    errors = errors_to_dense(outputs, on_cpu(per_layer), Dense(folder))
+    record_property("errors", json.dumps({metric: quantiles(values) for metric, values in errors.items()}))
+    rows = len(errors[METRICS[0]])
+    record_property("rows", rows)
+    if on_gpu:
+        generate_mixed(llm)  # compiles what drawn rows need
+        with watched_steps(adapter) as (called, waits):
+            records = generate_mixed(llm)
+        record_property("waits", json.dumps(sorted(waits)))
+        assert called == set(OF_A_STEP)
+    else:
+        records, waits = generate_mixed(llm), set()
 
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_statistics_equal_the_dense_ones(tiny, backend):
-    if backend == "FLASHINFER" and importlib.util.find_spec("flashinfer") is None:
-        pytest.skip("FlashInfer isn't installed")
-    llm = engine(tiny, sampler="entropix", sampler_config=ALL_LAYERS, attention_backend=backend, **HALF)
-    assert type(worker_of(llm).model_runner).__module__.startswith("vllm.v1.worker.gpu.")
-    layers = adapter_of(llm).observer.layers.values()
-    assert {layer.attn_backend.get_name() for layer in layers} == {backend}
-    assert_right(llm, tiny)
-
-
-def test_statistics_in_float32(tiny):
-    llm = engine(tiny, sampler="entropix", sampler_config=ALL_LAYERS, attention_backend="TRITON_ATTN", block_size=16)
-    assert_right(llm, tiny, TF32_BARS)
-
-
-@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
-def test_captured_graphs(tiny, compiled, mode):
-    # Compiled by the backend that changes no operation, so that nothing but the capture is new.
-    compilation = {"mode": 3, "backend": "eager", "cudagraph_mode": mode, "cudagraph_capture_sizes": [1, 2, 4, 8]}
-    llm = engine(
-        tiny, enforce_eager=False, compilation_config=compilation, sampler="entropix", sampler_config=ALL_LAYERS, **HALF
-    )
-    assert worker_of(llm).vllm_config.compilation_config.cudagraph_mode.name == mode
-    for _ in range(2):
-        assert_right(llm, tiny)
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_asynchronous_scheduling(tiny, asynchronous):
-    llm = engine(tiny, async_scheduling=asynchronous, sampler="entropix", sampler_config=ALL_LAYERS, **HALF)
-    assert_right(llm, tiny)
+    assert rows == len(PROMPTS) * TOKENS or mode.drafts
+    for metric, values in errors.items():
+        assert_within(values, mode.bars, metric)
+    assert records == [0, TOKENS, 0] * (len(PROMPTS) // 3)
+    assert waits == set()
 
 
 def test_rows_do_not_depend_on_the_batch(tiny):
-    llm = engine(tiny, sampler="entropix", sampler_config=ALL_LAYERS, attention_backend="TRITON_ATTN", block_size=16)
+    llm = observing(tiny, attention_backend="TRITON_ATTN", block_size=16)
     adapter = adapter_of(llm)
     seen = []
     original = adapter.observer.statistics_per_layer
@@ -94,7 +132,7 @@ def test_rows_do_not_depend_on_the_batch(tiny):
 
     adapter.observer.statistics_per_layer = spy
     try:
-        generate_traced(llm)
+        generate_mixed(llm)
     finally:
         adapter.observer.statistics_per_layer = original
     assert seen
@@ -102,29 +140,3 @@ def test_rows_do_not_depend_on_the_batch(tiny):
         for row, one in alone.items():
             for metric in METRICS:
                 assert torch.equal(getattr(one, metric)[:, 0], getattr(together, metric)[:, row])
-
-
-def test_steps_do_not_wait_for_the_device(tiny, monkeypatch):
-    llm = engine(tiny, sampler="entropix", sampler_config=ALL_LAYERS, **HALF)
-    generate_traced(llm)  # compiles the kernels
-    adapter = adapter_of(llm)
-    called = []
-
-    def watched(name):
-        original = getattr(adapter, name)
-
-        def call(*args, **kwargs):
-            called.append(name)
-            before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return original(*args, **kwargs)
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
-
-        return call
-
-    for name in ("begin_step", "after_forward", "transform"):
-        monkeypatch.setattr(adapter, name, watched(name))
-    generate_traced(llm)
-    assert set(called) == {"begin_step", "after_forward", "transform"}

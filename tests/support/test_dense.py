@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.gpu.test_engine import HALF_BARS, TF32_BARS
+from tests.gpu.modes import HALF_BARS, TF32_BARS
 from tests.support.dense import METRICS, Dense, assert_within, prompt, relative_errors
 from tests.support.models import MILD, tiny_llama
 

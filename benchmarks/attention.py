@@ -108,9 +108,10 @@ def gpu_actions(batch: Layers) -> tuple[dict[str, Callable[[], object]], str]:
     """What is timed on a GPU: the statistics, and a copy of as many bytes as the keys have."""
     from vllm_entropix import EntropixConfig
     from vllm_entropix.attention import LayerAttention
-    from vllm_entropix.attention.launches import measure_layers
+    from vllm_entropix.attention.launches import Kept, measure_layers
     from vllm_entropix.attention.layers import LayerRows
     from vllm_entropix.attention.paged_keys import PlainKeys
+    from vllm_entropix.kernels.triton_.attention_statistics import Workspace
 
     layers = [
         LayerRows(LayerAttention(PlainKeys(cache, batch.head_dim), batch.scale), queries, batch.table)
@@ -118,11 +119,14 @@ def gpu_actions(batch: Layers) -> tuple[dict[str, Callable[[], object]], str]:
     ]
     requests = torch.arange(batch.rows, device=batch.device)
     wanted, config = torch.ones_like(requests, dtype=torch.bool), EntropixConfig()
+    # Allocated once, as an engine does.
+    workspace = Workspace.for_steps(len(layers), batch.rows, batch.heads, batch.context, batch.device)
+    kept = Kept(longest=batch.context, workspace=workspace)
     source = torch.empty(batch.key_bytes, dtype=torch.uint8, device=batch.device)
     target = torch.empty_like(source)
     return {
         "copy": lambda: target.copy_(source),
-        "statistics": lambda: measure_layers(layers, requests, batch.lengths, wanted, config),
+        "statistics": lambda: measure_layers(layers, requests, batch.lengths, wanted, config, kept),
     }, "plain"
 
 

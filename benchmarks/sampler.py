@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.common import add_out, finish, integers, medians_ms, paired, peak_extra_bytes, quiet, ratio
+
+if TYPE_CHECKING:
+    from vllm_entropix.rows.batch import BatchSampler
 
 
 def vllm_metadata(rows: int, device: torch.device, top_k: int | None, top_p: float | None, temperature: float):
@@ -45,8 +50,24 @@ def flashinfer_sampler(logits: torch.Tensor, top_k: int, top_p: float, temperatu
     return lambda: top_k_top_p_sampling_from_logits(logits / temperature, top_k, top_p)
 
 
-def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> dict[str, object]:
-    """Times and memory at one size."""
+@dataclass(frozen=True)
+class Step:
+    """A sampler's step on some logits, ours and vLLM's.
+
+    Attributes:
+        prepare: puts the logits back that the actions change in place.
+        actions: what is timed, each on prepared logits: whole steps, from logits to drawn tokens (``vllm``, ``entropix``,
+            ``flashinfer`` where it is installed), ``transform``, which is ours without the draw, ``metrics`` and ``read``.
+        batch: the batch sampler behind ours.
+    """
+
+    prepare: Callable[[], object]
+    actions: dict[str, Callable[[], object]]
+    batch: BatchSampler
+
+
+def step(rows: int, vocabulary: int, device: torch.device) -> Step:
+    """A step of this size, all of its rows drawn."""
     import numpy as np
     from vllm.v1.sample.sampler import Sampler
 
@@ -89,9 +110,6 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
     def transform() -> object:
         return batch.apply(work, described, None)
 
-    def prepare() -> None:
-        work.copy_(logits)
-
     def metrics() -> object:
         return batch.backend.statistics(work)
 
@@ -102,9 +120,16 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> d
     rival = flashinfer_sampler(work, config.base.top_k, config.base.top_p, config.base.temperature)
     if rival is not None:
         actions["flashinfer"] = rival
-    times = paired(actions, repeats, prepare, device.type == "cuda")
-    prepare()
-    extra = peak_extra_bytes(entropix, device)
+    return Step(lambda: work.copy_(logits), actions, batch)
+
+
+def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> dict[str, object]:
+    """Times and memory at one size."""
+    one = step(rows, vocabulary, device)
+    times = paired(one.actions, repeats, one.prepare, device.type == "cuda")
+    one.prepare()
+    extra = peak_extra_bytes(one.actions["entropix"], device)
+    rival = "flashinfer" in one.actions
     return {
         "rows": rows,
         "vocabulary": vocabulary,

@@ -1,7 +1,8 @@
 """Turns benchmark results (benchmarks/results/*.json) into Markdown tables and a plot, so that no figure is copied by hand.
 
 A document says where a table goes by the comments ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``, with NAME a result's
-file name without ``.json``, or NAME#PART for a part of a file of ``benchmarks.gpu``. What stands between them is replaced.
+file name without ``.json``, or NAME#PART for a part of a run of ``benchmarks.gpu``, kept as NAME.jsonl. What stands between them
+is replaced.
 """
 
 from __future__ import annotations
@@ -129,25 +130,27 @@ def described(machine: dict[str, Any], command: str) -> str:
 
 
 def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """A result, or a part of one (NAME#PART).
+    """A result.
 
     Raises:
         ValueError: there is none of this name, or it has no table.
     """
-    file, _, part = name.partition("#")
-    path = folder / f"{file}.json"
+    path = folder / f"{name}.json"
     if not path.exists():
         raise ValueError(f"there is no {path}")
     result: dict[str, Any] = json.loads(path.read_text())
-    if part:
-        result = result["results"].get(part, {})
     if result.get("benchmark") not in TABLES or not result["results"]:
         raise ValueError(f"{name} has no results for a table")
     return result
 
 
 def table(name: str, folder: Path = RESULTS) -> str:
-    """A result's table, with a line that says where it was measured."""
+    """A result's table, with a line that says where it was measured; errors as of :func:`load`."""
+    run, _, part = name.partition("#")
+    if part:
+        from benchmarks.gpu import tables
+
+        return tables.part(folder / f"{run}.jsonl", part)
     result = load(name, folder)
     return TABLES[result["benchmark"]](result["results"]) + "\n" + described(result["machine"], result["command"])
 

@@ -1,58 +1,17 @@
-"""Tokens per second of a real engine: entropix (last layer, all layers, traced) over vLLM with the same base parameters."""
+"""Tokens per second of a real engine: entropix (last layer, all layers, traced) over vLLM with the same base parameters.
+
+All engines are in one process. ``benchmarks.gpu`` measures engines that fill a GPU, in a process each.
+"""
 
 from __future__ import annotations
 
 import argparse
-import atexit
-import json
-import shutil
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import add_out, finish, quiet
-
-# Shapes whose weights are made up at random: only the engine's speed is of interest.
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "torch_dtype": "bfloat16",
-    },
-}
-# As above, small enough for a CPU and a short test.
-SHAPES["tiny"] = SHAPES["8b"] | {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def cache_bytes(shape: dict[str, Any], requests: int, positions: int, element: int) -> int:
-    """Keys and values of all requests at their longest, in blocks of up to 256 positions, and one request more."""
-    per_position = 2 * element * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    return per_position * (requests + 1) * (-(-positions // 256) * 256)
 
 
 def build(model: str, config: dict[str, Any] | None, options: argparse.Namespace) -> Any:
@@ -114,7 +73,6 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
     parser.add_argument("--model", default=str(shipped_model()), help="model folder or name (default: the shipped one)")
-    parser.add_argument("--shape", choices=SHAPES, help="instead of a model: random weights of this shape")
     parser.add_argument("--load-format", default="auto", help="dummy: random weights, only the model's config.json is needed")
     parser.add_argument("--requests", type=lambda text: [int(n) for n in text.split(",")], default=[32])
     parser.add_argument("--tokens", type=int, default=128, help="generated tokens per request (default: 128)")
@@ -127,15 +85,6 @@ def main() -> None:
     add_out(parser)
     options = parser.parse_args()
     quiet()
-    model = options.shape or Path(options.model).name
-    if options.shape:
-        shape, folder = SHAPES[options.shape], Path(tempfile.mkdtemp(prefix="entropix-shape-"))
-        atexit.register(shutil.rmtree, folder)
-        (folder / "config.json").write_text(json.dumps(shape))
-        options.model, options.load_format = str(folder), "dummy"
-        element = 4 if options.dtype == "float32" else 2
-        most = cache_bytes(shape, max(options.requests), options.context + options.tokens, element)
-        options.kv_bytes = options.kv_bytes or most
     # All engines stay open: a process can't open one after another has been closed halfway.
     engines: dict[str, tuple[Any, dict[str, Any]]] = {"vllm": (build(options.model, None, options), {})}
     last = None
@@ -160,7 +109,7 @@ def main() -> None:
         plain = speeds["vllm"]
         results.append(
             {
-                "model": model,
+                "model": Path(options.model).name,
                 "requests": requests,
                 "tokens": options.tokens,
                 "context": options.context,

@@ -148,3 +148,7 @@ def finish(name: str, results: Any, out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text + "\n")
+
+
+if __name__ == "__main__":  # for those who don't import torch themselves
+    print(json.dumps(machine()))

@@ -1,8 +1,8 @@
 """Turns benchmark results (benchmarks/results/*.json) into Markdown tables and a plot, so that no figure is copied by hand.
 
 A document says where a table goes by the comments ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``, with NAME a result's
-file name without ``.json``, or NAME#PART for a part of a run of ``benchmarks.gpu``, kept as NAME.jsonl. What stands between them
-is replaced.
+file name without ``.json``, or NAME#PART for a part of a run of ``benchmarks.gpu``, kept as NAME.jsonl. What stands between
+them is replaced.
 """
 
 from __future__ import annotations

@@ -15,15 +15,16 @@ alone: another card, or another hour, gives others.
 from __future__ import annotations
 
 import datetime
+import json
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from benchmarks.gpu.results import Results
 from benchmarks.gpu.run import Run, fresh
 from benchmarks.gpu.steps import PLANS, ROOT, STEPS, Wishes, expanded
 from benchmarks.gpu.tables import summary
@@ -35,12 +36,14 @@ def _listed() -> str:
     return "\n".join([*lines, *(f"step  {name:16} {step.about} (at most {step.limit:.0f} s)" for name, step in STEPS.items())])
 
 
-def _gpu_or_end() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        print("There is no NVIDIA GPU here. --dry looks for errors without one.", file=sys.stderr)
+def _machine() -> dict[str, Any]:
+    """What the machine is; asked in a process of its own, since this one must hold nothing of the GPU's memory."""
+    command = [sys.executable, "-m", "benchmarks.common"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if ended.returncode:
         raise typer.Exit(1)
+    described: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return described
 
 
 def _default_folder() -> Path:
@@ -76,20 +79,23 @@ def main(
         steps = expanded(names or ["first"])
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    machine = _machine()
+    if not dry and "gpu" not in machine:
+        print("There is no NVIDIA GPU here. --dry looks for errors without one.", file=sys.stderr)
+        raise typer.Exit(1)
     folder = (out or _default_folder()).resolve()
     try:
         fresh(folder)
     except FileExistsError:
         raise typer.BadParameter(f"{str(folder)[:100]} has results of another run; name another folder by --out") from None
-    if not dry:
-        _gpu_or_end()
     run = Run(folder, Wishes(dry, select, tuple(mode or MODES)), budget, patience, lambda said: print(said, flush=True))
-    run.results.add("run", command=shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]), steps=steps, dry=dry)
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
+    run.results.add("run", command=command, machine=machine, steps=steps, dry=dry)
     try:
         for name in steps:
             run.step(name)
     finally:
-        text = summary(Results(run.results.file).lines())
+        text = summary(run.results.lines())
         (folder / "summary.md").write_text(text, encoding="utf-8")
         print(f"\n{text}\n{folder}", flush=True)
     if run.failed:

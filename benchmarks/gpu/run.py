@@ -86,7 +86,7 @@ class Run:
         factor = DRY_PATIENCE if self.wishes.dry else self.patience
         limit = min(step.limit * factor, self.left())
         self.say(f"{name}: {step.about}; at most {limit:.0f} s")
-        with tempfile.TemporaryDirectory(prefix="entropix-gpu-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="entropix-gpu-", ignore_cleanup_errors=True) as scratch:
             jobs = list(jobs_of(name, self.wishes, self.results.file, Path(scratch)))
             statuses = self._run(jobs, limit)
         succeeded = all(status == 0 for status in statuses)

@@ -1,4 +1,4 @@
-"""What the machine is, and whether it runs the project at all: the card, the packages, the plugin, one kernel."""
+"""Does the machine run the project at all: the card, the packages, the plugin, one kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import machine, seconds
+from benchmarks.common import seconds
 from benchmarks.gpu.steps import ROOT
 
 _PACKAGES = ("transformers", "numpy", "numba", "pytest", "flashinfer-python")
@@ -30,7 +30,7 @@ def measure(add: Callable[..., None], *, dry: bool) -> None:
     Raises:
         RuntimeError: the plugin isn't this checkout's, or a kernel computes something else than PyTorch.
     """
-    add(machine=machine(), packages={name: _version(name) for name in _PACKAGES}, card={} if dry else _card())
+    add(packages={name: _version(name) for name in _PACKAGES}, card={} if dry else _card())
     add(plugin=_plugin())
     import vllm.platforms
 

@@ -139,18 +139,19 @@ def part(file: Path, name: str) -> str:
     machine = found.last("machine")
     if name not in PARTS or machine is None:
         raise ValueError(f"{file.name}#{name} has no results for a table")
-    return PARTS[name](found) + "\n" + described(machine, found.last("command") or "python -m benchmarks.gpu")
+    return PARTS[name](found) + "\n" + described(machine, found.last("command"))
 
 
 def summary(lines: list[dict[str, Any]]) -> str:
     """All of a run: what failed first, then what was measured."""
     found = Findings(lines)
-    machine, card = found.last("machine") or {}, found.last("card") or {}
     written = ["# GPU run", ""]
-    if machine:
-        written += [described(machine, found.last("command") or "").strip(), ""]
-    if card or found.last("bandwidth"):
-        written += [", ".join(f"{name} {value}" for name, value in {**card, **(found.last("bandwidth") or {})}.items()), ""]
+    if (machine := found.last("machine")) is not None:
+        written += [described(machine, found.last("command")).strip(), ""]
+    if card := found.last("card"):
+        written += [", ".join(f"{name} {value}" for name, value in card.items()), ""]
+    if bandwidth := found.last("bandwidth"):
+        written += [", ".join(f"{name} {value} TB/s" for name, value in bandwidth.items()), ""]
     ended = [[one["job"], str(one["status"]), f"{one['seconds']:.0f}"] for one in found.ended()]
     written += ["## Processes", "", markdown(["process", "status", "seconds"], ended)]
     problems = [f"- {said[:_SAID]}" for said in (" ".join(one.split()) for one in found.problems())]

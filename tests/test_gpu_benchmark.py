@@ -177,6 +177,11 @@ def test_bars_say_what_was_found():
     assert {verdict for value, verdict in verdicts if value is None} == {"not measured"}
 
 
+def test_the_page_names_the_bars_until_a_run_fills_them_in():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert "#bars -->" in page or tables.bars(Findings([])) in page
+
+
 def test_a_run_fills_a_table_of_a_document(tmp_path):
     machine = {"gpu": "H100", "torch": "2.13", "vllm": "0.32", "date": "2026-11-27"}
     results = Results(tmp_path / "gpu.jsonl")

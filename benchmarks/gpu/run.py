@@ -101,13 +101,16 @@ class Run:
         with contextlib.ExitStack() as stack:
             running = [stack.enter_context(self._started(job, logs / f"{job.name}.log")) for job in jobs]
             deadline = time.monotonic() + limit
-            while any(one.status is None for one in running):
+            while waiting := [one for one in running if one.status is None]:
                 late = time.monotonic() > deadline
-                for one in running:
-                    if one.status is None and (late or one.process.poll() is not None):
-                        one.status = "late" if one.process.poll() is None else one.process.returncode
-                        _end(one.process)
-                        self._finish(one)
+                ended = [one for one in waiting if late or one.process.poll() is not None]
+                statuses: dict[str, Status] = {
+                    one.job.name: "late" if (code := one.process.poll()) is None else code for one in ended
+                }
+                _end([one.process for one in ended])
+                for one in ended:
+                    one.status = statuses[one.job.name]
+                    self._finish(one)
                 time.sleep(_POLL)
         return [one.status for one in running if one.status is not None]
 
@@ -129,7 +132,7 @@ class Run:
             yield running
         finally:
             if running.status is None:
-                _end(process)
+                _end([process])
 
     def _environment(self) -> dict[str, str]:
         # What a GPU runs, on a CPU: Model Runner V2, its kernels and ours in Triton's interpreter.
@@ -148,13 +151,16 @@ class Run:
         self.say(f"{job}: {'ok' if status == 0 else f'status {status}'} after {seconds:.0f} s{f', {why}' if why else ''}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, so that their memory is free for the next."""
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End processes and all that they started, so that their memory is free for the next."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        deadline = time.monotonic() + _GRACE
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def read_report(file: Path) -> Mapping[str, Any]:

@@ -115,14 +115,14 @@ def _of_rates() -> Iterable[Bar]:
 
 BARS: tuple[Bar, ...] = (
     Bar(
-        "sampler step, 256 rows of 128256, over vLLM's own with top_k and top_p",
+        "sampler step, 256 rows, vocabulary 128256: over vLLM's own with top_k and top_p",
         0.7,
         0.4,
         True,
         lambda one: one.value("entropix_over_vllm", "sampler", rows=256, vocabulary=128_256),
     ),
     Bar(
-        "metrics over one read of the logits, 256 rows of 128256",
+        "metrics, 256 rows, vocabulary 128256: over one read of the logits",
         1.3,
         1.1,
         True,

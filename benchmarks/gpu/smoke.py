@@ -72,7 +72,7 @@ def _plugin() -> str:
     """Where the package is that vLLM's processes load."""
     import vllm_entropix
 
-    folder = Path(vllm_entropix.__file__).parent
+    folder = Path(vllm_entropix.__file__).resolve().parent
     names = {entry.name for entry in importlib.metadata.entry_points(group=_GROUP)}
     if _NAME not in names or folder.parent != ROOT:
         raise RuntimeError(f"vLLM doesn't load the plugin of {ROOT}: install it, pip install --no-deps --editable .")

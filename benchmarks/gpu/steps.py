@@ -193,9 +193,9 @@ def jobs_of(name: str, wishes: Wishes, results: Path, scratch: Path) -> Iterator
             yield from (_engine_test(mode, wishes, scratch) for mode in ([DRY_MODE] if wishes.dry else wishes.modes))
 
 
-def _pytest(name: str, scratch: Path, arguments: Iterable[str], environment: Mapping[str, str]) -> Job:
-    report = scratch / f"{name}.xml"
-    options = ("-q", "-p", "no:cacheprovider", "-o", f"timeout={_TEST_SECONDS}", "--durations=5", f"--junitxml={report}")
+def _pytest(name: str, wishes: Wishes, scratch: Path, arguments: Iterable[str], environment: Mapping[str, str]) -> Job:
+    report, seconds = scratch / f"{name}.xml", _TEST_SECONDS * (DRY_PATIENCE if wishes.dry else 1)
+    options = ("-q", "-p", "no:cacheprovider", "-o", f"timeout={seconds}", "--durations=5", f"--junitxml={report}")
     return Job(name, ("-m", "pytest", *arguments, *options), environment, report)
 
 
@@ -208,12 +208,12 @@ def _kernel_tests(wishes: Wishes, scratch: Path) -> Job:
     # Compiled kernels can't run on a CPU, where CI has the same checks interpreted.
     if wishes.dry:
         selected = ("--collect-only",)
-    return _pytest("kernel-tests", scratch, (f"{_TESTS}/test_kernels.py", *selected), {})
+    return _pytest("kernel-tests", wishes, scratch, (f"{_TESTS}/test_kernels.py", *selected), {})
 
 
 def _engine_test(mode: str, wishes: Wishes, scratch: Path) -> Job:
     # What engines compile at the same time mustn't be written to one place.
     environment = {"VLLM_CACHE_ROOT": str(scratch / f"vllm-{mode}"), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     if wishes.dry:
-        environment |= {DRY_RUN: "1", "ENTROPIX_TEST_RUNNER": "v2"}
-    return _pytest(f"engine-{mode}", scratch, (f"{_TESTS}/test_engine.py::test_mode[{mode}]",), environment)
+        environment[DRY_RUN] = "1"
+    return _pytest(f"engine-{mode}", wishes, scratch, (f"{_TESTS}/test_engine.py::test_mode[{mode}]",), environment)

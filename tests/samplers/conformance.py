@@ -24,6 +24,7 @@ from vllm_entropix.distribution.backend import Backend
 from vllm_entropix.rows import table
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.state import PositionRing
 from vllm_entropix.samplers import registry
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
@@ -130,6 +131,11 @@ class Step:
 
         sampler.plan = spied  # type: ignore[method-assign]
         return seen
+
+    def remembers(self) -> list[PositionRing]:
+        """All that is kept of sequences by position."""
+        holders = (self.batch, self.batch.clarification)
+        return [kept for holder in holders if holder for kept in vars(holder).values() if isinstance(kept, PositionRing)]
 
 
 def draw(requests: Sequence[Request], logits: Tensor, attention: Tensor | None = None, reference: bool = False) -> Tensor:
@@ -280,6 +286,33 @@ def drafts_equal_steps(name: str) -> None:
     check()
 
 
+def forks_continue_as_their_parents(name: str) -> None:
+    """A sequence that begins with what another remembers, as bytes and in another slot, goes on like it."""
+
+    @PROPERTY
+    @given(seeds, st.integers(1, 4), st.sampled_from(VOCABULARIES))
+    def check(seed: int, before: int, vocabulary: int) -> None:
+        rng = np.random.default_rng(seed)
+        requests = [random_request(rng, name, vocabulary) for _ in range(3)]
+        parents, children = (Step(given, clarification=(0, 1, 2)) for given in (requests, requests[::-1]))
+        fed = torch.zeros(3, dtype=torch.int64)
+        for position in range(10, 10 + before + 4):
+            if position == 10 + before:
+                for ring, other in zip(parents.remembers(), children.remembers(), strict=True):
+                    for slot, its in zip(parents.slots, children.slots[::-1], strict=True):
+                        other.from_bytes(its, ring.to_bytes(slot))
+            # Nearly even rows, so that a sampler that forces tokens has reason to.
+            logits, attention = random_logits(rng, 3, vocabulary) * 1e-3, random_attention(rng, 3)
+            expected = parents.draw(logits, attention, position, fed)
+            if position >= 10 + before:
+                got = children.draw(logits.flip(0), attention.flip(1), position, fed.flip(0))
+                for one, other in zip(got, expected, strict=True):
+                    torch.testing.assert_close(one.flip(0), other, rtol=0, atol=0, equal_nan=True)
+            fed = expected[0].argmax(-1)  # the forced one, where one is
+
+    check()
+
+
 def bounds_hold(name: str) -> None:
     """No plan is wider than the host was told."""
 
@@ -354,6 +387,7 @@ CHECKS: tuple[Callable[[str], None], ...] = (
     strange_rows_degrade_alike,
     kernels_equal_pytorch,
     drafts_equal_steps,
+    forks_continue_as_their_parents,
     bounds_hold,
     settings_are_written_and_read,
     requests_set_their_own_numbers,

@@ -43,9 +43,11 @@ class Cost:
 def cost(action: Callable[[], object], device: torch.device, repeats: int = 5, warm_up: int = 3) -> Cost:
     """Cost of an action: once by the clock, and then by the profiler, which slows the host.
 
-    Without a GPU there are no kernels to be seen.
+    Without a GPU there are no kernels to be seen, and each is done once.
     """
     on_gpu = device.type == "cuda"
+    if not on_gpu:
+        repeats, warm_up = 1, 0
     wait = torch.cuda.synchronize if on_gpu else (lambda: None)
     for _ in range(warm_up):
         action()

@@ -195,7 +195,17 @@ def jobs_of(name: str, wishes: Wishes, results: Path, scratch: Path) -> Iterator
 
 def _pytest(name: str, wishes: Wishes, scratch: Path, arguments: Iterable[str], environment: Mapping[str, str]) -> Job:
     report, seconds = scratch / f"{name}.xml", _TEST_SECONDS * (DRY_PATIENCE if wishes.dry else 1)
-    options = ("-q", "-p", "no:cacheprovider", "-o", f"timeout={seconds}", "--durations=5", f"--junitxml={report}")
+    options = (
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        f"timeout={seconds}",
+        "-o",
+        "junit_family=xunit1",
+        "--durations=5",
+        f"--junitxml={report}",
+    )
     return Job(name, ("-m", "pytest", *arguments, *options), environment, report)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 # What the bytes allow over vLLM, by requests, if every row's keys of all layers are read once more (docs/performance.md).
@@ -107,7 +108,7 @@ def _of_rates() -> Iterable[Bar]:
     for side, name, bar, moonshot in (("last", "last layer", 0.985, 0.995), ("trace", "traced", 0.975, 0.99)):
         for requests in (64, 256):
             what = f"8B shape, {requests} requests, context 1024, {name}: tokens per second over vLLM"
-            yield Bar(what, bar, moonshot, False, lambda one, side=side, number=requests: one.over_vllm(side, number))
+            yield Bar(what, bar, moonshot, False, partial(Findings.over_vllm, side=side, requests=requests))
     for requests in ALL_LAYERS_ALLOWED:
         what = f"8B shape, {requests} requests, context 1024, all layers: share of what the keys' bytes allow"
         yield Bar(what, 0.93, 0.98, False, _of_all_layers(requests))
@@ -134,9 +135,7 @@ BARS: tuple[Bar, ...] = (
             0.7,
             0.85,
             False,
-            lambda one, rows=rows, context=context: one.value(
-                "bandwidth_over_copy", "attention", rows=rows, context=context, layers=1
-            ),
+            partial(Findings.value, name="bandwidth_over_copy", part="attention", rows=rows, context=context, layers=1),
         )
         for rows, context in ((64, 8192), (256, 1024))
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,11 +74,11 @@ def _measurements(device: torch.device, dry: bool) -> Iterator[tuple[dict[str, A
         if rows_left:
             rows = rows_left.pop(0)
             size = {"part": "sampler", "rows": rows, "vocabulary": vocabulary}
-            yield size, lambda rows=rows: _of_sampler(rows, vocabulary, device)
+            yield size, partial(_of_sampler, rows, vocabulary, device)
         if sizes_left:
             rows, context, layers = sizes_left.pop(0)
             size = {"part": "attention", "rows": rows, "context": context, "layers": layers}
-            yield size, lambda one=(rows, context, layers): _of_attention(*one, device, dry)
+            yield size, partial(_of_attention, rows, context, layers, device, dry)
 
 
 def _of_sampler(rows: int, vocabulary: int, device: torch.device) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class Run:
             process = subprocess.Popen(
                 job.words,
                 cwd=ROOT,
-                env=self._environment() | job.environment,
+                env={**self._environment(), **job.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -83,7 +83,7 @@ def _bandwidth(device: torch.device, size: int) -> dict[str, float]:
     """Bytes that the card reads and writes in a second at most, 10¹²: a ceiling of everything that follows."""
     source = torch.zeros(size // 8, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
-    actions = {"copy": (lambda: target.copy_(source), 2 * size), "read": (source.sum, size)}
+    actions = {"copy": (lambda: target.copy_(source), 2 * size), "read": (lambda: source.sum(), size)}
     return {
         name: round(moved / statistics.median(seconds(action, device.type == "cuda") for _ in range(20)) / 1e12, 3)
         for name, (action, moved) in actions.items()

@@ -7,11 +7,16 @@ import urllib.request
 
 import openai
 import pytest
+import tomli_w
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
+from tests.support.browser import chromium, opened
 from tests.support.engine import close_engine
 from tests.support.server import serve
+from vllm_entropix.bench.answers import read
+from vllm_entropix.cli.main import app
 from vllm_entropix.client import ASK, StreamTraces, trace_of
 from vllm_entropix.demo_model import shipped_model
 
@@ -61,6 +66,41 @@ def test_chat_and_stream_give_the_same(client):
     assert "41" in whole
     chunks = client.chat.completions.create(**ask, stream=True)
     assert whole == "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def test_a_small_study_through_the_server(url, tmp_path):
+    """`vllm-entropix bench` and its report: one task, 20 items, three samplers."""
+    study = {
+        "name": "Sums, by three samplers",
+        "configurations": 2,
+        "draws": 2,
+        "concurrency": 16,
+        "models": {"demo": {"endpoint": f"{url}/v1", "served_name": "demo"}},
+        "tasks": {"sums": {"kind": "arithmetic", "tuning": 4, "test": 16, "max_tokens": 40, "options": {"operations": "+"}}},
+        "samplers": {
+            "greedy": {"fixed": {"temperature": 0}},
+            "min_p": {"sampler": "min_p", "ranges": {"temperature": [0.2, 1.5], "min_p": [0.05, 0.3]}},
+            "entropix": {"sampler": "entropix", "ranges": {"entropix_temperature": [0.2, 1.0]}},
+        },
+    }
+    path, results = tmp_path / "study.toml", tmp_path / "results"
+    path.write_text(tomli_w.dumps(study))
+    ended = CliRunner().invoke(app, ["bench", str(path), "-o", str(results)])
+    assert ended.exit_code == 0, ended.output
+    answers = list(read(results))
+    assert len(answers) == 4 * (1 + 2 + 2) + 16 * (1 + 2 + 2)
+    assert all(answer.text and answer.finish_reason in ("stop", "length") for answer in answers)
+    regimes = [answer.signals for answer in answers if (answer.phase, answer.sampler) == ("test", "entropix")]
+    assert any(signals.get("temperature_mean", 0) > 0 for signals in regimes)
+    # Seeds are the study's, and greedy's answer has none: asked again, they say the same.
+    again = CliRunner().invoke(app, ["bench", str(path), "-o", str(tmp_path / "again"), "--sampler", "greedy"])
+    assert again.exit_code == 0, again.output
+    texts = {answer.key: answer.text for answer in answers}
+    assert all(texts[answer.key] == answer.text for answer in read(tmp_path / "again"))
+    told = CliRunner().invoke(app, ["bench", "report", str(results)])
+    assert told.exit_code == 0, told.output
+    with chromium() as browser, opened(browser, results / "report.html") as page:
+        assert page.locator(".chart .main-svg").count() >= 3
 
 
 @pytest.mark.parametrize(

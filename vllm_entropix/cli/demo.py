@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,8 +26,9 @@ from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.report import Source, write_report
 from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table
 from vllm_entropix.records.line import TraceLine
+from vllm_entropix.records.schema import TokenEntry
 from vllm_entropix.records.tokens import token_texts
-from vllm_entropix.records.trace import traces
+from vllm_entropix.records.trace import TokenRecord, traces
 from vllm_entropix.samplers import registry
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 from vllm_entropix.settings.errors import ConfigError
@@ -249,7 +251,7 @@ def _show(
         sequences.append(sequence)
         # What comes from a file or a model is printed as it stands: no markup, no control characters.
         parts: list[Any] = [Text(printable(prompt.shown), style="dim italic"), Text()]
-        parts.append(Text("entropix  ", style="bold") + _verdict(prompt, completion.text))
+        parts.append(Text("entropix  ", style="bold") + _verdict(prompt, completion.text) + _score(sequence.records))
         parts.append(Padding(coloured(sequence), (0, 0, 0, 2)))
         for mode in MODES[1:]:
             text = outputs[index, mode].outputs[0].text
@@ -295,6 +297,12 @@ def _report(
 
 def _pieces(tokenizer: Any, token_ids: Sequence[int]) -> Iterable[tuple[int, str]]:
     return zip(token_ids, token_texts(tokenizer, token_ids), strict=True)
+
+
+def _score(records: Iterable[TokenRecord | TokenEntry]) -> Text:
+    """How unsure the model was while it wrote: the mean entropy of the tokens that it chose."""
+    entropies = [record.entropy for record in records if not record.forced and record.entropy is not None]
+    return Text(f"  mean entropy {fmean(entropies):.2f} bits", style="dim") if entropies else Text()
 
 
 def _verdict(prompt: Prompt, text: str) -> Text:

@@ -83,6 +83,34 @@ def test_names_are_judged(kind, text, correct):
     assert task(kind).grade(item, text.format(item.expected)).correct is correct
 
 
+# Word for word, by SmolLM2-135M-Instruct.
+WRITTEN = [
+    ("arithmetic", "36", "4 * 9 = 36\n\nThe answer is 36.", "36"),
+    ("word_problems", "20", "Ben has 30 stickers - 10 stickers = 20 stickers left.\n\nThe answer is 20.", "20"),
+    ("word_problems", "20", "wer: 2 + 20 = Ben's total number of stickers = 2 + 2 = 4\n\n4. To end it out, we'll use", "4"),
+    ("arithmetic", "11", "Step 2: 2 + 3 = 5\n\nStep 3: 5 + 6 = 11\n\nThe answer is 11.", "11"),
+    ("capitals", "Kathmandu", "The capital of Nepal is Kathmandu.", "Kathmandu"),
+    (
+        "capitals",
+        "Kathmandu",
+        "The capital of Nepal is Heraklati, a bustling metropolis perched on the eastern side of Nepal's",
+        None,
+    ),
+    ("animals", "insect", "The bee belongs to the class Insecta.", "insect"),
+    (
+        "animals",
+        "insect",
+        "of the bee based on the animal classification of the animal is the Animalia class and it is a class",
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "expected", "text", "answer"), WRITTEN)
+def test_answers_as_a_model_wrote_them(kind, expected, text, answer):
+    assert task(kind).grade(Item("0", "?", expected), text) == Graded(answer, answer == expected)
+
+
 def test_every_animal_and_country_is_asked_once():
     for kind, least in (("capitals", 90), ("animals", 150)):
         universe = task(kind).items(least, "seed")

@@ -197,11 +197,12 @@ def served(name: str, settings: ModelSettings, sampler_config: Mapping[str, Any]
     assert settings.path is not None
     path = str(Path(settings.path).expanduser()) if settings.path.startswith("~") else settings.path
     command = [str(Path(sys.executable).with_name("vllm")), "serve", path, "--host", "127.0.0.1", "--port", str(port)]
+    quiet = ["--uvicorn-log-level", "warning"]  # or the log has a line per answer
     sampler = ["--sampler", "entropix", "--sampler-config", json.dumps(dict(sampler_config))]
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*command, *sampler, *settings.arguments],
+            [*command, *quiet, *sampler, *settings.arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,

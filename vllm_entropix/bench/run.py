@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,7 +18,7 @@ from vllm_entropix.bench.answers import Answer, Key, Store
 from vllm_entropix.bench.choose import Chosen, choose
 from vllm_entropix.bench.endpoint import Endpoint, Reply, served
 from vllm_entropix.bench.grading import Grader
-from vllm_entropix.bench.study import Phase, Split, Study, Value
+from vllm_entropix.bench.study import ModelSettings, Phase, Split, Study, Value
 from vllm_entropix.bench.tasks import Item
 from vllm_entropix.settings.errors import ConfigError, cut, quoted
 
@@ -78,8 +78,12 @@ def run(
         TimeRemainingColumn(),
     )  # fmt: skip
     tasks = {name: study.tasks[name].task() for name in splits}
-    with Store(folder, study) as store, Grader(tasks) as grader, Progress(*columns, console=console) as progress:
-        runner = _Runner(study, folder, splits, store, grader, progress, only)
+    with ExitStack() as opened:
+        store = opened.enter_context(Store(folder, study))
+        grader = opened.enter_context(Grader(tasks))
+        servers = opened.enter_context(_Servers(folder / SERVER_LOG))
+        progress = opened.enter_context(Progress(*columns, console=console))
+        runner = _Runner(study, folder, splits, store, grader, servers, progress, only)
         for model in study.models:
             if only.model in (None, model):
                 runner.run(model, None if chosen is None else chosen.get(model, {}))
@@ -97,6 +101,35 @@ def read_chosen(path: Path) -> dict[str, dict[str, Chosen]]:
         raise ConfigError(f"{path} has no chosen configurations ({cut(str(error))}); give the {CHOSEN} of a study") from None
 
 
+class _Servers:
+    """The one server that a study has up: kept while the same is wanted, and ended before another is started.
+
+    Args:
+        log: file for what servers say.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log, self._opened = log, ExitStack()
+        self._model: str | None = None
+        self.config: Mapping[str, Any] = {}
+        self._url = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def url(self, model: str, settings: ModelSettings, config: Mapping[str, Any]) -> str:
+        """Base URL of a server of this model with these settings of the sampler."""
+        if (model, config) != (self._model, self.config):
+            self._opened.close()
+            self._model = None  # until the next is up
+            self._url = self._opened.enter_context(served(model, settings, config, self._log))
+            self._model, self.config = model, config
+        return self._url
+
+
 class _Runner:
     def __init__(
         self,
@@ -105,11 +138,12 @@ class _Runner:
         splits: Mapping[str, Split],
         store: Store,
         grader: Grader,
+        servers: _Servers,
         progress: Progress,
         only: Only,
     ) -> None:
         self._study, self._folder, self._splits = study, folder, splits
-        self._store, self._grader, self._progress, self._only = store, grader, progress, only
+        self._store, self._grader, self._servers, self._progress, self._only = store, grader, servers, progress, only
 
     def run(self, model: str, given: Mapping[str, Chosen] | None) -> None:
         """Both phases of a model."""
@@ -143,23 +177,20 @@ class _Runner:
 
     def _phase(self, model: str, phase: Phase, wanted: Mapping[str, Mapping[int, dict[str, Value]]]) -> None:
         """Ask for what is missing, with a server of the right settings for each group of samplers."""
-        settings = self._study.models[model]
-        for sampler_config, names in self._study.servers():
+        # Beginning with those that the server is up for.
+        for sampler_config, names in sorted(self._study.servers(), key=lambda group: group[0] != self._servers.config):
             jobs = [job for name in names if name in wanted for job in self._jobs(model, phase, name, wanted[name])]
             missing = [job for job in jobs if job.key not in self._store.known]
             shown = f"{model} {phase}" + (f", server for {', '.join(names)}" if sampler_config else "")
             bar = self._progress.add_task(cut(shown, 60), total=len(jobs), completed=len(jobs) - len(missing))
             if not missing:
                 continue
-            with ExitStack() as opened:
-                if settings.endpoint is not None:
-                    url = settings.endpoint
-                else:
-                    url = opened.enter_context(served(model, settings, sampler_config, self._folder / SERVER_LOG))
-                endpoint = Endpoint(model, settings, url, self._study.timeout_seconds)
-                for answer in self._answers(endpoint, missing):
-                    self._store.add(answer)
-                    self._progress.advance(bar)
+            settings = self._study.models[model]
+            url = settings.endpoint or self._servers.url(model, settings, sampler_config)
+            endpoint = Endpoint(model, settings, url, self._study.timeout_seconds)
+            for answer in self._answers(endpoint, missing):
+                self._store.add(answer)
+                self._progress.advance(bar)
 
     def _jobs(self, model: str, phase: Phase, sampler: str, parameters: Mapping[int, dict[str, Value]]) -> Iterator[_Job]:
         for configuration, values in parameters.items():

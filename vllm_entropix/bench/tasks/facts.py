@@ -64,9 +64,11 @@ _ANIMALS = {
     "mollusc": "clam mussel octopus oyster scallop slug snail squid",
 }  # fmt: skip
 _CLASSES = {spelling: name for name in _ANIMALS for spelling in (name, f"{name}s", *(["fishes"] if name == "fish" else []))} | {
-    "mollusk": "mollusc",
-    "mollusks": "mollusc",
-}
+    "mollusk": "mollusc", "mollusks": "mollusc",
+    # Models know the scientific names, too.
+    "mammalia": "mammal", "aves": "bird", "pisces": "fish", "reptilia": "reptile", "amphibia": "amphibian", "insecta": "insect",
+    "arachnida": "arachnid", "crustacea": "crustacean", "mollusca": "mollusc",
+}  # fmt: skip
 
 
 class _Names(Task[Section]):

@@ -23,6 +23,7 @@ def test_any_model_is_asked_for_facts_in_a_chat():
         ("Paris", "It is paris.", True),
         ("12", "7 + 5 = 12", True),
         ("12", "120", False),
+        ("12", "112", False),
         ("7|seven", "Seven days", True),
         ("7|seven", "seventy", False),
         ("100", "100°C", True),

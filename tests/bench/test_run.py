@@ -120,7 +120,7 @@ def test_requests_say_what_the_study_says(tmp_path):
     assert {(a.task, a.item, a.draw): a.seed for a in warmer} == plain
 
 
-@pytest.mark.parametrize("stopped", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("stopped", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_study_that_is_stopped_goes_on(tmp_path, stopped):
     def slow(body):
         time.sleep(0.05)

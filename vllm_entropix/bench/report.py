@@ -57,16 +57,20 @@ def _intervals(title: str, note: str, unit: str, found: list[tuple[str, Interval
 
 
 def _best_of(model: ModelSummary) -> Chart:
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": tuned.sampler,
-            "x": list(range(1, len(tuned.best_of) + 1)),
-            "y": [100 * value for value in tuned.best_of],
-        }
-        for tuned in model.tuned
-    ]
+    most = max(len(tuned.best_of) for tuned in model.tuned)
+    data = []
+    for tuned in model.tuned:
+        # What has nothing to tune is as good after any number of tries.
+        curve = tuned.best_of * most if len(tuned.best_of) == 1 else tuned.best_of
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": tuned.sampler,
+                "x": list(range(1, len(curve) + 1)),
+                "y": [100 * value for value in curve],
+            }
+        )
     return Chart(
         f"Expected best of the first k configurations, {model.model}",
         "On the tuning split, whose best values are too good by luck: compare curves, and take accuracies from the test split.",

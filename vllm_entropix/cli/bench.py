@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,8 +55,19 @@ def run(
         typer.echo(_size(found))
         return
     wanted = read_chosen(chosen) if chosen is not None else None
-    answers = run_study(found, output, Console(stderr=True), Only(model, sampler, task), wanted)
+    with _ended_by_sigterm():
+        answers = run_study(found, output, Console(stderr=True), Only(model, sampler, task), wanted)
     typer.echo(f"{output} has {answers:,} answers; `vllm-entropix bench report {output}` shows them")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process as Ctrl-C does: a server that was started for the study ends with it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _size(study: Any) -> str:

@@ -4,10 +4,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -22,6 +24,7 @@ from vllm_entropix.bench.study import Study
 from vllm_entropix.cli.main import app
 from vllm_entropix.settings.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[2]
 CONSOLE = Console(quiet=True)
 
 
@@ -308,3 +311,56 @@ def test_the_size_of_a_study_is_told_without_asking(tmp_path):
     assert ended.exit_code == 0, ended.output
     assert f"{TUNING + TEST} answers" in " ".join(ended.output.split())
     assert not (tmp_path / "none").exists()
+
+
+SERVER = """
+import json, sys, threading
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from http.server import ThreadingHTTPServer
+from tests.support import openai_endpoint
+arguments = sys.argv[1:]
+Path({started!r}).open("a").write(json.dumps(arguments) + "\\n")
+print("a line of the log", flush=True)
+if "--broken" in arguments:
+    sys.exit(3)
+port = int(arguments[arguments.index("--port") + 1])
+openai_endpoint.ThreadingHTTPServer = lambda address, handler: ThreadingHTTPServer(("127.0.0.1", port), handler)
+with openai_endpoint.endpoint(lambda body: openai_endpoint.chat("Answer: 1")):
+    threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def starts(tmp_path, monkeypatch):
+    """Servers that a study starts are ours, and this gives the arguments of each."""
+    script, started = tmp_path / "serve.py", tmp_path / "started.jsonl"
+    script.write_text(SERVER.format(root=str(ROOT), started=str(started)))
+    monkeypatch.setattr("vllm_entropix.bench.endpoint._SERVE", (sys.executable, str(script)))
+    return lambda: [json.loads(line) for line in started.read_text().splitlines()]
+
+
+def test_a_server_is_kept_while_the_same_is_wanted_and_ends_with_the_study(tmp_path, starts):
+    data = described("http://127.0.0.1:1/v1")
+    data["models"] = {"served": {"path": str(tmp_path), "arguments": ["--dtype", "bfloat16"]}}
+    data["samplers"]["odd"] = {"sampler": "entropix", "server": {"regimes": False}}
+    run(Study.model_validate(data), tmp_path / "results", CONSOLE)
+    # Plain, odd; the test split begins with the one that is up: odd, plain.
+    configs = [json.loads(arguments[arguments.index("--sampler-config") + 1]) for arguments in starts()]
+    assert configs == [{}, {"regimes": False}, {}]
+    assert all(arguments[0] == str(tmp_path) and arguments[-2:] == ["--dtype", "bfloat16"] for arguments in starts())
+    assert "a line of the log" in (tmp_path / "results" / "server.log").read_text()
+    ports = [int(arguments[arguments.index("--port") + 1]) for arguments in starts()]
+    for port in ports:
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", port), timeout=2)
+
+
+def test_a_model_that_cant_be_served_is_one_sentence(tmp_path, starts):
+    def served(**model):
+        return Study.model_validate({**described(""), "models": {"broken": model}})
+
+    with pytest.raises(ConfigError, match=r"models.broken can't be served: vLLM ended with status 3; .*server.log says why"):
+        run(served(path=str(tmp_path), arguments=["--broken"]), tmp_path / "results", CONSOLE)
+    with pytest.raises(ConfigError, match=r"models.broken.path is '/nowhere/at/all', which isn't there; give a model's folder"):
+        run(served(path="/nowhere/at/all"), tmp_path / "others", CONSOLE)

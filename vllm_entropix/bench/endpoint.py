@@ -21,13 +21,14 @@ from vllm_entropix.bench.study import REQUEST_PARAMETERS, ModelSettings, Value
 from vllm_entropix.client import trace_of
 from vllm_entropix.records.schema import ChoiceTrace
 from vllm_entropix.samplers import registry
-from vllm_entropix.settings.errors import ConfigError, cut
+from vllm_entropix.settings.errors import ConfigError, cut, quoted
 
 if TYPE_CHECKING:
     import openai
 
 _STANDARD = ("temperature", "top_p", "frequency_penalty", "presence_penalty")  # what the client's methods have arguments for
 _SCORES = "entropix_scores"
+_SERVE = (str(Path(sys.executable).with_name("vllm")), "serve")
 START_SECONDS = 900
 _CONTINUED = "Question: {question}\nAnswer:"
 _NEXT = "\nQuestion:"
@@ -196,7 +197,9 @@ def served(name: str, settings: ModelSettings, sampler_config: Mapping[str, Any]
         port = int(probe.getsockname()[1])
     assert settings.path is not None
     path = str(Path(settings.path).expanduser()) if settings.path.startswith("~") else settings.path
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", path, "--host", "127.0.0.1", "--port", str(port)]
+    if path.startswith(("/", ".")) and not Path(path).exists():
+        raise ConfigError(f"models.{name}.path is {quoted(path)}, which isn't there; give a model's folder, or a hub's name")
+    command = [*_SERVE, path, "--host", "127.0.0.1", "--port", str(port)]
     quiet = ["--uvicorn-log-level", "warning"]  # or the log has a line per answer
     sampler = ["--sampler", "entropix", "--sampler-config", json.dumps(dict(sampler_config))]
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", **os.environ}

@@ -31,13 +31,21 @@ def some_attention(rows, wanted):
     return AttentionStatistics(*torch.zeros(4, len(wanted)), measured=wanted)
 
 
-def step(rows, base, clarification=(1, 2, 3)):
+# A sampler that plans in PyTorch, alone and beside one with a rule for the kernel.
+OTHERS = (("min_p",), ("entropix", "min_p"))
+
+
+def step(rows, base, clarification=(1, 2, 3), samplers=("entropix",)):
     """All kernels of a step; none of them is run."""
     config = EntropixConfig.from_dict({"base": base})
     batch = BatchSampler(config, rows, clarification, "cpu", counted=True)
-    numbers = [value for _, value in config.numbers()]
     for row in range(rows):
-        batch.add(str(row), Sequence(numbers, sampled=True, traced=False, allow_clarification=True, prompt_length=1))
+        name = samplers[row % len(samplers)]
+        numbers = [value for _, value in batch.samplers[name].numbers()]
+        batch.add(
+            str(row),
+            Sequence(numbers, sampled=True, traced=False, allow_clarification=True, prompt_length=1, sampler=name),
+        )
     slots = batch.sequences.slots_of(map(str, range(rows)), rows)
     here = torch.arange(rows)
     described = Rows(torch.from_numpy(slots), slots, here + 10, here, here >= 0, here)
@@ -48,9 +56,13 @@ def step(rows, base, clarification=(1, 2, 3)):
 def codes(capability=90):
     """What is said of each kernel."""
     found = {}
-    for base in BASES if capability == 90 else BASES[-1:]:
+    bases = BASES if capability == 90 else BASES[-1:]
+    steps = [(str(base), {"base": base}) for base in bases] + [
+        (str(names), {"base": {}, "samplers": names}) for names in OTHERS
+    ]
+    for what, settings in steps:
         with compiling(capability) as launched:
-            step(64, base)
+            step(64, **settings)
         for code in launched:
             told = dataclasses.asdict(code) | {
                 "narrow_loads": code.narrow_loads,
@@ -58,7 +70,7 @@ def codes(capability=90):
                 "spills": sum(re.search(r"\b(LDL|STL)\b", one) is not None for one in code.instructions),
             }
             del told["loops"], told["instructions"], told["layouts"]
-            found[f"{code.name}, {base}"] = told | {"instructions": len(code.instructions)}
+            found[f"{code.name}, {what}"] = told | {"instructions": len(code.instructions)}
     return found
 
 

@@ -132,7 +132,9 @@ def decisions_equal_those_of_pytorch(seed, preset, kind, rule, drafts, counted, 
 )
 def decisions_of_several_samplers(seed, kind, rule, drafts, counted, tracing, samplers):
     """Samplers without a rule alone, with one another, and with one that has a rule."""
-    compare_decisions(seed, EntropixConfig.preset_names()[0], kind, rule, drafts, counted, True, tracing, samplers)
+    # The same numbers for both, whose last bits PyTorch's would differ in.
+    with mock.patch.object(Backend, "spread", TritonBackend.spread):
+        compare_decisions(seed, EntropixConfig.preset_names()[0], kind, rule, drafts, counted, True, tracing, samplers)
 
 
 def compare_decisions(seed, preset, kind, rule, drafts, counted, regimes, tracing, samplers):
@@ -281,8 +283,8 @@ def a_step_takes_few_launches():
             (64, False, False, None, {}),
             (64, True, True, (1, 2, 3), {}),
             (64, False, True, None, {"top_k": 2000}),
-            # Of the others top_n_sigma, whose plan is PyTorch's, takes some twenty for itself.
-            *((64, False, True, None, {}, samplers) for samplers in BATCHES[:3]),
+            # Two samplers at most: each of those without a rule plans in PyTorch.
+            *((64, False, True, None, {}, samplers) for samplers in BATCHES[:4]),
         ):
             names = launches_of_a_step(*case)
             assert len(names) <= LAUNCHES, (case, names)

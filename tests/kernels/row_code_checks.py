@@ -32,7 +32,7 @@ def some_attention(rows, wanted):
 
 
 # A sampler that plans in PyTorch, alone and beside one with a rule for the kernel.
-OTHERS = (("min_p",), ("entropix", "min_p"))
+OTHERS = (("top_n_sigma",), ("entropix", "min_p"))
 
 
 def step(rows, base, clarification=(1, 2, 3), samplers=("entropix",)):
@@ -79,6 +79,7 @@ def variants():
     with specialising() as found:
         for size in SIZES:
             step(size, BASES[-1])
+            backend.TritonBackend("cpu").spread(torch.empty(1, VOCABULARY).expand(size, -1))
     return {name: len(of_kernel) for name, of_kernel in found.items()}
 
 

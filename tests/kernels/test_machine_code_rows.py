@@ -14,8 +14,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 BANDWIDTH, MULTIPROCESSORS, SCHEDULERS, CLOCK = 3.35e12, 132, 4, 1.7e9
 ROWS, VOCABULARY = 256, 128256
 
-READING_LOGITS = {"_measure_tile", "_distribute", "_begin", "_tally", "_count_values", "_write"}
-KERNELS = {"_merge_tiles", "_want_attention", "_decide", "_choose", "_choose_value", *READING_LOGITS}
+READING_LOGITS = {"_measure_tile", "_spread_of_tile", "_distribute", "_begin", "_tally", "_count_values", "_write"}
+KERNELS = {"_merge_tiles", "_merge_spreads", "_want_attention", "_decide", "_choose", "_choose_value", *READING_LOGITS}
 
 
 @pytest.fixture(scope="module")

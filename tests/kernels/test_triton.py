@@ -15,6 +15,7 @@ from vllm_entropix.kernels.backend import kernels_for
 ROOT = Path(__file__).parents[2]
 CHECKS = (
     "metrics_equal_float64",
+    "spreads_equal_float64",
     "metrics_of_other_types",
     "metrics_of_strange_rows",
     "metrics_do_not_cancel",

@@ -29,6 +29,7 @@ from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.paged_keys import CpuVectorKeys, PlainKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
 from vllm_entropix.distribution import backend, filters
+from vllm_entropix.distribution import statistics as statistics_of_logits
 from vllm_entropix.distribution.best_of_n import best_of_n
 from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
 from vllm_entropix.rows.batch import BatchSampler
@@ -74,6 +75,17 @@ def metrics_equal_float64():
         twin = LogitsMetrics.from_logits(logits)
         want = torch.stack((twin.entropy, twin.varentropy, twin.log_normaliser))
         torch.testing.assert_close(metrics_of(logits), want, rtol=2e-5, atol=2e-5)
+
+
+def spreads_equal_float64():
+    for vocabulary in (1, 2, 100, 4095, 4096, 4097, 9000):
+        logits = mixed(12, vocabulary, vocabulary)
+        logits[1] = 1e4 + logits[1] / 100  # E[x²] - E[x]² would be off
+        logits[2], logits[3, ::2], logits[4, 0], logits[5, -1] = -torch.inf, -torch.inf, torch.nan, torch.inf
+        found = backend.TritonBackend(logits.device).spread(logits)
+        torch.testing.assert_close(found.double(), statistics_of_logits.spread(logits.double()), rtol=2e-5, atol=2e-5)
+        for order in (torch.tensor([3]), torch.randperm(12)):
+            assert torch.equal(backend.TritonBackend(logits.device).spread(logits[order]), found[order])
 
 
 def metrics_of_other_types():
@@ -788,6 +800,7 @@ def samplers_without_a_rule_write_by_them():
 
 CHECKS = (
     metrics_equal_float64,
+    spreads_equal_float64,
     metrics_of_other_types,
     metrics_of_strange_rows,
     metrics_do_not_cancel,

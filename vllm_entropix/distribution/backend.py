@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_entropix.distribution.plan import Parameters
 from vllm_entropix.distribution.shape import shape
-from vllm_entropix.distribution.statistics import LogitsMetrics
+from vllm_entropix.distribution.statistics import LogitsMetrics, spread
 from vllm_entropix.kernels.backend import kernels_for
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ class Backend:
     def statistics(self, logits: Tensor) -> LogitsMetrics:
         """Entropy, varentropy and log-normaliser of ``logits [rows, vocab]``."""
         return LogitsMetrics.from_logits(logits)
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Population standard deviation of the finite logits of each row; 0 where there are none."""
+        return spread(logits)
 
     def largest(self, logits: Tensor, log_normaliser: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` largest logits of each row and their ids, as ``topk`` gives them.
@@ -156,6 +160,12 @@ class TritonBackend(Backend):
         from vllm_entropix.kernels.triton_.logits_metrics import logits_metrics
 
         return LogitsMetrics(*logits_metrics(logits))
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """As :meth:`Backend.spread`."""
+        from vllm_entropix.kernels.triton_.spread import spread
+
+        return spread(logits)
 
     def write(self, logits: Tensor, draws: Draws) -> None:
         """As :meth:`Backend.write`."""

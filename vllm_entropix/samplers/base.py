@@ -63,9 +63,7 @@ class RowView:
     @cached_property
     def spread(self) -> Tensor:
         """Population standard deviation of each row's finite logits, ``[rows]``."""
-        from vllm_entropix.distribution.statistics import spread
-
-        return spread(self.logits)
+        return self.backend.spread(self.logits)
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,19 @@ def test_any_sampler_by_name(parser, capsys):
         "entropix": {"sampler": "entropix"}
     }
     with pytest.raises(SystemExit):
-        additional(parser, "--sampler", "min-p")
-    assert "unknown sampler 'min-p'; there are vllm, entropix, min_p and top_n_sigma" in capsys.readouterr().err
+        additional(parser, "--sampler", "mini-p")
+    assert "unknown sampler 'mini-p'; there are vllm, chain, entropix, min_p and top_n_sigma" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        additional(parser, "--sampler", "dry;mini-p")
+    assert "unknown sampler 'mini-p' in the chain 'dry;mini-p'; there are adaptive_p, dry" in capsys.readouterr().err
+    # Spelled as llama.cpp's users may, and one name alone.
+    for given, sampler in (
+        ("dry; top-n-sigma;temp", "dry;top_n_sigma;temperature"),
+        ("min-p", "min_p"),
+        ("xtc", "xtc"),
+        ("", ""),
+    ):
+        assert additional(parser, "--sampler", given) == {"entropix": {"sampler": sampler}}
 
 
 DOTTED = [
@@ -255,7 +266,7 @@ def test_additional_config_is_merged_and_not_replaced(parser):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--sampler", "enthropix"], "unknown sampler 'enthropix'; there are vllm, entropix, min_p and top_n_sigma"),
+        (["--sampler", "enthropix"], "unknown sampler 'enthropix'; there are vllm, chain, entropix, min_p and top_n_sigma"),
         (["--sampler", "entropix", "--sampler-config", "gpt"], "unknown preset 'gpt'"),
         (["--sampler", "entropix", "--sampler-config", "{bad"], "not valid JSON"),
         (["--sampler", "entropix", "--sampler-config", "/nowhere/x.toml"], "can't read the sampler config /nowhere/x.toml"),
@@ -309,8 +320,9 @@ def test_keywords_of_llm():
         merge_keywords({"sampler": "vllm", "sampler_config": {}})
     with pytest.raises(ConfigError, match=r"additional_config is \[1\], but it should be a table"):
         merge_keywords({"sampler": "entropix", "additional_config": [1]})
-    with pytest.raises(ConfigError, match="unknown sampler \\['entropix'\\]"):
-        merge_keywords({"sampler": ["entropix"]})
+    with pytest.raises(ConfigError, match="unknown sampler 'enthropix' in the chain"):
+        merge_keywords({"sampler": ["enthropix"]})
+    assert merge_keywords({"sampler": ["dry", "temp"]})["additional_config"] == {"entropix": {"sampler": "dry;temperature"}}
     assert merge_keywords({"sampler": "entropix", "sampler_config": SETTINGS})["additional_config"] == {"entropix": SETTINGS}
     assert merge_keywords({"sampler": "vllm"})["additional_config"] == {}
     with pytest.raises(ConfigError, match="unknown sampler 'x'"):

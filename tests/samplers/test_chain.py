@@ -15,7 +15,12 @@ from tests.samplers import chain_definitions
 from tests.samplers.drawn import logits_of
 from vllm_entropix import ConfigError, demo_model
 from vllm_entropix.samplers import Chain, names
+from vllm_entropix.samplers.chain import stages, without_what_is_off
+from vllm_entropix.samplers.entropix.sampler import EntropixSampler
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
+# Of entropix's distributions there is a definition elsewhere.
+DEFINED = [name for name in names() if name != "entropix"]
 TENTHS = [0.1, 0.2, 0.3, 0.4]
 THREE, TWO, ONE = [0, 2 / 9, 3 / 9, 4 / 9], [0, 0, 3 / 7, 4 / 7], [0, 0, 0, 1]
 DRY = {"dry_multiplier": 1, "dry_base": 1.1}
@@ -120,7 +125,7 @@ def random_settings(rng):
 def random_chain(rng):
     """Names in any order, in that order as they act: what ends the chain stands behind."""
     ends = chain_definitions.STATEFUL
-    found = list(rng.permutation([name for name in names() if name not in ends]))[: rng.integers(0, 7)]
+    found = list(rng.permutation([name for name in DEFINED if name not in ends]))[: rng.integers(0, 7)]
     last = [str(rng.choice(ends))] if rng.random() < 0.5 else []
     return [str(name) for name in found] + last
 
@@ -164,7 +169,7 @@ def test_random_chains_are_their_definition(seed):
             tokens.append(token)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", DEFINED)
 def test_each_sampler_alone_is_its_definition(name):
     rng = np.random.default_rng(5)
     for _ in range(12):
@@ -355,3 +360,54 @@ def test_neither_torch_nor_vllm_is_loaded_before_it_is_needed():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.split() == ["False", "False"]
+
+
+def test_a_neutral_value_switches_a_sampler_off():
+    logits = torch.tensor(random_rows(np.random.default_rng(8), 5, 60))
+    plain = distribution("temperature", {"temperature": 1.0}, logits)
+    switched = [stage for stage in stages().values() if stage.neutral]
+    assert len(switched) >= 14
+    for stage in switched:
+        for end in range(2):
+            settings_of_stage = {name: ends[end] for name, *ends in stage.neutral}
+            rest = {"temperature": 1.0} if "temperature" in stage.Settings.model_fields else {}
+            found = distribution(stage.name, settings_of_stage | rest, logits, [[1, 2, 1, 2]] * 5)
+            torch.testing.assert_close(found, plain, rtol=0, atol=1e-15, msg=stage.name)
+            assert stage.is_off(Chain.parse(stage.name, settings_of_stage | rest).values)
+    assert not stages()["xtc"].is_off({"xtc_probability": 0.5})
+    assert not stages()["mirostat"].is_off({})
+
+
+def test_what_clients_send_with_each_request_is_left_out_where_it_is_off():
+    sent = {
+        "dry_multiplier": 0,
+        "dry_base": 1.75,
+        "typical_p": 1,
+        "tfs": 1,
+        "mirostat_tau": 5,
+        "top_a": 0,
+        "xtc_threshold": 0.1,
+    }
+    assert without_what_is_off(("min_p",), sent) == {}
+    assert without_what_is_off(("dry", "xtc"), sent) == {
+        key: sent[key] for key in ("dry_multiplier", "dry_base", "xtc_threshold")
+    }
+    assert without_what_is_off(("min_p",), {"top_a": 0.2, "nobodys": 3, "tfs": None}) == {
+        "top_a": 0.2,
+        "nobodys": 3,
+        "tfs": None,
+    }
+    with pytest.raises(ConfigError, match=r"^top_a is 7, but"):
+        without_what_is_off(("min_p",), {"top_a": 7})
+
+
+def test_entropix_stands_in_the_place_of_a_temperature():
+    logits = torch.tensor(random_rows(np.random.default_rng(9), 4, 50))
+    histories = [[1, 2, 3, 1, 2]] * 4
+    parameters = {"dry_multiplier": 5, "dry_allowed_length": 1}
+    found = distribution("dry;entropix", parameters, logits, histories)
+    left = distribution("dry", parameters, logits, histories).log()
+    expected = torch.zeros_like(left)
+    [kept] = [EntropixSampler(EntropixConfig()).decide(left).distribution()]
+    expected.scatter_add_(-1, kept.token_ids, kept.probabilities)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -161,6 +161,16 @@ class AttentionStatistics:
             spread(self.interaction_strength),
         )
 
+    def select(self, index: Tensor) -> AttentionStatistics:
+        """Those of some rows."""
+        return AttentionStatistics(
+            self.attention_entropy[index],
+            self.attention_varentropy[index],
+            self.agreement[index],
+            self.interaction_strength[index],
+            None if self.measured is None else self.measured[index],
+        )
+
     def overlaid(self, mask: Tensor, others: AttentionStatistics) -> AttentionStatistics:
         """``others`` in the rows of the bool ``mask``, and these in the rest."""
         everywhere = torch.ones_like(mask)

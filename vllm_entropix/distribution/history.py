@@ -6,6 +6,7 @@ Tokens are int64 ``[rows, length]``, aligned to the right; -1 stands before a ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,9 +35,10 @@ def since_breaker(tokens: Tensor, breakers: Sequence[tuple[int, ...]]) -> Tensor
     """
     width = tokens.shape[-1]
     length = (tokens >= 0).sum(dim=-1, keepdim=True)
-    matched = torch.zeros_like(tokens)
+    # A vocabulary has thousands of tokens with a line break in them, and few breakers of several tokens.
+    matched = torch.isin(tokens, breakers_alone(breakers, tokens.device)).to(tokens.dtype)
     for breaker in sorted(breakers, key=len):
-        if len(breaker) <= width:
+        if 1 < len(breaker) <= width:
             begins = torch.zeros_like(tokens, dtype=torch.bool)
             found = tokens.unfold(-1, len(breaker), 1) == torch.tensor(breaker, device=tokens.device)
             begins[:, : width - len(breaker) + 1] = found.all(dim=-1)
@@ -45,6 +47,16 @@ def since_breaker(tokens: Tensor, breakers: Sequence[tuple[int, ...]]) -> Tensor
     last = torch.where(matched > 0, positions, -1).amax(dim=-1, keepdim=True)
     after = width - last - matched.gather(-1, last.clamp_min(0))
     return after.where(last >= 0, length)
+
+
+@lru_cache(maxsize=64)
+def _alone(breakers: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor([breaker[0] for breaker in breakers if len(breaker) == 1], dtype=torch.int64, device=device)
+
+
+def breakers_alone(breakers: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Token ids of the breakers that are one token, int64."""
+    return _alone(tuple(breakers), device)
 
 
 def longest_repetitions(tokens: Tensor, enough: Tensor, vocabulary: int) -> Tensor:

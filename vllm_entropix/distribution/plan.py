@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,19 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What is known of rows once their tokens are drawn.
+
+    Attributes:
+        state: ``[rows]``, the number that the next position starts from, NaN for rows that keep none; None: no row does.
+        fields: of the record, ``[rows]`` each, by name; NaN for rows that tell nothing.
+    """
+
+    state: Tensor | None = None
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a sampler decides for the rows it is shown.
 
@@ -68,6 +81,10 @@ class Plan:
         forces: bool ``[rows]``: would the server's clarification be forced here? None: nowhere.
         attention: what was measured for the plan; None if nothing was.
         fields: the sampler's own fields of a record, ``[rows]`` each, by name.
+        log_probabilities: ``[rows, vocab]``, the distribution itself, where five numbers can't describe it; ``parameters`` are
+            then what a record tells. Nothing is forced in such rows.
+        after_draw: told the drawn tokens, int64 ``[rows]``, gives what they decide; None: nothing. Rows whose token isn't kept
+            have any token of the vocabulary.
     """
 
     parameters: Parameters
@@ -75,3 +92,5 @@ class Plan:
     forces: Tensor | None = None
     attention: AttentionStatistics | None = None
     fields: Mapping[str, Tensor] = field(default_factory=dict)
+    log_probabilities: Tensor | None = None
+    after_draw: Callable[[Tensor], Drawn] | None = None

@@ -24,7 +24,7 @@ from vllm_entropix.kernels.ranks import RankGroup
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
-from vllm_entropix.samplers.registry import parse_request, sampler_of
+from vllm_entropix.samplers.registry import is_off, parse_request, sampler_of
 from vllm_entropix.samplers.request import GREEDY_BELOW
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class RunnerAdapter(ABC):
         self.observer: AttentionObserver | None = None
         self._reserved: AttentionObserver | None = None
         self._records: list[StepRecords] = []
+        # Records that lack what is known after the draw, and whose they are.
+        self._undrawn: list[tuple[dict[int, tuple[str, bool]], Tensor]] = []
         pipeline = get_pp_group()
         self.link = PipelineLink(runner, self._concerned) if pipeline.world_size > 1 else None
         # The last stage has the logits; the others only measure attention.
@@ -197,28 +199,39 @@ class RunnerAdapter(ABC):
                 self.batch.remove(request.req_id)
                 continue
             self.batch.add(request.req_id, sequence)
+            if self.samples and self._reads_text(sequence):
+                self.keep_prompt(request)
             if sequence.sampled:
                 neutral = request.sampling_params.clone()
                 neutral.temperature, neutral.top_p, neutral.top_k, neutral.min_p = 1.0, 1.0, 0, 0.0
                 request.sampling_params = neutral
-        self.batch.sequences.flush()
-        self._records = []
+        self.batch.begin_step()
+        self._records, self._undrawn = [], []
+
+    def _reads_text(self, sequence: Sequence) -> bool:
+        name = sequence.sampler or self.batch.sequences.default
+        numbers = dict(zip(self.batch.sequences.columns[name], sequence.constants, strict=True))
+        return self.batch.samplers[name].reads_text(numbers)
+
+    def keep_prompt(self, request: Any) -> None:  # noqa: B027  (Model Runner V2 keeps all tokens on the device)
+        """Keep the prompt of a new request, vLLM's NewRequestData, whose sampler looks at the text."""
 
     def _sequence(self, params: SamplingParams, prompt_length: int) -> Sequence | None:
         """The settings of a request, or None if entropix has nothing to do with it."""
-        settings = parse_request(params.extra_args)
-        if not settings.enabled:
+        if is_off(params.extra_args):
             return None
+        settings = parse_request(params.extra_args, self.config)
         greedy = params.temperature < GREEDY_BELOW
         traced = self.config.trace.default if settings.trace is None else settings.trace
-        if greedy and not traced:
+        sampler = sampler_of(settings, self.config)
+        sampled = not greedy or self.batch.samplers[sampler].plans_greedy
+        if not (sampled or traced):
             return None
         top_k = params.top_k if params.top_k > 0 else self.vocabulary
         own = {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k, "min_p": params.min_p}
-        sampler = sampler_of(settings, self.config)
         return Sequence(
             constants=self.batch.samplers[sampler].numbers_of_request(settings, own),
-            sampled=not greedy,
+            sampled=sampled,
             traced=traced,
             allow_clarification=settings.clarification is not False,
             prompt_length=prompt_length,
@@ -242,10 +255,14 @@ class RunnerAdapter(ABC):
     def apply(self, logits: Tensor, rows: Rows) -> None:
         """Turn rows of the step's logits into final distributions, in place, and keep their trace records."""
         records = self.batch.apply(logits, rows, self.measure if self.observer is not None else None)
-        if records is None:
-            return
-        requests = self.batch.sequences.requests_of(rows.host_slots)
-        self._records.append(StepRecords.from_device(requests, records))
+        if records is not None:
+            self._undrawn.append((self.batch.sequences.requests_of(rows.host_slots), records))
+
+    def send_records(self) -> None:
+        """Send the step's records on their way to the host, once the batch sampler was told what was drawn."""
+        for requests, records in self._undrawn:
+            self._records.append(StepRecords.from_device(requests, records))
+        self._undrawn = []
 
     def measure(self, rows: Rows, wanted: Tensor) -> AttentionStatistics | None:
         """Attention statistics of the wanted rows, NaN for the others; None if no row wants them."""

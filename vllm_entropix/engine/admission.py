@@ -8,11 +8,13 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_entropix.engine.carrier import OURS
+from vllm_entropix.engine.chains import BREAKERS, resolved_breakers
 from vllm_entropix.engine.internal import is_internal
 from vllm_entropix.engine.placement import is_ours
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.observability import prometheus
 from vllm_entropix.samplers import registry
+from vllm_entropix.samplers.chain import ChainRequest
 from vllm_entropix.samplers.request import GREEDY_BELOW, PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError, quoted
 
@@ -45,6 +47,8 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
         params.extra_args = {**(params.extra_args or {}), PREFIX: "off"}
         return validate()
     settings = _settings(params.extra_args, resolved["config"])
+    if settings.chain is not None and settings.enabled:
+        _give_breakers(processor.vllm_config.model_config, params, settings.chain)
     result = validate()
     if resolved["counted"]:
         sampler = registry.registry().classes[registry.sampler_of(settings, resolved["config"])]
@@ -60,6 +64,16 @@ def _settings(extra_args: Any, server: Any = None) -> RequestSettings:
         return registry.parse_request(extra_args, server)
     except ConfigError as error:
         raise RequestSettingsError(str(error)) from None
+
+
+def _give_breakers(model: Any, params: Any, asked: ChainRequest) -> None:
+    """Let the request carry token ids for DRY's breakers: whoever samples has no tokenizer."""
+    try:
+        ids = resolved_breakers(model, asked, asked.own_breakers)
+    except ConfigError as error:
+        raise RequestSettingsError(str(error)) from None
+    if ids is not None:
+        params.extra_args = {**(params.extra_args or {}), BREAKERS: ids}
 
 
 def _refuse_unread(extra_args: Any) -> None:

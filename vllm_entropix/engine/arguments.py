@@ -116,9 +116,9 @@ def add_arguments(parser: Any) -> Any:
     group.add_argument(
         "--sampler",
         action="append",
-        metavar="NAME",
+        metavar="NAME|CHAIN",
         help="entropix samples each token according to the model's uncertainty about it; `vllm-entropix samplers` lists the "
-        "others. Default: vllm.",
+        "others. Names with ';' between them are a chain, in the order in which they act. Default: vllm.",
     )
     group.add_argument(
         "--sampler-config",

@@ -113,7 +113,7 @@ LATER = frozenset(
 # Module → names that are imported from it, or looked up in it.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm": ("LLM", "SamplingParams"),
-    "vllm.config": ("VllmConfig", "set_current_vllm_config"),
+    "vllm.config": ("ModelConfig", "VllmConfig", "set_current_vllm_config"),
     "vllm.distributed.parallel_state": ("get_pp_group", "get_tp_group"),
     "vllm.engine.arg_utils": ("EngineArgs", "AsyncEngineArgs"),
     "vllm.entrypoints.anthropic.api_router": ("JSONResponse",),
@@ -229,7 +229,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": ("finished_req_ids", "scheduled_new_reqs", "total_num_scheduled_tokens"),
-        "NewRequestData": ("req_id", "sampling_params", "prompt_len"),
+        "NewRequestData": ("req_id", "sampling_params", "prompt_len", "prompt_token_ids"),
     },
     "vllm.v1.engine": {
         "EngineCoreOutput": ("request_id", "new_token_ids", "kv_transfer_params"),
@@ -318,7 +318,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "vllm.v1.worker.gpu_input_batch": {
-        "InputBatch": ("generators", "logitsprocs", "num_reqs", "req_ids"),
+        "InputBatch": ("generators", "logitsprocs", "num_reqs", "num_tokens_no_spec", "req_ids"),
     },
     "vllm.v1.sample.logits_processor.state": {
         "LogitsProcessors": ("argmax_invariant", "non_argmax_invariant"),
@@ -332,12 +332,15 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "attn_groups",
             "get_model",
             "execute_model",
+            "sample",
         ),
         "ExecuteModelState": ("input_batch",),
     },
     "vllm.v1.worker.gpu.input_batch": {
         "InputBatch": (
+            "cu_num_logits",
             "idx_mapping",
+            "logits_indices",
             "req_ids",
             "num_reqs",
             "num_computed_tokens_np",
@@ -346,16 +349,27 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "vllm.v1.worker.gpu.states": {
-        "RequestState": ("index_to_req_id", "prefill_len"),
+        "RequestState": ("all_token_ids", "index_to_req_id", "prefill_len"),
     },
     "vllm.v1.worker.gpu.buffer_utils": {
+        "StagedWriteTensor": ("gpu",),
         "UvaBackedTensor": ("np", "gpu", "copy_to_uva"),
     },
     "vllm.v1.worker.gpu.sample.sampler": {
         "Sampler": ("logits_processors", "apply_sampling_params"),
     },
+    "vllm.v1.worker.gpu.sample.output": {
+        "SamplerOutput": ("sampled_token_ids",),
+    },
     "vllm.v1.worker.gpu.sample.logits_processor.interface": {
-        "LogitsContext": ("expanded_idx_mapping", "idx_mapping_np", "expanded_local_pos", "input_ids", "pos"),
+        "LogitsContext": (
+            "expanded_idx_mapping",
+            "expanded_local_pos",
+            "idx_mapping_np",
+            "input_ids",
+            "pos",
+            "seq_lens_upper_bound_np",
+        ),
     },
 }
 

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 
 from vllm_entropix.engine import gate
 from vllm_entropix.engine.arguments import KEY, FromCommandLine
+from vllm_entropix.engine.chains import with_breakers
 from vllm_entropix.engine.clarification import clarification_ids
 from vllm_entropix.engine.resolved import RESOLVED, Resolved
 from vllm_entropix.engine.subclasses import SCHEDULER, WORKER, qualified_name
@@ -45,6 +46,7 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
             return vllm_config
         config = registry.load_server(wanted)
         gate.refuse_unsupported(vllm_config, config)
+        config = with_breakers(vllm_config.model_config, config)
         counted = config.prometheus and statistics
         disk.check(config.trace)
         resolved = Resolved(config, clarification_ids(vllm_config, config), counted)

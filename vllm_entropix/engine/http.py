@@ -18,8 +18,9 @@ from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.internal import wrap_internal
 from vllm_entropix.engine.placement import is_ours, misplaced, refusal
 from vllm_entropix.engine.resolved import resolved_values
-from vllm_entropix.samplers.registry import names_for_samplers, parse_request
-from vllm_entropix.samplers.request import PREFIX
+from vllm_entropix.samplers import chained
+from vllm_entropix.samplers.registry import names_for_samplers, parse_request, sampler_of
+from vllm_entropix.samplers.request import PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError
 
 # The request that is being handled, for what the engine is asked meanwhile.
@@ -52,7 +53,8 @@ def wrap_handler(original: Callable[..., Any], endpoint: Endpoint) -> Callable[.
         request, raw_request = given["request"], given.get("raw_request")
         resolved = _resolved(self)
         try:
-            traced = _is_traced(request, await _body(request, raw_request), endpoint, resolved)
+            body = _with_settings_of_chain(request, await _body(request, raw_request), endpoint, resolved)
+            traced = _is_traced(request, body, endpoint, resolved)
         except ConfigError as error:
             return await _refuse(self, error, request, raw_request)
         if not traced:
@@ -123,6 +125,31 @@ async def _body(request: Any, raw_request: Any) -> Mapping[str, Any]:
     return {**(request.model_extra or {}), **{name: getattr(request, name) for name in request.model_fields_set}}
 
 
+def _with_settings_of_chain(
+    request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """The body with what clients of llama.cpp and koboldcpp write at its top level in ``vllm_xargs``, as in the request.
+
+    Raises:
+        ConfigError: a value is out of range, or of a sampler that isn't in the chain.
+    """
+    place = endpoint.place
+    if place is None or "." in place or resolved is None or not hasattr(request, place):
+        return body
+    config = resolved["config"]
+    if sampler_of(RequestSettings(), config) != chained.NAME:
+        return body
+    # What OpenAI's or vLLM's own request has means what it means there.
+    of_vllm = type(request).model_fields
+    top = {name: body[name] for name in body if name in names_for_samplers() and name not in of_vllm}
+    if not top:
+        return body
+    given = _table(body, place)
+    moved = {**chained.of_body(top, given, config), **given}
+    setattr(request, place, moved)
+    return {**{name: value for name, value in body.items() if name not in top}, place: moved}
+
+
 def _is_traced(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: Any) -> bool:
     """Does a request ask for its trace?
 
@@ -137,14 +164,15 @@ def _is_traced(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolv
     if stray is not None:
         raise ConfigError(refusal(stray, endpoint.place))
     given = _table(body, endpoint.place)
-    ours = [name for name in given if is_ours(name)]
+    ours = [name for name in given if is_ours(name) or (resolved is not None and name in names_for_samplers())]
     if not ours:
         return False
     read = _table(request, endpoint.place)
     lost = next((name for name in ours if name not in read), None)
     if lost is not None:  # the body was of another kind than the request that was made of it
         raise ConfigError(refusal(f"{endpoint.place}.{lost}", None))
-    settings = parse_request(given)  # as it was sent: vLLM makes a number of true
+    server = None if resolved is None else resolved["config"]
+    settings = parse_request(given, server)  # as it was sent: vLLM makes a number of true
     if not settings.enabled:
         if settings.trace:
             raise ConfigError(f"{PREFIX}_trace is on, but {PREFIX} is off for this request; leave one of them out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from vllm_entropix.engine.adapter import RunnerAdapter
 from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.text import RowText
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,16 +24,45 @@ class RunnerV1(RunnerAdapter):
     def hook(self) -> None:
         """Wrap ``Sampler.sample``: after masks and penalties, before vLLM's temperature and filters."""
         self._set_aside: dict[int, torch.Generator] = {}
+        # Tokens by our slot and position, from the first request on whose sampler looks at them: in the runner's own buffer, on
+        # the host, -1 stands for every token that asynchronous scheduling had not seen yet.
+        self._text: Tensor | None = None
         sampler = self.runner.sampler
         original = sampler.sample
 
         def sample(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.transform(logits)
+            rows = self.transform(logits)
             if self.device.type == "cpu":
                 self._set_generators_aside()
-            return original(logits, *args, **kwargs)
+            drawn = original(logits, *args, **kwargs)
+            if rows is not None:
+                if self.batch.waits_for_draw:
+                    self.batch.drawn(drawn[0].long(), rows.valid)
+                self.send_records()
+            return drawn
 
         sampler.sample = sample
+
+    def keep_prompt(self, request: Any) -> None:
+        """See the base class."""
+        [slot] = self.batch.sequences.slots_of([request.req_id], 1).tolist()
+        text = self._text = self._grown_text()
+        if request.prompt_token_ids is None:  # embeddings, which repeat nothing
+            text[slot] = -1
+        else:
+            prompt = torch.tensor(request.prompt_token_ids, dtype=torch.int32)
+            text[slot, : len(prompt)] = prompt.to(self.device, non_blocking=True)
+
+    def _grown_text(self) -> Tensor:
+        """The kept tokens, with room for all slots."""
+        slots, before = self.batch.sequences.slots, self._text
+        if before is not None and len(before) >= slots:
+            return before
+        # Nothing is read that wasn't written, so that memory is taken by texts alone.
+        grown = torch.empty(slots, self.vllm_config.model_config.max_model_len, dtype=torch.int32, device=self.device)
+        if before is not None:
+            grown[: len(before)] = before
+        return grown
 
     def processors(self) -> tuple[list[Any], list[Any]]:
         """See the base class. vLLM applies those that may change the most probable token before it samples."""
@@ -63,14 +94,14 @@ class RunnerV1(RunnerAdapter):
         count = self.runner.input_batch.num_reqs
         return list(self.runner.input_batch.req_ids[:count]), ~self.runner.discard_request_mask.np[:count]
 
-    def transform(self, logits: Tensor) -> None:
-        """Turn the logits of one step into final distributions, in place."""
+    def transform(self, logits: Tensor) -> Rows | None:
+        """Turn the logits of one step into final distributions, in place; the rows, if there are any of ours."""
         batch = self.runner.input_batch
         count = batch.num_reqs
         # Dummy runs have rows without requests.
         expected, self._expected = self._expected, False
         if not expected or logits.shape[0] != count or not len(self.batch.sequences):
-            return
+            return None
         slots = self.batch.sequences.slots_of(batch.req_ids, count)
         last = (self.runner.query_start_loc.gpu[1 : count + 1] - 1).long()
         rows = Rows(
@@ -81,4 +112,23 @@ class RunnerV1(RunnerAdapter):
             valid=torch.from_numpy(~self.runner.discard_request_mask.np[:count]).to(self.device),
             batch=torch.arange(count, device=self.device),
         )
+        rows = self._with_text(rows)
         self.apply(logits, rows)
+        return rows
+
+    def _with_text(self, rows: Rows) -> Rows:
+        """The rows with the text before each, to which their own tokens belong from now on."""
+        if self._text is None:
+            return rows
+        kept = self._text = self._grown_text()
+        text = RowText(
+            kept=kept,
+            owners=rows.slots,
+            positions=rows.positions,
+            drafts=torch.zeros_like(rows.positions),
+            input_ids=rows.input_ids,
+            index=rows.batch,
+            longest=int(self.runner.input_batch.num_tokens_no_spec[: len(rows.host_slots)].max()),
+        )
+        kept[rows.slots, rows.positions] = rows.input_ids.to(kept.dtype)
+        return replace(rows, text=text)

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from vllm_entropix.engine.adapter import RunnerAdapter
 from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.text import RowText
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +31,50 @@ class RunnerV2(RunnerAdapter):
         The model config doesn't name it: vLLM allows no custom processor there together with return_sampling_mask.
         """
         self.runner.sampler.logits_processors.append(EntropixLogitsProcessor(self))
+        self._text_is_read = False
+        original = self.runner.sample
+
+        def sample(hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            drawn = original(hidden_states, input_batch, *args, **kwargs)
+            output, number, _ = drawn
+            if self.batch.waits_for_draw:
+                self._tell_what_was_drawn(input_batch, output.sampled_token_ids, number)
+            self.send_records()
+            return drawn
+
+        self.runner.sample = sample
         # Runner's slot → the request's index in the batch that the model ran.
         self._batch_of_slot = torch.zeros(self.max_requests, dtype=torch.int64, device=self.device)
+
+    def _tell_what_was_drawn(self, batch: Any, token_ids: Tensor, number: Tensor) -> None:
+        """Tell the batch sampler what was drawn at each row.
+
+        Args:
+            batch: the runner's InputBatch.
+            token_ids: ``[requests, tokens]``, of which a request's first ones were drawn at its rows.
+            number: ``[requests]``, how many.
+        """
+        rows = batch.logits_indices.shape[0]
+        index = torch.arange(rows, device=token_ids.device)
+        request = torch.searchsorted(batch.cu_num_logits[1:].long(), index, right=True).clamp_max(len(token_ids) - 1)
+        place = index - batch.cu_num_logits[request].long()
+        token = token_ids[request, place.clamp(0, token_ids.shape[1] - 1)]
+        self.batch.drawn(token.long(), place < number[request])
+
+    def keep_prompt(self, request: Any) -> None:
+        """See the base class: the runner keeps all tokens, which are looked at from now on."""
+        self._text_is_read = True
+
+    def _text(self, context: LogitsContext) -> RowText:
+        return RowText(
+            kept=self.runner.req_states.all_token_ids.gpu,
+            owners=context.expanded_idx_mapping.long(),
+            positions=context.pos.long(),
+            drafts=context.expanded_local_pos.long(),
+            input_ids=context.input_ids.long(),
+            index=torch.arange(len(context.pos), device=self.device),
+            longest=int(context.seq_lens_upper_bound_np.max()),
+        )
 
     def processors(self) -> tuple[list[Any], list[Any]]:
         """See the base class. There is one list, in which ours stands."""
@@ -79,6 +122,7 @@ class RunnerV2(RunnerAdapter):
             batch=self._batch_of_slot[mapping],
             draft_index=context.expanded_local_pos if drafts else None,
             draft_rows=self.rows_per_request if drafts else 1,
+            text=self._text(context) if self._text_is_read else None,
         )
         self.apply(logits, rows)
 

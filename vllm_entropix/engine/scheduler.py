@@ -51,7 +51,7 @@ class EntropixSchedulerMixin:
         for request_id, (traced, _, _) in records.items():
             if not traced or request_id in self._entropix_sent or request_id not in requests:
                 continue
-            settings = registry.parse_request(requests[request_id].sampling_params.extra_args)
+            settings = registry.parse_request(requests[request_id].sampling_params.extra_args, self._entropix_config)
             sampler = self._entropix_samplers[registry.sampler_of(settings, self._entropix_config)]
             labels[request_id] = {
                 "trace": self._entropix_config.trace.model_dump(),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -12,14 +12,16 @@ from torch import Tensor
 
 from vllm_entropix.distribution.attention import AttentionStatistics, joined
 from vllm_entropix.distribution.backend import Backend, Draws, backend_for
-from vllm_entropix.distribution.plan import Plan
+from vllm_entropix.distribution.plan import Drawn, Plan
 from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.records.fields import names
 from vllm_entropix.rows.forcing import Clarification
 from vllm_entropix.rows.rows import Decisions, Measure, Rows
+from vllm_entropix.rows.state import PositionRing
 from vllm_entropix.rows.table import Sequence, SequenceTable
-from vllm_entropix.samplers.base import RowView
-from vllm_entropix.samplers.registry import instances
+from vllm_entropix.samplers.base import RowView, Sequences
+from vllm_entropix.samplers.registry import instances, sampler_of
+from vllm_entropix.samplers.request import RequestSettings
 
 if TYPE_CHECKING:
     from vllm_entropix.rows.decision import RuledRows
@@ -56,19 +58,33 @@ class BatchSampler:
         # Engines hand in float32, which the kernels take.
         self.backend, self.other_types = backend_for(device), Backend(device)
         self.samplers = instances(config)
-        self.sequences = SequenceTable(self.samplers, config.sampler, slots + 1, device)
+        self.sequences = SequenceTable(self.samplers, sampler_of(RequestSettings(), config), slots + 1, device)
         self.clarification = (
             None if clarification is None else Clarification(clarification, config, slots + 1, draft_tokens, device)
         )
+        # The number that a sampler keeps by position; NaN stands where none is known.
+        self.state = PositionRing((float("nan"),), torch.float64, slots + 1, draft_tokens, device)
+        self._undrawn: list[Undrawn] = []
+        self._handed = 0
 
     def add(self, request_id: str, sequence: Sequence) -> None:
         """A sequence begins; one that is known already (resumed after a preemption) keeps what is remembered of it."""
         begins = request_id not in self.sequences
         slot = self.sequences.add(request_id, sequence)
-        if self.clarification is not None and begins:
-            if self.sequences.slots > self.clarification.state.slots:
-                self.clarification.state.grow(self.sequences.slots)
-            self.clarification.state.forget(slot)
+        if not begins:
+            return
+        for ring in (self.state, *(() if self.clarification is None else (self.clarification.state,))):
+            if self.sequences.slots > ring.slots:
+                ring.grow(self.sequences.slots)
+            ring.forget(slot)
+
+    def begin_step(self) -> None:
+        """What was written before is drawn by now, or never will be."""
+        self._forget_undrawn()
+        self.sequences.flush()
+
+    def _forget_undrawn(self) -> None:
+        self._undrawn, self._handed = [], 0
 
     def remove(self, request_id: str) -> None:
         """A sequence has ended."""
@@ -84,6 +100,7 @@ class BatchSampler:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         rows = Rows(torch.from_numpy(slots).to(device), slots, positions=zero, input_ids=zero, valid=zero == 0, batch=zero)
         self.apply(torch.zeros(1, vocabulary, device=device), rows, None)
+        self._forget_undrawn()
         self.remove(name)
 
     def apply(self, logits: Tensor, rows: Rows, measure: Measure | None) -> Tensor | None:
@@ -102,6 +119,7 @@ class BatchSampler:
         sampled, traced = table.sampled[rows.host_slots], table.traced[rows.host_slots]
         concerned = sampled | traced
         if not concerned.any():
+            self._handed += len(logits)
             return None
         if concerned.all():
             return self._apply(logits, rows, measure, bool(traced.any()), bool(sampled.all()))
@@ -110,11 +128,23 @@ class BatchSampler:
         # It pays to work on the rows concerned only, where asking for their indices costs nothing.
         index = (table.device_sampled[rows.slots] | table.device_traced[rows.slots]).nonzero().flatten()
         chosen = logits[index]
-        records = self._apply(chosen, rows.select(index), measure, bool(traced.any()), everywhere=False)
+        tracing, handed = bool(traced.any()), len(logits)
+        records = self._apply(chosen, rows.select(index), measure, tracing, everywhere=False, handed=handed, index=index)
         logits[index] = chosen
         return records
 
-    def _apply(self, logits: Tensor, rows: Rows, measure: Measure | None, tracing: bool, everywhere: bool) -> Tensor | None:
+    def _apply(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        measure: Measure | None,
+        tracing: bool,
+        everywhere: bool,
+        handed: int | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor | None:
+        """See :meth:`apply`; ``rows`` are those of ``index`` among ``handed`` ones."""
+        handed = len(logits) if handed is None else handed
         table = self.sequences
         backend = self.backend if logits.dtype == torch.float32 else self.other_types
         statistics = backend.statistics(logits)
@@ -126,22 +156,57 @@ class BatchSampler:
         alternatives = self._alternatives(backend, logits, statistics) if tracing else None
         bounds = (int(of[rows.host_slots].max()) for of in (table.most_candidates, table.most_drawn))
         most_candidates, most_drawn = bounds
+        parameters = decided.parameters
+        for whole, log_probabilities in decided.whole:
+            parameters = parameters.as_argmax(whole)  # no candidates are wanted there
+            logits.copy_(log_probabilities.to(logits.dtype).where(whole.unsqueeze(-1), logits))
         for order, written in decided.written.items():
             draws = Draws(
-                decided.parameters,
+                parameters,
                 order,
                 decided.forced,
                 written,
                 statistics.log_normaliser,
                 most_candidates,
                 most_drawn,
-                everywhere and len(decided.written) == 1,
+                everywhere and len(decided.written) == 1 and not decided.whole,
                 statistics.maxima,
             )
             backend.write(logits, draws)
-        if decided.records is None or alternatives is None:
-            return decided.records
-        return torch.cat((decided.records, *(block.to(torch.float32) for block in alternatives)), dim=-1)
+        records = decided.records
+        if records is not None and alternatives is not None:
+            records = torch.cat((records, *(block.to(torch.float32) for block in alternatives)), dim=-1)
+        if decided.after_draw:
+            self._undrawn.append(Undrawn(rows, self._handed, handed, index, decided.after_draw, records))
+        self._handed += handed
+        return records
+
+    @property
+    def waits_for_draw(self) -> bool:
+        """Does anything depend on what is drawn from the distributions that were written last?"""
+        return bool(self._undrawn)
+
+    def drawn(self, token_ids: Tensor, kept: Tensor) -> None:
+        """Tell what was drawn from the distributions that were written since the last call: states and records follow it.
+
+        Args:
+            token_ids: int64 ``[rows]``, the drawn tokens, for the rows of all calls of :meth:`apply` one after the other.
+            kept: bool ``[rows]``, False for rows whose token is thrown away, as a draft's after a rejected one.
+        """
+        undrawn, self._undrawn, self._handed = self._undrawn, [], 0
+        for step in undrawn:
+            its_rows = slice(step.first, step.first + step.handed)
+            mine, its = token_ids[its_rows], kept[its_rows]
+            if step.index is not None:
+                mine, its = mine[step.index], its[step.index]
+            for concerned, after_draw in step.after_draw:
+                found = after_draw(mine.clamp_min(0))
+                told = concerned & its & step.rows.valid
+                if found.state is not None:
+                    known = told & ~found.state.isnan()
+                    self.state.write(step.rows.slots, step.rows.positions, found.state.unsqueeze(-1), known)
+                if step.records is not None:
+                    _tell(step.records, found, told)
 
     def _decide_by_kernel(
         self,
@@ -181,7 +246,9 @@ class BatchSampler:
         if ruled is not None and plans:
             orders.append((table.device_sampler[rows.slots] == table.number[ruled.name], ruled.rule.order))
         (sampled,) = decided.written.values()
-        return replace(decided, written=_by_order(sampled, orders)) if len(orders) > 1 else decided
+        if len(orders) > 1:
+            decided = replace(decided, written=_by_order(sampled, orders))
+        return _with_distributions(decided, plans, sampled, len(present))
 
     def _ruled(self, backend: Backend, name: str) -> RuledRows | None:
         """The rows of a sampler, if it has a rule for this backend's kernel."""
@@ -226,7 +293,7 @@ class BatchSampler:
             told = (traced | sampled) if self.counted else traced
             slots = torch.where(told & rows.valid, rows.slots, 0)
             records = _records(plan, statistics, measured, forced, sampled, slots, self.backend.asks_device)
-        return Decisions(plan.parameters, forced, written, records)
+        return _with_distributions(Decisions(plan.parameters, forced, written, records), plans, sampled, len(present))
 
     def _plans(
         self,
@@ -248,9 +315,25 @@ class BatchSampler:
             mine = rows.valid if alone else table.device_sampler[rows.slots] == table.number[name]
             measure = attention if alone else partial(_of_mine, attention, mine)
             settings = table.of_rows(name, rows.slots)
-            view = RowView(logits, statistics, settings, backend, base, measure)
+            view = RowView(
+                *(logits, statistics, settings, backend, base, measure),
+                mine=None if alone else mine,
+                sequences=self._sequences(name, rows),
+            )
             plans.append((mine, self.samplers[name].plan(view)))
         return plans
+
+    def _sequences(self, name: str, rows: Rows) -> Sequences:
+        """What a sampler may look at of its rows' sequences."""
+        table = self.sequences
+        return Sequences(
+            host_numbers=partial(table.host_numbers, name, rows.host_slots),
+            input_ids=rows.input_ids,
+            state=lambda: self.state.read(rows.slots, rows.positions - 1).squeeze(-1),
+            text=None if rows.text is None else rows.text.last,
+            draft_index=rows.draft_index,
+            draft_rows=rows.draft_rows,
+        )
 
     def _force(self, logits: Tensor, rows: Rows, plan: Plan, statistics: LogitsMetrics, sampled: Tensor) -> Tensor:
         """int64 ``[rows]``: the token forced at each row, -1 for none."""
@@ -281,6 +364,34 @@ class BatchSampler:
         return token_ids, (values.to(log_normaliser.dtype) - log_normaliser.unsqueeze(-1)).exp()
 
 
+@dataclass(frozen=True)
+class Undrawn:
+    """Rows whose distributions are written, and whose tokens aren't drawn yet.
+
+    Attributes:
+        rows: those that were looked at.
+        first: how many rows the calls before it had.
+        handed: the number of rows of the call.
+        index: int64, which of them were looked at; None: all.
+        after_draw: (bool ``[rows]``, what is asked once they are drawn) of each sampler that wants to know.
+        records: of the rows, or None.
+    """
+
+    rows: Rows
+    first: int
+    handed: int
+    index: Tensor | None
+    after_draw: Collection[tuple[Tensor, Callable[[Tensor], Drawn]]]
+    records: Tensor | None
+
+
+def _tell(records: Tensor, drawn: Drawn, told: Tensor) -> None:
+    """Put what is known after the draw into the records of the rows that are ``told``."""
+    for name, values in drawn.fields.items():
+        column = names().index(name) + 1  # behind the slot
+        records[:, column] = values.to(records.dtype).where(told, records[:, column])
+
+
 def _of_mine(attention: Attention, mine: Tensor, wanted: Tensor) -> AttentionStatistics | None:
     return attention(wanted & mine)
 
@@ -296,6 +407,19 @@ def _by_order(sampled: Tensor, orders: list[tuple[Tensor, Fidelity]]) -> dict[Fi
     if len(found) == 1:
         return {found[0]: sampled}
     return {one: sampled & torch.stack([mine for mine, order in orders if order == one]).any(dim=0) for one in found}
+
+
+def _with_distributions(decided: Decisions, plans: list[tuple[Tensor, Plan]], sampled: Tensor, number: int) -> Decisions:
+    """With the distributions that plans made themselves, and what they want to know of the draw.
+
+    ``number`` samplers are in the batch, with and without a plan of ``plans``.
+    """
+    whole = [(mine & sampled, one.log_probabilities) for mine, one in plans if one.log_probabilities is not None]
+    after_draw = [(mine & sampled, one.after_draw) for mine, one in plans if one.after_draw is not None]
+    written = decided.written if len(whole) < number else {}
+    for mine, _ in whole:
+        written = {order: rows & ~mine for order, rows in written.items()}
+    return replace(decided, written=written, whole=whole, after_draw=after_draw)
 
 
 def _mixed(plans: list[tuple[Tensor, Plan]], alone: bool) -> Plan:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from vllm_entropix.distribution.attention import AttentionStatistics
-from vllm_entropix.distribution.plan import Parameters
+from vllm_entropix.distribution.plan import Drawn, Parameters
+from vllm_entropix.rows.text import RowText
 from vllm_entropix.settings.rules import Fidelity
 
 
@@ -27,6 +28,7 @@ class Rows:
         batch: int64 ``[rows]``: the row's sequence's index in the batch that the model ran.
         draft_index: ``[rows]``, a row's index among its sequence's rows; None if every sequence has one row.
         draft_rows: the most rows that a sequence can have.
+        text: the tokens before each row; None: the engine keeps none.
     """
 
     slots: Tensor
@@ -37,6 +39,7 @@ class Rows:
     batch: Tensor
     draft_index: Tensor | None = None
     draft_rows: int = 1
+    text: RowText | None = None
 
     def select(self, index: Tensor) -> Rows:
         """Some of the rows."""
@@ -48,6 +51,7 @@ class Rows:
             valid=self.valid[index],
             batch=self.batch[index],
             draft_index=None if self.draft_index is None else self.draft_index[index],
+            text=None if self.text is None else self.text.select(index),
         )
 
 
@@ -60,12 +64,16 @@ class Decisions:
         forced: int64 ``[rows]``, token forced here, or -1.
         written: bool ``[rows]``, the rows that a sampler of ours draws, by the order of their filters.
         records: float32 ``[rows, columns]``, slot and record; None if nothing is to be told.
+        whole: (bool ``[rows]``, log-probabilities ``[rows, vocab]``) of rows whose sampler makes the distribution itself.
+        after_draw: the drawn tokens → what they decide, of each sampler that asks.
     """
 
     parameters: Parameters
     forced: Tensor
     written: Mapping[Fidelity, Tensor]
     records: Tensor | None
+    whole: Sequence[tuple[Tensor, Tensor]] = ()
+    after_draw: Sequence[tuple[Tensor, Callable[[Tensor], Drawn]]] = ()
 
 
 # Rows and a bool mask [rows] of those whose attention is wanted → their statistics, or None if there are none to be had.

@@ -171,6 +171,11 @@ class SequenceTable:
         """Each row's numbers for a sampler, its own where it has it; ``slots`` int64 ``[rows]`` on the device."""
         return Constants(self.device_constants[sampler][slots], self.columns[sampler])
 
+    def host_numbers(self, sampler: str, slots: np.ndarray, name: str) -> np.ndarray:
+        """One of a sampler's numbers, of those among ``slots`` that have it."""
+        mine = slots[(self.sampler[slots] == self.number[sampler]) & (self.sampled[slots] | self.traced[slots])]
+        return self.constants[sampler][mine, self.columns[sampler][name]]
+
     def base_of_rows(self, slots: Tensor) -> Parameters:
         """Each row's own temperature, top_p, top_k and min_p, and one draw."""
         temperature, top_p, top_k, min_p = self.device_base[slots].unbind(-1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vllm_entropix.samplers.stage import StageRows, StatefulStage
+from vllm_entropix.records.fields import Field
+from vllm_entropix.samplers.stage import Branch, StageRows, StatefulStage
 from vllm_entropix.settings.section import Section, setting
 
 if TYPE_CHECKING:
@@ -13,6 +14,18 @@ if TYPE_CHECKING:
 
 # llama.cpp's constants: the logit at the target, how steeply it falls, and the distance that counts as 1.
 _PEAK, _SHARPNESS, _WIDTH = 5.0, 10.0, 0.3
+
+
+FIELDS = (
+    Field(
+        "adaptive_average",
+        "float",
+        "",
+        True,
+        "adaptive_p's average",
+        "Average probability of the tokens drawn before, which adaptive_p makes up for.",
+    ),
+)
 
 
 class AdaptivePSettings(Section):
@@ -29,6 +42,8 @@ class AdaptiveP(StatefulStage):
     """
 
     name = "adaptive_p"
+    neutral = (("adaptive_target", -1.0, -5e-324),)  # below 0
+    fields = FIELDS
     Settings = AdaptivePSettings
     follows = "before"
     last = True
@@ -54,3 +69,8 @@ class AdaptiveP(StatefulStage):
         distance = (softmax(logits) - adapted).abs() / _WIDTH
         moved = _PEAK - _SHARPNESS * distance.square() / (1 + distance)
         return moved.where((logits > -torch.inf) & (target >= 0), logits)
+
+    def told(self, before: Tensor, after: Sequence[Branch], rows: StageRows, drawn: Tensor) -> Mapping[str, Tensor]:
+        """The average that the target was moved by."""
+        assert rows.state is not None
+        return {"adaptive_average": rows.state.squeeze(-1)}

@@ -17,6 +17,7 @@ from vllm_entropix.records.line import SamplerPart
 from vllm_entropix.settings.section import Section, numbers_of
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from vllm_entropix.distribution.attention import AttentionStatistics
@@ -28,7 +29,29 @@ if TYPE_CHECKING:
     from vllm_entropix.settings.rules import Fidelity
     from vllm_entropix.settings.server import ServerSettings
 
-__all__ = ["Bounds", "KernelRule", "Parameters", "Plan", "RowView", "Sampler"]
+__all__ = ["Bounds", "KernelRule", "Parameters", "Plan", "RowView", "Sampler", "Sequences"]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What is known of the sequences that a step's rows belong to.
+
+    Attributes:
+        host_numbers: name of one of the sampler's numbers → its values in the step's sequences of this sampler, on the host.
+        input_ids: int64 ``[rows]``, the token that was fed at the row, negative where there is none.
+        state: gives ``[rows]``, the number kept under the position before the row's; NaN where none is known.
+        text: at most so many last tokens, or None for all → int64 ``[rows, length]``, aligned to the right, up to and with
+            ``input_ids``; -1 stands before the first. None: the engine has none.
+        draft_index: ``[rows]``, a row's index among its sequence's, whose rows follow one another; None if each has one row.
+        draft_rows: the most rows that a sequence can have.
+    """
+
+    host_numbers: Callable[[str], np.ndarray]
+    input_ids: Tensor
+    state: Callable[[], Tensor]
+    text: Callable[[int | None], Tensor] | None = None
+    draft_index: Tensor | None = None
+    draft_rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,8 @@ class RowView:
         backend: what there is for whole rows of logits.
         own: gives :attr:`base`.
         measure: gives :meth:`attention`.
+        mine: bool ``[rows]``, the rows that the plan is made for; None: all. Others may be planned anyhow.
+        sequences: what is known of the rows' sequences.
     """
 
     logits: Tensor
@@ -50,6 +75,8 @@ class RowView:
     backend: Backend
     own: Callable[[], Parameters]
     measure: Callable[[Tensor], AttentionStatistics | None]
+    mine: Tensor | None = None
+    sequences: Sequences | None = None
 
     def attention(self, wanted: Tensor) -> AttentionStatistics | None:
         """Attention statistics of the rows of the bool mask ``wanted``; None if the engine observes no attention."""
@@ -105,12 +132,14 @@ class Sampler(ABC):
         Settings: its section of the server's settings. Its numbers may be set per request, too.
         fields: what it adds to a record.
         Part: what a line of a trace file tells of it.
+        plans_greedy: does it plan rows of requests with temperature 0, too? Otherwise they are vLLM's own.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[Section]]
     fields: ClassVar[tuple[Field, ...]] = ()
     Part: ClassVar[type[SamplerPart]] = SamplerPart
+    plans_greedy: ClassVar[bool] = False
 
     def __init__(self, server: ServerSettings) -> None:
         """``server``: all of the server's settings, with this sampler's section in them, or else its defaults hold."""
@@ -137,6 +166,10 @@ class Sampler(ABC):
         """
         said = request.of_sampler(self.name)
         return [said.get(name, value) for name, value in self.numbers()]
+
+    def reads_text(self, numbers: Mapping[str, float]) -> bool:
+        """Does the plan of a request with these numbers look at :attr:`Sequences.text`?"""
+        return False
 
     def described(self, request: RequestSettings) -> SamplerPart:
         """What a line of a trace file tells of the sampler, and of its numbers for the request."""

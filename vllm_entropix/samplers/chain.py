@@ -5,15 +5,15 @@ Everything ends in one distribution per row: XTC's coin is a mixture, on whose t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from vllm_entropix.samplers.folder import classes_of
-from vllm_entropix.samplers.stage import Stage, StageRows, StatefulStage
+from vllm_entropix.samplers.stage import Branch, Stage, StageRows, StatefulStage
 from vllm_entropix.settings.errors import ConfigError, quoted
 from vllm_entropix.settings.section import describe
 
@@ -93,6 +93,31 @@ def _refuse_contradiction(found: Sequence[str]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class ChainRequest:
+    """A request's chain.
+
+    Attributes:
+        names: of its samplers.
+        values: of all their settings, but for those that are the request's own fields.
+        own_breakers: are DRY's breakers the request's?
+    """
+
+    names: tuple[str, ...]
+    values: Mapping[str, Any]
+    own_breakers: bool = False
+
+    @property
+    def text(self) -> str:
+        """The chain as users write it."""
+        return SEPARATOR.join(self.names)
+
+    @property
+    def breakers(self) -> tuple[Any, ...]:
+        """DRY's: texts, token ids or tuples of token ids; none without DRY."""
+        return tuple(self.values.get("dry_sequence_breakers", ()))
+
+
 def as_asked(found: tuple[str, ...], parameters: Mapping[str, Any]) -> tuple[str, ...]:
     """The chain that ``parameters`` make of one, by llama.cpp's switches: mirostat's version, and dynatemp's range.
 
@@ -142,6 +167,40 @@ def values_of(found: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, 
     return values
 
 
+def setting_names() -> frozenset[str]:
+    """All that settings of a chain's samplers are called, and llama.cpp's switches of mirostat."""
+    return frozenset({*_settings(), *_MIROSTAT})
+
+
+def proper_name(key: str) -> str | None:
+    """A setting's own name, by what people call it; None if it is none."""
+    return _settings().get(key)
+
+
+def without_what_is_off(found: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """``parameters`` without those of samplers that aren't in the chain and that these very values leave off.
+
+    Many clients send every setting that they know with each request.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    strays: dict[str, dict[str, Any]] = {}
+    kept = {}
+    for key, value in parameters.items():
+        owners = [stage.name for stage in stages().values() if _settings().get(key) in stage.Settings.model_fields]
+        if not owners or value is None or any(name in found for name in owners):
+            kept[key] = value
+        else:
+            strays.setdefault(owners[0], {})[key] = value
+    for name, given in strays.items():
+        stage = stages()[name]
+        # Of a sampler without a neutral value, such as mirostat, naming it is what switches it on.
+        if stage.neutral and not stage.is_off(values_of((name,), given)):
+            kept.update(given)
+    return kept
+
+
 def _stray(key: Any, owners: Iterable[type[Stage]], found: Sequence[str]) -> str:
     chain = quoted(SEPARATOR.join(found))
     wanted = " or ".join(stage.name for stage in owners)
@@ -158,42 +217,109 @@ class Outcome:
     Attributes:
         probabilities: ``[rows, vocab]``.
         followed: sampler with a state → the probabilities ``[rows, vocab]``, that of the drawn token moves it.
+        states: sampler with a state → ``[rows, 1]``, what each row started from.
+        told: the drawn tokens, int64 ``[rows, 1]`` → what the samplers add to records, ``[rows]`` each.
     """
 
     probabilities: Tensor
-    followed: Mapping[str, Tensor] = field(default_factory=dict)
+    followed: Mapping[str, Tensor]
+    states: Mapping[str, Tensor]
+    told: Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Rows of which several belong to one sequence, which verifies that many tokens in one step.
+
+    Attributes:
+        index: ``[rows]``, a row's index among its sequence's, which follow one another.
+        count: the most rows that a sequence has.
+        input_ids: int64 ``[rows]``, the token that a row follows.
+    """
+
+    index: Tensor
+    count: int
+    input_ids: Tensor
 
 
 def outcome(
     chain: Sequence[Stage],
     logits: Tensor,
-    numbers: Mapping[str, Tensor],
-    tokens: Tensor | None = None,
+    rows: StageRows,
     states: Mapping[str, Tensor] | None = None,
+    drafts: Drafts | None = None,
 ) -> Outcome:
     """Run rows through a chain.
 
     Args:
         chain: its stages.
         logits: ``[rows, vocab]``, float32 or float64; left as they are.
-        numbers: value of each setting, ``[rows, 1]``.
-        tokens: see :class:`~.stage.StageRows`.
-        states: of each stage that has one, ``[rows, 1]``.
+        rows: what stages may look at; the state is put in here.
+        states: of each stage that has one, ``[rows, 1]``. NaN stands where none is known yet.
+        drafts: None: each row is the only one of its sequence. Otherwise a sequence's first row has the state of ``states``,
+            and each other that which the row before it leads to by the row's token.
     """
     from vllm_entropix.distribution.survivors import softmax, without_softmax
 
     branches = [(logits.new_ones(len(logits), 1), without_softmax(logits))]
-    followed = {}
+    followed: dict[str, Tensor] = {}
+    begun: dict[str, Tensor] = {}
+    passed: list[tuple[Stage, Tensor, list[Branch], StageRows]] = []
     for stage in chain:
-        rows = StageRows(numbers, tokens, None if states is None else states.get(stage.name))
-        before = branches
-        branches = [(share * part, left) for share, candidates in before for part, left in stage.branches(candidates, rows)]
+        before, mine = branches, rows
         if isinstance(stage, StatefulStage):
-            parts = before if stage.follows == "before" else branches
-            followed[stage.name] = _mixture(parts)
-    if len(branches) == 1:
-        return Outcome(softmax(branches[0][1]), followed)
-    return Outcome(_mixture(branches), followed)
+            branches, mine, begun[stage.name], followed[stage.name] = _follow(stage, before, rows, states, drafts)
+        else:
+            branches = _through(stage, before, rows)
+        if stage.fields:
+            # The parts that the first part before has become.
+            passed.append((stage, before[0][1], branches[: len(branches) // len(before)], mine))
+
+    def told(drawn: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for stage, handed, parts, mine in passed:
+            found.update(stage.told(handed, parts, mine, drawn))
+        return found
+
+    probabilities = softmax(branches[0][1]) if len(branches) == 1 else _mixture(branches)
+    return Outcome(probabilities, followed, begun, told)
+
+
+def _through(stage: Stage, before: Iterable[Branch], rows: StageRows) -> list[Branch]:
+    return [(share * part, left) for share, candidates in before for part, left in stage.branches(candidates, rows)]
+
+
+def _follow(
+    stage: StatefulStage,
+    before: list[Branch],
+    rows: StageRows,
+    states: Mapping[str, Tensor] | None,
+    drafts: Drafts | None,
+) -> tuple[list[Branch], StageRows, Tensor, Tensor]:
+    """What the stage makes of each part, with what it looked at, the states of the rows, and what it follows."""
+    first = stage.initial(rows.numbers)
+    known = None if states is None else states.get(stage.name)
+    state = first if known is None else known.where(~known.isnan(), first.to(known.dtype))
+    count = 1 if drafts is None else drafts.count
+    handed = _mixture(before) if stage.follows == "before" else None
+    mine, branches, followed = rows, before, handed
+    # A draft's row starts from the row before it, so these go one after the other. The others are computed along and thrown
+    # away: which rows are whose is known on the device only.
+    for draft in range(count):
+        if draft:
+            assert drafts is not None
+            assert followed is not None
+            # The row before is of the same sequence, but for first rows, which aren't a draft's.
+            tokens = drafts.input_ids.clamp(0, followed.shape[-1] - 1).roll(-1, 0)
+            probability = followed.gather(-1, tokens.unsqueeze(-1)).roll(1, 0)
+            after = moved_by(stage, state.roll(1, 0), probability, rows.numbers)
+            state = after.where((drafts.index == draft).unsqueeze(-1), state)
+        if handed is None or draft == count - 1:
+            mine = replace(rows, state=state.to(before[0][1].dtype))
+            branches = _through(stage, before, mine)
+            followed = _mixture(branches) if handed is None else handed
+    assert followed is not None
+    return branches, mine, state, followed
 
 
 def _mixture(branches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -267,17 +393,13 @@ def breakers_of(given: Sequence[Any], tokenizer: Any, asked: bool) -> list[tuple
         ConfigError: a text that was asked for has no token ids.
     """
     found: list[tuple[int, ...]] = []
-    words = _words(tokenizer) if tokenizer is not None and any(isinstance(one, str) for one in given) else {}
     for one in given:
         if isinstance(one, int):
             found.append((one,))
         elif isinstance(one, tuple):
             found.append(one)
         elif tokenizer is not None:
-            ids = tuple(tokenizer.encode(one, add_special_tokens=False))
-            texts = [(token,) for token, word in words.items() if one in word]
-            if len(ids) > 1 and tokenizer.decode(list(ids)) == one:
-                texts.append(ids)
+            texts = _tokens_of(tokenizer, one)
             if asked and not texts:
                 raise ConfigError(f"dry_sequence_breakers has {quoted(one)}, which the tokenizer can't give; leave it out")
             found += texts
@@ -288,6 +410,20 @@ def breakers_of(given: Sequence[Any], tokenizer: Any, asked: bool) -> list[tuple
     return list(dict.fromkeys(found))
 
 
+@lru_cache(maxsize=1024)
+def _tokens_of(tokenizer: Any, text: str) -> tuple[tuple[int, ...], ...]:
+    """Token ids of a breaker."""
+    found: list[tuple[int, ...]] = [(token,) for token, word in _words(tokenizer).items() if text in word]
+    try:
+        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    except (UnicodeError, TypeError):  # half of a surrogate pair
+        ids = ()
+    if len(ids) > 1 and tokenizer.decode(list(ids)) == text:
+        found.append(ids)
+    return tuple(found)
+
+
+@lru_cache(maxsize=4)
 def _words(tokenizer: Any) -> dict[int, str]:
     """The text of each token of the vocabulary."""
     ids = sorted(tokenizer.get_vocab().values())
@@ -343,7 +479,7 @@ class ChainRun:
                 if isinstance(stage, StatefulStage)
             }
         states = {name: state.to(logits) for name, state in self.states.items()}
-        found = outcome(self.chain.stages, logits, numbers, tokens, states)
+        found = outcome(self.chain.stages, logits, StageRows(numbers, tokens), states)
         self._followed, self._vocabulary = found.followed, logits.shape[1]
         return found.probabilities
 
@@ -378,6 +514,10 @@ class ChainRun:
 
 def moved(stage: StatefulStage, state: Tensor, followed: Tensor, drawn: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
     """The state ``[rows, 1]`` after the tokens ``drawn [rows]``; one that the chain had excluded leaves it as it is."""
-    probability = followed.gather(-1, drawn.to(followed.device).unsqueeze(-1)).to(state.dtype)
-    after = stage.advance(state, probability, numbers)
-    return after.where(probability > 0, state)
+    return moved_by(stage, state, followed.gather(-1, drawn.to(followed.device).unsqueeze(-1)), numbers)
+
+
+def moved_by(stage: StatefulStage, state: Tensor, probability: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """The same, by the followed ``probability [rows, 1]`` of the drawn tokens."""
+    probability = probability.to(state.dtype)
+    return stage.advance(state, probability, numbers).where(probability > 0, state)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
-from vllm_entropix.samplers.stage import Stage, StageRows
+from vllm_entropix.records.fields import Field as RecordField
+from vllm_entropix.samplers.stage import Branch, Stage, StageRows
 from vllm_entropix.settings.errors import quoted
 from vllm_entropix.settings.section import Section, TokenId, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Texts among the breakers: each becomes all tokens that contain it.
+_TEXTS = 100
 # ln of the largest float32.
 _LARGEST = 88.7228391
 Breaker = TokenId | Annotated[str, Field(min_length=1, max_length=100)] | Annotated[tuple[TokenId, ...], Field(min_length=1)]
@@ -28,6 +31,13 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_id, value))
 
 
+FIELDS = (
+    RecordField(
+        "dry_penalty", "float", "", True, "DRY's penalty", "What DRY took off the drawn token's logit; 0: no repetition."
+    ),
+)
+
+
 class DrySettings(Section):
     """Settings of DRY."""
 
@@ -37,8 +47,8 @@ class DrySettings(Section):
     dry_penalty_last_n: int = setting("Tokens that are looked at; -1 looks at all, 0 at none.", "tokens", default=-1, ge=-1)
     dry_sequence_breakers: tuple[Breaker, ...] = Field(
         ("\n", ":", '"', "*"),
-        max_length=100,
-        description="Texts or token ids that end a repetition.",
+        max_length=2**20,
+        description="Texts or token ids that end a repetition; at most 100 texts.",
         json_schema_extra={"unit": "texts"},
     )
 
@@ -48,6 +58,8 @@ class DrySettings(Section):
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             raise ValueError("it should be a list of texts or token ids")
         wrong = [one for one in value if not (_is_id(one) or _is_ids(one) or (isinstance(one, str) and one))]
+        if sum(isinstance(one, str) for one in value) > _TEXTS:
+            raise ValueError(f"it should have at most {_TEXTS} texts")
         if wrong:
             raise ValueError(f"it has {quoted(wrong[0])}, which is no text, no token id and no list of token ids")
         return value
@@ -63,12 +75,15 @@ class Dry(Stage):
     name = "dry"
     Settings = DrySettings
     needs_tokens = True
+    window = "dry_penalty_last_n"
+    neutral = (("dry_multiplier", 0.0, 0.0),)
+    fields = FIELDS
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """By each row's own tokens."""
         import torch
 
-        from vllm_entropix.distribution.history import longest_repetitions, since_breaker, window
+        from vllm_entropix.distribution.history import breakers_alone, longest_repetitions, since_breaker, window
 
         multiplier, base, allowed = rows["dry_multiplier"], rows["dry_base"], rows["dry_allowed_length"]
         if rows.tokens is None or rows.tokens.shape[-1] < 2:
@@ -78,10 +93,14 @@ class Dry(Stage):
         # Longer ones are penalised like this length, where the power would overflow.
         enough = (allowed + exponents).minimum(since_breaker(tokens, self.breakers).to(logits.dtype))
         lengths = longest_repetitions(tokens, enough, logits.shape[-1])
-        for breaker in self.breakers:
-            if len(breaker) == 1 and breaker[0] < logits.shape[-1]:
-                lengths[:, breaker[0]] = -1
+        alone = breakers_alone(self.breakers, logits.device)
+        lengths = lengths.index_fill_(-1, alone[alone < logits.shape[-1]], -1) if len(alone) else lengths
         length = lengths.to(logits.dtype)
         penalty = multiplier * base.pow((length - allowed).clamp_min(0.0))
         penalised = (length >= 0) & (length >= allowed) & (multiplier > 0) & (base >= 1)
         return (logits - penalty).where(penalised, logits)
+
+    def told(self, before: Tensor, after: Sequence[Branch], rows: StageRows, drawn: Tensor) -> Mapping[str, Tensor]:
+        """Of a token that was masked before, none."""
+        (_, left), *_ = after
+        return {"dry_penalty": (before.gather(-1, drawn) - left.gather(-1, drawn)).nan_to_num(nan=0.0).squeeze(-1)}

@@ -27,6 +27,7 @@ class Dynatemp(Stage):
 
     name = "dynatemp"
     aliases = ("dynamic_temperature",)
+    neutral = (("dynatemp_range", 0.0, 0.0),)
     Settings = DynatempSettings
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:

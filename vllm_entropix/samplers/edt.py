@@ -23,6 +23,7 @@ class Edt(Stage):
 
     name = "edt"
     aliases = ("entropy_dynamic_temperature",)
+    neutral = (("edt_theta", 0.0, 0.0),)
     Settings = EdtSettings
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:

@@ -24,6 +24,7 @@ class Epsilon(Stage):
     aliases = ("epsilon_cutoff",)
     Settings = EpsilonSettings
     setting_aliases = (("epsilon", "epsilon_cutoff"),)
+    neutral = (("epsilon_cutoff", 0.0, 0.0),)
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """ε of each row."""

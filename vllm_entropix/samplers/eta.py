@@ -24,6 +24,7 @@ class Eta(Stage):
     aliases = ("eta_cutoff",)
     Settings = EtaSettings
     setting_aliases = (("eta", "eta_cutoff"),)
+    neutral = (("eta_cutoff", 0.0, 0.0),)
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """ε of each row."""

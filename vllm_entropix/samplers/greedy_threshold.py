@@ -23,6 +23,7 @@ class GreedyThreshold(Stage):
     """Where max p < threshold, the most probable candidate alone; elsewhere nothing changes."""
 
     name = "greedy_threshold"
+    neutral = (("greedy_threshold", 0.0, 0.0),)
     Settings = GreedyThresholdSettings
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:

@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vllm_entropix.samplers.stage import StageRows, StatefulStage
+from vllm_entropix.records.fields import Field
+from vllm_entropix.samplers.stage import Branch, StageRows, StatefulStage
 from vllm_entropix.settings.section import Section, setting
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # Ranks that the exponent of Zipf's law is estimated from.
 _RANKS = 100
+
+
+FIELDS = (Field("mu", "float", "bits", True, "μ", "Surprise that mirostat allowed."),)
 
 
 class MirostatSettings(Section):
@@ -31,6 +35,7 @@ class _Mirostat(StatefulStage):
     Settings = MirostatSettings
     follows = "after"
     last = True
+    fields = FIELDS
 
     def initial(self, numbers: Mapping[str, Tensor]) -> Tensor:
         """μ = 2τ."""
@@ -39,6 +44,11 @@ class _Mirostat(StatefulStage):
     def advance(self, state: Tensor, probability: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
         """μ -= η·(surprise - τ)."""
         return state - numbers["mirostat_eta"] * (-probability.log2() - numbers["mirostat_tau"])
+
+    def told(self, before: Tensor, after: Sequence[Branch], rows: StageRows, drawn: Tensor) -> Mapping[str, Tensor]:
+        """μ before the draw."""
+        assert rows.state is not None
+        return {"mu": rows.state.squeeze(-1)}
 
 
 class Mirostat(_Mirostat):

@@ -25,8 +25,16 @@ class Penalties(Stage):
 
     name = "penalties"
     aliases = ("penalty",)
+    neutral = (("repeat_penalty", 1.0, 1.0), ("frequency_penalty", 0.0, 0.0), ("presence_penalty", 0.0, 0.0))
+    # koboldcpp's, and text-generation-webui's.
+    setting_aliases = (
+        ("rep_pen", "repeat_penalty"),
+        ("rep_pen_range", "repeat_last_n"),
+        ("repetition_penalty_range", "repeat_last_n"),
+    )
     Settings = PenaltiesSettings
     needs_tokens = True
+    window = "repeat_last_n"
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """By the occurrences in each row's own tokens."""

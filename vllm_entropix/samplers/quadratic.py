@@ -23,6 +23,7 @@ class Quadratic(Stage):
 
     name = "quadratic"
     aliases = ("smoothing", "smoothing_factor")
+    neutral = (("smoothing_factor", 0.0, 0.0),)
     Settings = QuadraticSettings
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -20,15 +21,17 @@ from pydantic_core import PydanticUndefined
 
 from vllm_entropix.records import fields
 from vllm_entropix.records.line import SamplerPart, register_part
+from vllm_entropix.samplers import chain, chained
 from vllm_entropix.samplers.base import Sampler
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 from vllm_entropix.samplers.folder import classes_of
 from vllm_entropix.samplers.request import OF_SAMPLER, PREFIX, RequestSettings
-from vllm_entropix.settings.errors import ConfigError, cut, quoted
+from vllm_entropix.settings.errors import QUOTED, ConfigError, cut, quoted
 from vllm_entropix.settings.section import Section, describe, refuse_truth_value
 from vllm_entropix.settings.server import BaseParameters
 
 if TYPE_CHECKING:
+    from vllm_entropix.samplers.stage import Stage
     from vllm_entropix.settings.server import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -87,7 +90,7 @@ def _check(found: Registry, name: str, sampler: Any) -> None:
     own = getattr(sampler, "name", None)
     if own != name or not _NAME.fullmatch(name):
         raise ValueError(f"its class is named {quoted(own)}; both should be one name in lower case")
-    if name == VLLM or name in found.classes or name in EntropixConfig.model_fields:
+    if name in (VLLM, *found.classes, *chain.names(), *EntropixConfig.model_fields):
         raise ValueError("there is another of this name")
     settings = getattr(sampler, "Settings", None)
     if not (inspect.isclass(settings) and issubclass(settings, Section)):
@@ -96,7 +99,11 @@ def _check(found: Registry, name: str, sampler: Any) -> None:
         settings()
     except ValidationError as error:
         raise ValueError(f"its Settings need a default each: {describe(error, settings)}") from None
-    taken = {*RequestSettings.names(), *(key for one in found.classes.values() for key, _ in request_keys(one))}
+    taken = {
+        *RequestSettings.names(),
+        *chained.request_names(),
+        *(key for one in found.classes.values() for key, _ in request_keys(one)),
+    }
     for key, _ in request_keys(sampler):
         if key in taken:
             raise ValueError(f"a request's {key} is another setting")
@@ -121,13 +128,25 @@ def names() -> tuple[str, ...]:
 
 
 def check(name: Any, others: tuple[str, ...] = ()) -> str:
-    """``name``, if it is a sampler's or one of ``others``; ConfigError that says what there is, or why it can't be used."""
+    """``name``, if it is a sampler's, a chain of such, or one of ``others``.
+
+    Raises:
+        ConfigError: says what there is, or why it can't be used.
+    """
     if isinstance(name, str) and (name in registry().classes or name in others):
         return name
     if isinstance(name, str) and name in registry().refused:
         raise ConfigError(registry().refused[name])
+    try:
+        return chain.SEPARATOR.join(chain.parse_names(name))
+    except ConfigError:
+        if isinstance(name, (list, tuple)) or chain.SEPARATOR in str(name):
+            raise
     *most, last = (*others, *names())
-    raise ConfigError(f"unknown sampler {quoted(name)}; there are {', '.join(most)} and {last}")
+    raise ConfigError(
+        f"unknown sampler {quoted(name)}; there are {', '.join(most)} and {last}, "
+        f"and chains of {', '.join(chain.names())} with {chain.SEPARATOR!r} between them"
+    )
 
 
 def instances(server: ServerSettings) -> dict[str, Sampler]:
@@ -163,7 +182,26 @@ def server_settings() -> type[EntropixConfig]:
         for name, sampler in sorted(registry().classes.items())
         if has_section(sampler)
     }
+    for name, stage in chain.stages().items():
+        section = _section_of_stage(stage)
+        if name not in sections and section is not None:
+            sections[name] = (section, Field(default_factory=section, description=_first_line(stage)))
     return create_model("ServerConfig", __base__=EntropixConfig, __module__=__name__, **sections)
+
+
+def _section_of_stage(stage: type[Stage]) -> type[Section] | None:
+    """The server's settings of a chain's sampler: without those that are a request's own fields; None if none are left."""
+    own = [name for name in stage.Settings.model_fields if name not in BaseParameters.model_fields]
+    if not own:
+        return None
+    if len(own) == len(stage.Settings.model_fields):
+        return stage.Settings
+    numbers: dict[str, Any] = {
+        name: (info.annotation, info) for name, info in stage.Settings.model_fields.items() if name in own
+    }
+    return create_model(
+        f"{stage.Settings.__name__}OfServer", __base__=Section, __module__=__name__, __doc__=stage.Settings.__doc__, **numbers
+    )
 
 
 def load_server(wanted: Any) -> EntropixConfig:
@@ -174,6 +212,8 @@ def load_server(wanted: Any) -> EntropixConfig:
     """
     config = server_settings().from_dict({} if wanted is True else as_mapping(wanted))
     check(config.sampler)
+    if sampler_of(RequestSettings(), config) == chained.NAME:
+        chained.read(config.sampler, {}, config)
     return config
 
 
@@ -194,8 +234,8 @@ def request_settings() -> type[RequestSettings]:
 
 @cache
 def names_for_samplers() -> frozenset[str]:
-    """What a request calls the choice of its sampler, and the numbers of each: names without the prefix of ours."""
-    return frozenset(name for name in request_settings().names() if not name.startswith(PREFIX))
+    """What a request calls the choice of its sampler, and the settings of each: names without the prefix of ours."""
+    return frozenset(name for name in request_settings().names() if not name.startswith(PREFIX)) | chained.request_names()
 
 
 def parse_request(extra_args: Any, server: Mapping[str, Any] | ServerSettings | None = None) -> RequestSettings:
@@ -210,23 +250,82 @@ def parse_request(extra_args: Any, server: Mapping[str, Any] | ServerSettings | 
         ConfigError: a name that is one of ours misspelt, a bad value, an unknown sampler, or a setting of a sampler that isn't
             the request's.
     """
-    found = request_settings().parse(extra_args)
-    if found.sampler is not None and found.sampler not in registry().classes:
-        reason = registry().refused.get(found.sampler)
-        raise ConfigError(reason or f"samplers is {quoted(found.sampler)}, but there are {', '.join(names())}")
+    if extra_args and not isinstance(extra_args, Mapping):
+        return request_settings().parse(extra_args)  # which refuses it
+    said: Mapping[str, Any] = extra_args or {}
+    of_chain = {key: said[key] for key in said if isinstance(key, str) and key in chain.setting_names()}
+    text = request_settings().parse({"samplers": said["samplers"]} if "samplers" in said else None).sampler
+    if text is None and server is not None:
+        text = _sampler_of_server(server)
+    elif text is not None:
+        _check_of_request(text)
+    if text is None or _class_of(text) != chained.NAME:
+        # A sampler that plans by itself has some of these settings, too.
+        mine = request_settings().names()
+        stray = next((key for key in of_chain if key not in mine and key in chained.request_names()), None)
+        found = request_settings().parse(extra_args)
+        if stray is not None and server is not None and found.enabled:
+            raise ConfigError(f"{stray} is a setting of chains, but this request's sampler is {text}; name a chain in samplers")
+    else:
+        found = request_settings().parse({key: said[key] for key in said if key not in of_chain})
+        _refuse_misspelt_of_chain(said)
+        if server is not None or "samplers" in said:
+            found = found.with_chain(chained.read(text, of_chain, {} if server is None else server))
     if server is None:
         return found
     chosen = sampler_of(found, server)
+    allowed = {chosen, *(found.chain.names if found.chain is not None else ())}
     for name in registry().classes:
-        if name != chosen and (keys := found.keys_of(name)):
+        if name not in allowed and (keys := found.keys_of(name)):
             raise ConfigError(f"{keys[0]} is a setting of the sampler {name}, but this request's is {chosen}")
     return found
 
 
+def is_off(extra_args: Mapping[str, Any] | None) -> bool:
+    """Does a request switch us off? What else it says was never looked at, if vLLM made it for itself."""
+    said = extra_args or {}
+    return PREFIX in said and not request_settings().parse({PREFIX: said[PREFIX]}).enabled
+
+
+def _check_of_request(text: str) -> None:
+    """ConfigError if a request's ``samplers`` is no sampler's name and no chain."""
+    try:
+        check(text)
+    except ConfigError:
+        if chain.SEPARATOR in text:
+            raise
+        raise ConfigError(
+            registry().refused.get(text)
+            or f"samplers is {quoted(text)}, but there are {', '.join(names())}, and chains of {', '.join(chain.names())}"
+        ) from None
+
+
+def _refuse_misspelt_of_chain(said: Mapping[str, Any]) -> None:
+    """ConfigError for a key that is nearly a setting of a chain's sampler: nothing would read it."""
+    ours = request_settings().names().keys() | chained.request_names()
+    for key in said:
+        if isinstance(key, str) and key not in ours:
+            close = get_close_matches(key[:QUOTED].lower().replace("-", "_"), sorted(chained.request_names()), n=1, cutoff=0.9)
+            if close:
+                raise ConfigError(f"unknown setting {quoted(key)}; did you mean {close[0]!r}?")
+
+
+def _class_of(text: str) -> str:
+    """Name of the sampler that a text asks for: its own, or that of chains.
+
+    Raises:
+        ConfigError: it asks for none.
+    """
+    name = check(text)
+    return name if name in registry().classes else chained.NAME
+
+
 def sampler_of(request: RequestSettings, server: Mapping[str, Any] | ServerSettings) -> str:
-    """Name of the sampler that draws a request's tokens."""
-    if request.sampler is not None:
-        return request.sampler
+    """Name of the sampler that draws a request's tokens; that of chains stands for any chain."""
+    return _class_of(_sampler_of_server(server) if request.sampler is None else request.sampler)
+
+
+def _sampler_of_server(server: Mapping[str, Any] | ServerSettings) -> str:
     return str(server["sampler"] if isinstance(server, Mapping) else server.sampler)
 
 
@@ -236,5 +335,5 @@ def part(server: EntropixConfig, extra_args: Any = None) -> SamplerPart:
     return registry().classes[sampler_of(request, server)](server).described(request)
 
 
-def _first_line(sampler: type[Sampler]) -> str:
+def _first_line(sampler: type[Sampler] | type[Stage]) -> str:
     return (inspect.getdoc(sampler.Settings) or f"Settings of {sampler.name}.").splitlines()[0]

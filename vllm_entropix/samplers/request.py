@@ -10,15 +10,18 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache, lru_cache
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import QUOTED, ConfigError, quoted
 from vllm_entropix.settings.rules import BaseSource, Fidelity
 from vllm_entropix.settings.section import describe, refuse_truth_value
 from vllm_entropix.settings.server import BaseParameters
+
+if TYPE_CHECKING:
+    from vllm_entropix.samplers.chain import ChainRequest
 
 PREFIX = "entropix"
 # Stands between a sampler's name and its setting's in the name of a field, where no sampler's name has it.
@@ -40,6 +43,11 @@ def _switch(value: Any) -> bool:
     elif isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     raise ValueError("it should be on or off")
+
+
+def _joined(value: Any) -> Any:
+    """A chain as one text: llama.cpp's clients send a list of names."""
+    return ";".join(value) if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value) else value
 
 
 def _known_preset(value: Any) -> Any:
@@ -64,8 +72,8 @@ class RequestSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sampler: str | None = Field(
-        None, alias="samplers", description="Sampler of this request, instead of the server's.", min_length=1
+    sampler: Annotated[str, BeforeValidator(_joined)] | None = Field(
+        None, alias="samplers", description="Sampler of this request, or chain of samplers, instead of the server's."
     )
     enabled: Switch = Field(True, alias=PREFIX, description="on or off; off samples as vLLM does without the plugin.")
     preset: Annotated[str, BeforeValidator(_known_preset)] | None = Field(
@@ -85,6 +93,20 @@ class RequestSettings(BaseModel):
         None, alias=f"{PREFIX}_clarification", description="on or off: may clarification tokens be forced into this request?"
     )
     trace: Switch | None = Field(None, alias=f"{PREFIX}_trace", description="on or off: return a record per generated token.")
+
+    # What the request says of a chain, once its sampler is known to be one: see samplers/registry.py.
+    _chain: ChainRequest | None = PrivateAttr(default=None)
+
+    @property
+    def chain(self) -> ChainRequest | None:
+        """The request's chain and its settings; None: its sampler is none, or isn't known."""
+        return self._chain
+
+    def with_chain(self, asked: ChainRequest) -> Self:
+        """The same, with a chain."""
+        copy = self.model_copy()
+        copy._chain = asked
+        return copy
 
     @field_validator("temperature", "top_p", "top_k", "min_p", mode="before")
     @classmethod

@@ -28,6 +28,7 @@ class Tfs(Stage):
     aliases = ("tfs_z", "tail_free", "tail-free")
     Settings = TfsSettings
     setting_aliases = (("tfs", "tfs_z"),)
+    neutral = (("tfs_z", 1.0, 1.0),)
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """z of each row; 1 keeps all."""

@@ -21,6 +21,7 @@ class TopA(Stage):
     """p ≥ a·(max p)²."""
 
     name = "top_a"
+    neutral = (("top_a", 0.0, 0.0),)
     Settings = TopASettings
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:

@@ -21,6 +21,7 @@ class TopH(Stage):
     """Candidates by descending probability, as long as the entropy of those taken, renormalised, is at most h·H."""
 
     name = "top_h"
+    neutral = (("top_h", 1.0, 1.0),)
     Settings = TopHSettings
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:

@@ -37,6 +37,7 @@ class TopNSigma(Sampler, Stage):
     setting_aliases = (("nsigma", "top_n_sigma"),)
     # llama.cpp's: a chain may name it and leave it off.
     chain_defaults = (("top_n_sigma", -1.0),)
+    neutral = (("top_n_sigma", -1.0, 0.0),)
     Settings = TopNSigmaSettings
 
     def plan(self, rows: RowView) -> Plan:

@@ -27,6 +27,7 @@ class TypP(Stage):
     aliases = ("typical_p", "typical", "typ")
     Settings = TypPSettings
     setting_aliases = (("typical_p", "typ_p"), ("typical", "typ_p"))
+    neutral = (("typ_p", 1.0, 1.0),)
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """typ_p of each row; 1 keeps all."""

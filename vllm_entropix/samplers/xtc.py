@@ -6,13 +6,27 @@ it stays exact under speculative decoding, and a seed means what it means elsewh
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from vllm_entropix.records.fields import Field
 from vllm_entropix.samplers.stage import Branch, Stage, StageRows
 from vllm_entropix.settings.section import Section, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FIELDS = (
+    Field(
+        "xtc_share",
+        "float",
+        "",
+        True,
+        "XTC's share",
+        "Share of the distribution in which XTC excluded top choices; 0 where there were fewer than two.",
+    ),
+)
 
 
 class XtcSettings(Section):
@@ -33,6 +47,8 @@ class Xtc(Stage):
 
     name = "xtc"
     Settings = XtcSettings
+    neutral = (("xtc_probability", 0.0, 0.0),)
+    fields = FIELDS
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """What is left when the coin has fallen."""
@@ -51,3 +67,8 @@ class Xtc(Stage):
         """What is left if nothing is excluded, and if the top choices are."""
         probability = rows["xtc_probability"]
         return [(1 - probability, logits), (probability, self.apply(logits, rows))]
+
+    def told(self, before: Tensor, after: Sequence[Branch], rows: StageRows, drawn: Tensor) -> Mapping[str, Tensor]:
+        """π where anything was excluded."""
+        (_, whole), (share, excluded) = after
+        return {"xtc_share": share.squeeze(-1) * (whole != excluded).any(dim=-1)}

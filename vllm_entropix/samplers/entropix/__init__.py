@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_entropix.samplers.base import Bounds, KernelRule, Plan, RowView, Sampler
 from vllm_entropix.samplers.entropix.record import FIELDS, EntropixPart
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.samplers.stage import Stage, StageRows
+from vllm_entropix.settings.section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_entropix.distribution.attention import AttentionStatistics
 
 
 class Entropix(Sampler):
@@ -76,3 +83,41 @@ class Entropix(Sampler):
         lehv = max(numbers["lehv.top_k_min"], top_k * (1 + max(0.0, numbers["lehv.top_k_disagreement"])))
         drawn = numbers["adaptive.top_k_max"]
         return Bounds(math.ceil(max(top_k, lehv, drawn)), math.ceil(drawn))
+
+
+class EntropixStageSettings(Section):
+    """Settings of entropix in a chain: those of the server, or of its default preset, hold."""
+
+
+class EntropixStage(Stage):
+    """A temperature and filters by the uncertainty of what is left: entropix in the place of a temperature.
+
+    In a notebook it runs on the logits alone, with its default preset.
+    """
+
+    name = "entropix"
+    Settings = EntropixStageSettings
+
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        """Logarithms of the probabilities that entropix gives to what is left."""
+        import torch
+
+        from vllm_entropix.distribution.backend import Backend
+        from vllm_entropix.distribution.constants import Constants
+        from vllm_entropix.distribution.shape import shape
+        from vllm_entropix.records.regimes import Regime
+        from vllm_entropix.samplers.entropix.sampler import EntropixSampler
+
+        config = rows.server if isinstance(rows.server, EntropixConfig) else EntropixConfig.preset()
+        statistics = Backend(logits.device).statistics(logits)
+        constants = rows.constants or Constants.from_config(config, statistics.entropy.dtype, logits.device)
+
+        def attention(regime: Tensor) -> AttentionStatistics | None:
+            return None if rows.measure is None else rows.measure(regime != Regime.LELV)
+
+        _, _, parameters, _ = EntropixSampler(config, kernels=False).rule(statistics, attention, constants, Backend.name)
+        # A device isn't asked how wide the widest row is.
+        count = int(parameters.top_k.max()) if logits.device.type == "cpu" else logits.shape[-1]
+        kept, probabilities = shape(logits, parameters, config.fidelity, count)
+        nothing = torch.full_like(logits, -torch.inf)
+        return nothing.scatter_(-1, kept.token_ids, probabilities.log().to(logits.dtype))

@@ -1,0 +1,266 @@
+"""Chains in real engines: what is drawn follows the chain's exact joint distribution, state and drafts included."""
+
+import itertools
+import json
+import math
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.engine.test_speculation import NGRAM, Speculation, assert_distributed, params, tokens
+from tests.support.engine import close_engine, engine, generate
+from tests.support.models import tiny_llama
+from tests.support.runners import is_v2
+from tests.support.server import run_vllm, serve
+from vllm_entropix import traces
+from vllm_entropix.demo_model import shipped_model
+from vllm_entropix.samplers import Chain
+
+pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
+
+ALLOWED = list(range(64, 68))
+LENGTH = 3
+# Its repetitions suggest what is likely as often as not, to drafters and to DRY.
+PROMPT = [66, 65, 66, 67, 67, 64, 64, 65, 66, 65, 65, 65]
+DRY = {"dry_multiplier": 0.8, "dry_base": 1.75, "dry_allowed_length": 1}
+XTC = {"xtc_probability": 0.5, "xtc_threshold": 0.15}
+CHAINS = {
+    "mirostat_v2": {"mirostat_tau": 1.4, "mirostat_eta": 0.9},
+    "adaptive_p": {"adaptive_target": 0.3, "adaptive_decay": 0.5},
+    "xtc": XTC,
+    "dry": DRY,
+    "dry;xtc;temperature;mirostat_v2": {**DRY, **XTC, "mirostat_tau": 1.4, "mirostat_eta": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    """An engine whose rows are close to even, with drafts where the runner may have some."""
+    drafts = {"speculative_config": NGRAM} if is_v2() else {}
+    return engine(
+        tiny_llama(tmp_path_factory.mktemp("even"), logits_scale=0.5),
+        sampler="dry;temperature",
+        logprobs_mode="processed_logprobs",
+        max_logprobs=len(ALLOWED),
+        **drafts,
+    )
+
+
+@pytest.fixture(scope="module")
+def model_rows(llm):
+    """Prefix of an answer → the model's own logits after it, float64 ``[1, vocabulary]``, where all but ALLOWED are masked."""
+    prefixes = [prefix for place in range(LENGTH) for prefix in itertools.product(ALLOWED, repeat=place)]
+    asked = params(
+        max_tokens=1, temperature=1.0, logprobs=len(ALLOWED), allowed_token_ids=ALLOWED, extra_args={"entropix": "off"}
+    )
+    outputs = generate(llm, [{"prompt_token_ids": [*PROMPT, *prefix]} for prefix in prefixes], [asked] * len(prefixes))
+    rows = {}
+    for prefix, output in zip(prefixes, outputs, strict=True):
+        row = rows[prefix] = torch.full((1, 512), -torch.inf, dtype=torch.float64)
+        for token, drawn in output.outputs[0].logprobs[0].items():
+            row[0, token] = drawn.logprob
+    return rows
+
+
+def joint(model_rows, text, settings):
+    """Probability of each answer of LENGTH tokens, by the chain that notebooks have."""
+    neutral = {"temperature": 1.0} if "temperature" in text else {}
+    breakers = {"dry_sequence_breakers": []} if "dry" in text else {}
+    chain = Chain.parse(text, {**neutral, **breakers, **settings})
+    found = {}
+    for answer in itertools.product(ALLOWED, repeat=LENGTH):
+        run, probability = chain.begin(), 1.0
+        for place, token in enumerate(answer):
+            given = run.distribution(model_rows[answer[:place]], [[*PROMPT, *answer[:place]]])[0]
+            probability *= float(given[token])
+            if probability == 0:
+                break
+            run.advance([token])
+        found[answer] = probability
+    assert math.isclose(sum(found.values()), 1.0, abs_tol=1e-6)
+    return found
+
+
+@pytest.mark.parametrize("text", CHAINS)
+def test_what_is_drawn_is_exact(llm, model_rows, text):
+    """Three tokens are counted together, so that each position's state and text count, behind rejected drafts, too."""
+    samples = 160
+    expected = joint(model_rows, text, CHAINS[text])
+    counts = Speculation(llm) if is_v2() else None
+    said = {"samplers": text, **CHAINS[text], **({"dry_sequence_breakers": [1]} if "dry" in text else {})}
+    asked = [
+        params(seed=seed, max_tokens=LENGTH, temperature=1.0, allowed_token_ids=ALLOWED, extra_args=said)
+        for seed in range(samples)
+    ]
+    outputs = generate(llm, [{"prompt_token_ids": PROMPT}] * samples, asked)
+    if counts is not None:
+        assert counts.accepted > 20
+        assert counts.drafted - counts.accepted > 20
+    assert_distributed([tuple(ids) for ids in tokens(outputs)], expected, least_cells=6)
+
+
+def test_chains_stand_beside_one_another_and_tell_of_themselves(llm):
+    """Each request's records follow its own chain; what opts out is drawn as without any of them."""
+    asks = [
+        {"samplers": "mirostat_v2", "mirostat_tau": 2.0},
+        {"samplers": "dry;xtc", **DRY, **XTC},
+        {"samplers": "min_p"},
+        {"samplers": ""},
+        {"samplers": "dry;entropix", **DRY},
+        {"entropix": "off", "entropix_trace": "off"},
+    ]
+    asked = [params(max_tokens=12, seed=3, temperature=0.8, extra_args={"entropix_trace": "on", **said}) for said in asks]
+    outputs = generate(llm, [{"prompt_token_ids": PROMPT}] * len(asked), asked)
+    mirostat, dry, min_p, empty, entropix = (list(traces(output)[0]) for output in outputs[:5])
+    assert traces(outputs[5]) == [None]
+    assert mirostat[0].mu == 4.0
+    assert len({record.mu for record in mirostat}) > 1
+    for record in dry:
+        assert record.dry_penalty >= 0
+        assert record.xtc_share in (0.0, 0.5)
+    assert {record.mu for record in (*dry, *min_p, *empty)} == {None}
+    assert {record.temperature for record in empty} == {1.0}
+    assert {record.dry_penalty for record in (*mirostat, *min_p, *empty)} == {None}
+    assert all(record.dry_penalty is not None for record in entropix)
+
+
+def test_dry_sees_the_whole_text_wherever_the_sequence_has_been(llm):
+    """A huge penalty forbids each token that went on with the last one before: no pair of tokens comes twice."""
+    said = {"samplers": "dry;temperature", "dry_multiplier": 100, "dry_allowed_length": 1, "dry_sequence_breakers": [1]}
+    prompts = [PROMPT, PROMPT[3:], [65, 66, 64]]
+    for temperature in (0.0, 1.0):
+        asked = [params(max_tokens=10, temperature=temperature, seed=7, extra_args=said)] * len(prompts)
+        for prompt, output in zip(prompts, generate(llm, [{"prompt_token_ids": one} for one in prompts], asked), strict=True):
+            text = [*prompt, *output.outputs[0].token_ids]
+            pairs = list(itertools.pairwise(text))
+            assert not set(pairs[len(prompt) - 1 :]) & set(pairs[: len(prompt) - 1])
+            assert len(set(pairs[len(prompt) - 1 :])) == len(output.outputs[0].token_ids)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"samplers": "dry;nope"}, "unknown sampler 'nope'"),
+        ({"typ_p": 0.5}, "typ_p is a setting of typ_p, which isn't in the chain 'dry;temperature'"),
+        ({"dry_penalty_last_n": 600}, "dry_penalty_last_n is 600, but the model has room for 512 tokens"),
+        ({"dry_sequence_breakers": ["\udfff"]}, "which the tokenizer can't give"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused(llm, said, reason):
+    with pytest.raises(ValueError, match=reason):
+        generate(llm, [{"prompt_token_ids": PROMPT}], [params(max_tokens=1, extra_args=said)])
+
+
+# --- a server ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    close_engine()
+    arguments = ("--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 28), "--dtype", "float32")
+    chain = ("--sampler", "dry;top_n_sigma;xtc;min_p;temperature", "--sampler-config.dry.dry_multiplier", "0.8")
+    named = ("--served-model-name", "demo")
+    with serve(shipped_model(), tmp_path_factory.mktemp("server") / "log", *chain, *named, *arguments) as url:
+        yield url
+
+
+def post(url, **body):
+    """(status, answer) of a completion."""
+    data = json.dumps({"model": "demo", "prompt": "Once upon a time", "max_tokens": 12, "seed": 1, **body}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+# What SillyTavern sends to text-generation-webui, with its neutral values.
+SILLYTAVERN = {
+    "typical_p": 1,
+    "typical": 1,
+    "tfs": 1,
+    "top_a": 0,
+    "mirostat_mode": 0,
+    "mirostat_tau": 5,
+    "mirostat_eta": 0.1,
+    "smoothing_factor": 0,
+    "smoothing_curve": 1,
+    "nsigma": 0,
+    "rep_pen": 1,
+    "rep_pen_range": 0,
+    "repetition_penalty": 1,
+    "xtc_threshold": 0.1,
+    "dry_allowed_length": 2,
+    "dry_base": 1.75,
+    "dry_sequence_breakers": '["\\n", ":", "\\"", "*"]',
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_body_of_llama_cpps_clients_is_taken(url, stream):
+    if stream:
+        request = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 4, "stream": True, **SILLYTAVERN}
+        data = json.dumps(request | {"xtc_probability": 2}).encode()
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(
+                urllib.request.Request(f"{url}/v1/completions", data, {"Content-Type": "application/json"}), timeout=60
+            )
+        return
+    trace = {"vllm_xargs": {"entropix_trace": "on"}}
+    status, answer = post(url, **SILLYTAVERN, xtc_probability=0.5, dry_multiplier=0.9, **trace)
+    assert status == 200
+    records = answer["choices"][0]["entropix"]["tokens"]
+    assert {record["xtc_share"] for record in records} <= {0.0, 0.5}
+    status, answer = post(url, samplers=["mirostat_v2"], mirostat_tau=2, **trace)
+    assert status == 200
+    assert answer["choices"][0]["entropix"]["tokens"][0]["mu"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"xtc_probability": 2}, "xtc_probability is 2, but"),
+        ({"typical_p": 0.9}, "typical_p is a setting of typ_p, which isn't in the chain"),
+        ({"samplers": "dry;nope"}, "unknown sampler 'nope'"),
+        ({"vllm_xargs": {"samplers": "mirostat;adaptive_p"}}, "can't stand in one chain"),
+        ({"vllm_xargs": {"dry_multipler": 1}}, "did you mean 'dry_multiplier'"),
+    ],
+)
+def test_what_a_body_may_not_say_is_answered_400(url, body, reason):
+    status, answer = post(url, **body)
+    assert status == 400
+    message = answer["error"]["message"]
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_breakers_are_those_of_the_served_tokenizer(url):
+    """Between two breakers nothing repeats, so that DRY leaves alone what a forbidding penalty would end."""
+    tokenizer = AutoTokenizer.from_pretrained(shipped_model())
+    assert tokenizer.encode("\n", add_special_tokens=False)
+    trace = {"vllm_xargs": {"entropix_trace": "on", "dry_multiplier": 5, "dry_allowed_length": 1}}
+    repeated = "a b c d a b c d a b c d a b c"
+    status, free = post(url, prompt=repeated, temperature=0.3, vllm_xargs=trace["vllm_xargs"] | {"dry_sequence_breakers": [0]})
+    assert status == 200
+    assert any(record["dry_penalty"] is not None for record in free["choices"][0]["entropix"]["tokens"])
+    status, answer = post(url, prompt=repeated, vllm_xargs=trace["vllm_xargs"] | {"dry_sequence_breakers": [" "]})
+    assert status == 200
+    broken = answer["choices"][0]["entropix"]["tokens"]
+    assert broken[0]["dry_penalty"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--sampler", "dry;nope"), "unknown sampler 'nope' in the chain 'dry;nope'; there are adaptive_p, "),
+        (("--sampler", "dry;temp", "--sampler-config.dry.dry_multiplier", "200"), "dry.dry_multiplier is 200"),
+    ],
+)
+def test_a_chain_that_cannot_be_ends_the_command(arguments, reason):
+    ended = run_vllm("serve", str(shipped_model()), *arguments)
+    assert ended.returncode == 1
+    assert reason in ended.stderr

@@ -274,6 +274,28 @@ def test_temperature_0_is_the_best_of_what_a_chain_leaves():
     assert found.amax(-1).tolist() == [1.0] * 3
 
 
+def test_chains_that_nobody_has_are_forgotten():
+    """Each client may ask for chains of its own, and breakers: those of running sequences alone stay, and a few more."""
+    logits, base = torch.tensor([[3.0, 2.5, 0.0, -1.0]] * 2), (1.0, 1.0, 4.0, 0.0)
+    dry = {"dry_multiplier": 100, "dry_allowed_length": 1}
+    batch = Batch([("dry", {**dry, "dry_sequence_breakers": [3]}, base), ("dry;temperature", dry, base)])
+    expected = batch.distributions(logits, [[[2, 0, 2]]] * 2)
+    config, chains = batch.batch.samplers["chain"].settings, batch.batch.samplers["chain"]._chains
+    for number in range(60):
+        text, said = (("dry", {"dry_sequence_breakers": [number]}), ("xtc;top_h", {}))[number % 2]
+        batch.batch.add("passing", batch.sequence(config, text, said, base))
+        if number % 3:
+            batch.batch.remove("passing")
+    # The server's own is never forgotten.
+    assert len(chains) <= 3 + 1 + 16
+    torch.testing.assert_close(batch.distributions(logits, [[[2, 0, 2]]] * 2), expected, rtol=0, atol=0)
+    for name in ("0", "1", "passing"):
+        batch.batch.remove(name)
+    batch.batch.add("again", batch.sequence(config, "", {}, base))
+    assert len(chains) <= 1 + 1 + 16
+    assert len(chains._holders) == 2
+
+
 # --- states -----------------------------------------------------------------------------------------------------------
 
 STATES = [

@@ -6,7 +6,7 @@ Tokens are int64 ``[rows, length]``, aligned to the right; -1 stands before a ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,35 +28,47 @@ def window(tokens: Tensor, last: Tensor) -> Tensor:
     return tokens.where((age < last) | (last < 0), -1)
 
 
-def since_breaker(tokens: Tensor, breakers: Sequence[tuple[int, ...]]) -> Tensor:
+@dataclass(frozen=True)
+class Breakers:
+    """Token ids that end a repetition.
+
+    Attributes:
+        alone: int64, those that are one token. A vocabulary has thousands of tokens with a line break in them.
+        several: int64 each, those of several tokens, which are few; the shortest first.
+    """
+
+    alone: Tensor
+    several: tuple[Tensor, ...]
+
+    @classmethod
+    def on(cls, breakers: Sequence[tuple[int, ...]], device: torch.device) -> Breakers:
+        """Breakers on a device."""
+        alone = [breaker[0] for breaker in breakers if len(breaker) == 1]
+        several = sorted((breaker for breaker in breakers if len(breaker) > 1), key=len)
+        return cls(
+            torch.tensor(alone, dtype=torch.int64, device=device),
+            tuple(torch.tensor(breaker, dtype=torch.int64, device=device) for breaker in several),
+        )
+
+
+def since_breaker(tokens: Tensor, breakers: Breakers) -> Tensor:
     """Number of tokens after the last breaker, ``[rows, 1]``; of all tokens where there is none.
 
     Of breakers that begin at the same token the longest counts.
     """
     width = tokens.shape[-1]
     length = (tokens >= 0).sum(dim=-1, keepdim=True)
-    # A vocabulary has thousands of tokens with a line break in them, and few breakers of several tokens.
-    matched = torch.isin(tokens, breakers_alone(breakers, tokens.device)).to(tokens.dtype)
-    for breaker in sorted(breakers, key=len):
-        if 1 < len(breaker) <= width:
+    matched = torch.isin(tokens, breakers.alone).to(tokens.dtype)
+    for breaker in breakers.several:
+        if len(breaker) <= width:
             begins = torch.zeros_like(tokens, dtype=torch.bool)
-            found = tokens.unfold(-1, len(breaker), 1) == torch.tensor(breaker, device=tokens.device)
+            found = tokens.unfold(-1, len(breaker), 1) == breaker
             begins[:, : width - len(breaker) + 1] = found.all(dim=-1)
             matched = matched.masked_fill(begins, len(breaker))
     positions = torch.arange(width, device=tokens.device)
     last = torch.where(matched > 0, positions, -1).amax(dim=-1, keepdim=True)
     after = width - last - matched.gather(-1, last.clamp_min(0))
     return after.where(last >= 0, length)
-
-
-@lru_cache(maxsize=64)
-def _alone(breakers: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return torch.tensor([breaker[0] for breaker in breakers if len(breaker) == 1], dtype=torch.int64, device=device)
-
-
-def breakers_alone(breakers: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """Token ids of the breakers that are one token, int64."""
-    return _alone(tuple(breakers), device)
 
 
 def longest_repetitions(tokens: Tensor, enough: Tensor, vocabulary: int) -> Tensor:

@@ -109,6 +109,8 @@ class SequenceTable:
                 self._grow()
             slot = self._slot_of[request_id] = self._free.pop()
             self._request_of[slot] = request_id
+        else:
+            self._ends(slot)
         name = sequence.sampler or self.default
         self.constants[name][slot] = sequence.constants
         self.base[slot] = sequence.base
@@ -121,12 +123,18 @@ class SequenceTable:
         bounds = self.samplers[name].bounds(numbers, dict(zip(BASE, sequence.base, strict=True)))
         self.most_candidates[slot], self.most_drawn[slot] = bounds.candidates, bounds.drawn
         self._changed.add(slot)
+        self.samplers[name].begins(numbers)
         return slot
+
+    def _ends(self, slot: int) -> None:
+        name = list(self.samplers)[self.sampler[slot]]
+        self.samplers[name].ends(dict(zip(self.columns[name], self.constants[name][slot].tolist(), strict=True)))
 
     def remove(self, request_id: str) -> int | None:
         """Free a sequence's slot; returns it, or None if the sequence isn't known."""
         slot = self._slot_of.pop(request_id, None)
         if slot is not None:
+            self._ends(slot)
             self.sampled[slot] = self.traced[slot] = self.allow_clarification[slot] = False
             self._changed.add(slot)
             self._free.append(slot)

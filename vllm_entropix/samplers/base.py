@@ -171,6 +171,12 @@ class Sampler(ABC):
         """Does the plan of a request with these numbers look at :attr:`Sequences.text`?"""
         return False
 
+    def begins(self, numbers: Mapping[str, float]) -> None:  # noqa: B027  (most samplers keep nothing)
+        """A sequence with these numbers, as :meth:`numbers_of_request` gave them, takes part in steps from now on."""
+
+    def ends(self, numbers: Mapping[str, float]) -> None:  # noqa: B027
+        """It takes part no longer."""
+
     def described(self, request: RequestSettings) -> SamplerPart:
         """What a line of a trace file tells of the sampler, and of its numbers for the request."""
         return self.Part(name=self.name, **dict(self.numbers()) | request.of_sampler(self.name))

@@ -16,6 +16,7 @@ from vllm_entropix.records.fields import Field
 from vllm_entropix.records.line import SamplerPart
 from vllm_entropix.samplers import chain
 from vllm_entropix.samplers.base import RowView, Sampler
+from vllm_entropix.samplers.numbered import Numbered
 from vllm_entropix.samplers.request import GREEDY_BELOW, RequestSettings
 from vllm_entropix.samplers.stage import Stage, StageRows, StatefulStage
 from vllm_entropix.settings.errors import ConfigError, quoted
@@ -38,6 +39,8 @@ DEFAULT = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p"
 OF_REQUEST = frozenset(BaseParameters.model_fields)
 _ENTROPIX = "entropix"
 _BREAKERS = "dry_sequence_breakers"
+# Token ids of each of DRY's breakers.
+_Breakers = tuple[tuple[int, ...], ...]
 
 
 def request_names() -> frozenset[str]:
@@ -224,19 +227,25 @@ class Chained(Sampler):
 
     def __init__(self, server: ServerSettings) -> None:
         self.settings: Any = server
-        self._numbers: dict[tuple[tuple[str, ...], tuple[tuple[int, ...], ...] | None], int] = {}
-        self._chains: list[tuple[Stage, ...]] = []
+        self._chains: Numbered[tuple[tuple[str, ...], _Breakers | None], tuple[Stage, ...]] = Numbered()
         text = server.sampler if is_chain(server.sampler) else NAME
         self.default = read(text, {}, server)
+        # Rows without a sequence have it, too.
+        self._chains.hold(self._number_of(self.default))
 
-    def number_of(self, asked: chain.ChainRequest) -> int:
+    def _number_of(self, asked: chain.ChainRequest) -> int:
         """A chain's number, under which its rows find it."""
-        # The server's own may be thousands, which no request should wait for.
-        key = (asked.names, _token_ids(asked.breakers) if asked.own_breakers else None)
-        if key not in self._numbers:
-            self._chains.append(chain.make_stages(asked.names, _token_ids(asked.breakers)))
-            self._numbers[key] = len(self._chains) - 1
-        return self._numbers[key]
+        # The server's own breakers may be thousands, which no request should wait for.
+        own = _token_ids(asked.breakers) if asked.own_breakers else None
+        return self._chains.number_of((asked.names, own), lambda: chain.make_stages(asked.names, _token_ids(asked.breakers)))
+
+    def begins(self, numbers: Mapping[str, float]) -> None:
+        """Its chain is kept."""
+        self._chains.hold(int(numbers[NAME]))
+
+    def ends(self, numbers: Mapping[str, float]) -> None:
+        """Its chain may be forgotten."""
+        self._chains.release(int(numbers[NAME]))
 
     def numbers(self) -> list[tuple[str, float]]:
         """The chain's number, its samplers' settings, and entropix's constants: those of the server."""
@@ -253,7 +262,7 @@ class Chained(Sampler):
             names = [name for name, _ in entropix]
             entropix = zip(names, request.constants(self.settings, own), strict=True)
         return {
-            NAME: float(self.number_of(asked)),
+            NAME: float(self._number_of(asked)),
             **_numeric(),
             **said,
             **own,
@@ -322,7 +331,7 @@ class Chained(Sampler):
         return _Part(mine, index, stages, shown, found, numbers["temperature"] < GREEDY_BELOW if some_greedy else None)
 
 
-def _token_ids(breakers: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
+def _token_ids(breakers: Iterable[Any]) -> _Breakers:
     """Breakers as token ids, which those of a request are. A text is a default that nobody's chain has needed yet."""
     ids = [one for one in breakers if not isinstance(one, str)]
     return tuple((one,) if isinstance(one, int) else tuple(one) for one in ids)

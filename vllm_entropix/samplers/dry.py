@@ -14,7 +14,10 @@ from vllm_entropix.settings.errors import quoted
 from vllm_entropix.settings.section import Section, TokenId, setting
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from vllm_entropix.distribution.history import Breakers
 
 # Texts among the breakers: each becomes all tokens that contain it.
 _TEXTS = 100
@@ -79,21 +82,28 @@ class Dry(Stage):
     neutral = (("dry_multiplier", 0.0, 0.0),)
     fields = FIELDS
 
+    def __init__(self, breakers: Sequence[tuple[int, ...]] = ()) -> None:
+        super().__init__(breakers)
+        self._breakers_on: dict[torch.device, Breakers] = {}
+
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """By each row's own tokens."""
         import torch
 
-        from vllm_entropix.distribution.history import breakers_alone, longest_repetitions, since_breaker, window
+        from vllm_entropix.distribution.history import Breakers, longest_repetitions, since_breaker, window
 
         multiplier, base, allowed = rows["dry_multiplier"], rows["dry_base"], rows["dry_allowed_length"]
         if rows.tokens is None or rows.tokens.shape[-1] < 2:
             return logits
         tokens = window(rows.tokens, rows["dry_penalty_last_n"])
+        breakers = self._breakers_on.get(logits.device)
+        if breakers is None:
+            breakers = self._breakers_on[logits.device] = Breakers.on(self.breakers, logits.device)
         exponents = (_LARGEST / base.log()).floor().where(base > 1.000001, torch.inf)
         # Longer ones are penalised like this length, where the power would overflow.
-        enough = (allowed + exponents).minimum(since_breaker(tokens, self.breakers).to(logits.dtype))
+        enough = (allowed + exponents).minimum(since_breaker(tokens, breakers).to(logits.dtype))
         lengths = longest_repetitions(tokens, enough, logits.shape[-1])
-        alone = breakers_alone(self.breakers, logits.device)
+        alone = breakers.alone
         lengths = lengths.index_fill_(-1, alone[alone < logits.shape[-1]], -1) if len(alone) else lengths
         length = lengths.to(logits.dtype)
         penalty = multiplier * base.pow((length - allowed).clamp_min(0.0))

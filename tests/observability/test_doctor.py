@@ -39,7 +39,14 @@ def test_here_all_is_well():
     assert "Nothing is broken" in told
     for patch in patches.PATCHES:
         assert patch.name in told
-    for words in ("vllm-entropix", "model runner", "attention backend", "CPU_ATTN", "supported with these settings"):
+    for words in (
+        "typ_p, xtc; PyTorch runs them",
+        "vllm-entropix",
+        "model runner",
+        "attention backend",
+        "CPU_ATTN",
+        "supported with these settings",
+    ):
         assert words in told
     assert "plotly" not in told
 

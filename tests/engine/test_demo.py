@@ -55,6 +55,16 @@ def test_problems_are_right_and_asking_back_helps(shown):
     assert by_mode["greedy"] == ["✓", "✓", "✗", "✗"]
 
 
+def test_a_chain_runs_beside_entropix(shown):
+    """On the story, with its settings; the same prompt has all other modes, too."""
+    story = next(panel for panel in shown[0].stdout.split("╭") if panel.startswith("─ story "))
+    modes = re.findall(r"^│ (entropix|greedy|plain|chain)  (.*?) *│$", story, re.MULTILINE)
+    assert [mode for mode, _ in modes] == ["entropix", "greedy", "plain", "chain"]
+    assert modes[-1][1] == "dry;top_n_sigma;xtc;min_p;temperature, dry_multiplier 0.8, xtc_probability 0.5"
+    told = story.partition("xtc_probability 0.5")[2]
+    assert "Finn" in told
+
+
 def test_progress_is_shown(shown):
     assert "in one batch" in shown[0].stderr
 

@@ -34,6 +34,7 @@ SHOWCASE: list[dict[str, Any]] = [
         "description": "A whole story: forks between turns of phrase (ADAPTIVE), then whatever scenes it comes to.",
         "messages": [{"role": "user", "content": "Tell me a story about a brave fox called Finn."}],
         "expected_answer": None,
+        "chain": {"samplers": "dry;top_n_sigma;xtc;min_p;temperature", "dry_multiplier": 0.8, "xtc_probability": 0.5},
     },
     {
         "name": "lost whistle",

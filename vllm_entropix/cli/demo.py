@@ -1,4 +1,4 @@
-"""``vllm-entropix demo``: the shipped model, or any, in a real engine: entropix, greedy and plain sampling in one batch."""
+"""``vllm-entropix demo``: a model, shipped or any, in a real engine: entropix, greedy, plain and a chain in one batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # Where the prompts are that any model but the shipped one is asked.
 _HERE = Path(__file__).parent
 MODES = ("entropix", "greedy", "plain")
+# Of prompts that name one.
+CHAIN = "chain"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Prompt:
         text: plain text to continue, or
         messages: a chat to answer.
         expected: the answer, where it can be checked; several with ``|`` between them, any of which will do.
+        chain: a chain of samplers that continues it, too, and its settings, as ``vllm_xargs`` have them.
     """
 
     name: str
@@ -58,6 +61,12 @@ class Prompt:
     text: str | None = None
     messages: list[dict[str, str]] | None = None
     expected: str | None = None
+    chain: dict[str, Any] | None = None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """How its tokens are drawn: once in each of these."""
+        return MODES if self.chain is None else (*MODES, CHAIN)
 
     @property
     def shown(self) -> str:
@@ -107,6 +116,7 @@ def load_prompts(path: Path) -> list[Prompt]:
                     entry.get("text"),
                     entry.get("messages"),
                     entry.get("expected_answer"),
+                    entry.get("chain"),
                 )
                 for entry in data["prompts"]
             ]
@@ -188,7 +198,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _parameters(mode: str, config: EntropixConfig, max_tokens: int, seed: int) -> SamplingParams:
+def _parameters(mode: str, prompt: Prompt, config: EntropixConfig, max_tokens: int, seed: int) -> SamplingParams:
     from vllm import SamplingParams
 
     if mode == "entropix":
@@ -203,7 +213,7 @@ def _parameters(mode: str, config: EntropixConfig, max_tokens: int, seed: int) -
         top_p=base.top_p,
         top_k=base.top_k,
         min_p=base.min_p,
-        extra_args={"entropix": "off"},
+        extra_args=prompt.chain if mode == CHAIN else {"entropix": "off"},
     )
 
 
@@ -216,14 +226,16 @@ def _run(
     wanted: dict[str, tuple[int, str]] = {}
     for index, prompt in enumerate(prompts):
         ids = prompt.token_ids(tokenizer)
-        for mode in MODES:
+        for mode in prompt.modes:
             request_id = f"{index}-{mode}"
             wanted[request_id] = (index, mode)
-            engine.add_request(request_id, {"prompt_token_ids": ids}, _parameters(mode, config, max_tokens, seed))
+            asked = _parameters(mode, prompt, config, max_tokens, seed)
+            engine.add_request(request_id, {"prompt_token_ids": ids}, asked)
     finished: dict[tuple[int, str], Any] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task(f"{len(prompts)} prompts by {', '.join(MODES)}, in one batch", total=len(wanted))
+        modes = dict.fromkeys(mode for _, mode in wanted.values())
+        task = progress.add_task(f"{len(prompts)} prompts by {', '.join(modes)}, in one batch", total=len(wanted))
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
@@ -253,9 +265,11 @@ def _show(
         parts: list[Any] = [Text(printable(prompt.shown), style="dim italic"), Text()]
         parts.append(Text("entropix  ", style="bold") + _verdict(prompt, completion.text) + _score(sequence.records))
         parts.append(Padding(coloured(sequence), (0, 0, 0, 2)))
-        for mode in MODES[1:]:
+        for mode in prompt.modes[1:]:
             text = outputs[index, mode].outputs[0].text
             parts.append(Text(f"{mode}  ", style="bold") + _verdict(prompt, text))
+            if mode == CHAIN:
+                parts[-1] += Text(printable(_written(prompt.chain or {})), style="dim")
             parts.append(Padding(Text(printable(text)), (0, 0, 0, 2)))
         if prompt.description:
             parts += [Text(), Text(printable(prompt.description), style="dim")]
@@ -303,6 +317,11 @@ def _score(records: Iterable[TokenRecord | TokenEntry]) -> Text:
     """How unsure the model was while it wrote: the mean entropy of the tokens that it chose."""
     entropies = [record.entropy for record in records if not record.forced and record.entropy is not None]
     return Text(f"  mean entropy {fmean(entropies):.2f} bits", style="dim") if entropies else Text()
+
+
+def _written(chain: Mapping[str, Any]) -> str:
+    settings = [f"{name} {value}" for name, value in chain.items() if name != "samplers"]
+    return ", ".join((str(chain.get("samplers", "")), *settings))
 
 
 def _verdict(prompt: Prompt, text: str) -> Text:

@@ -1,19 +1,23 @@
-"""One entropix step, from logits to drawn tokens, over vLLM's own sampler with top_k and top_p on the same logits."""
+"""A step of entropix or of a chain, from logits to drawn tokens, over vLLM's own with top_k and top_p on the same logits."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.common import add_out, finish, integers, medians_ms, paired, peak_extra_bytes, quiet, ratio
 
 if TYPE_CHECKING:
+    from vllm_entropix import EntropixConfig
     from vllm_entropix.rows.batch import BatchSampler
+    from vllm_entropix.rows.table import Sequence
+    from vllm_entropix.rows.text import RowText
 
 
 def vllm_metadata(rows: int, device: torch.device, top_k: int | None, top_p: float | None, temperature: float):
@@ -56,8 +60,8 @@ class Step:
 
     Attributes:
         prepare: puts the logits back that the actions change in place.
-        actions: what is timed, each on prepared logits: whole steps, from logits to drawn tokens (``vllm``, ``entropix``,
-            ``flashinfer`` where it is installed), ``transform``, which is ours without the draw, ``metrics`` and ``read``.
+        actions: what is timed, each on prepared logits: whole steps, from logits to drawn tokens (``vllm``, ``entropix`` or
+            ``chain``, ``flashinfer`` where it is installed), ``transform``, which is ours without the draw, ``metrics``, ``read``.
         batch: the batch sampler behind ours.
     """
 
@@ -66,35 +70,86 @@ class Step:
     batch: BatchSampler
 
 
-def step(rows: int, vocabulary: int, device: torch.device) -> Step:
-    """A step of this size, all of its rows drawn."""
+@dataclass(frozen=True)
+class Asked:
+    """The chain that each request has.
+
+    Attributes:
+        chain: names with ``;`` between them.
+        settings: of its samplers, as ``vllm_xargs`` have them.
+        base: temperature, top_p, top_k and min_p of the request.
+        text: tokens before each row, for DRY and penalties.
+    """
+
+    chain: str
+    settings: Mapping[str, Any]
+    base: Mapping[str, float]
+    text: int
+
+
+def sequence_of(batch: BatchSampler, config: EntropixConfig, asked: Asked | None) -> Sequence:
+    """What the engine's adapter makes of a request."""
+    from vllm_entropix.rows.table import BASE, Sequence
+    from vllm_entropix.samplers import registry
+
+    if asked is None:
+        numbers = [value for _, value in config.numbers()]
+        return Sequence(numbers, sampled=True, traced=False, allow_clarification=True, prompt_length=1)
+    request = registry.parse_request({"samplers": asked.chain, **asked.settings}, config)
+    name = registry.sampler_of(request, config)
+    numbers = batch.samplers[name].numbers_of_request(request, asked.base)
+    base = tuple(float(asked.base[one]) for one in BASE)
+    return Sequence(numbers, True, False, False, 1, sampler=name, base=base)
+
+
+def text_of(asked: Asked, rows: int, vocabulary: int, device: torch.device) -> RowText:
+    """Texts in which a phrase of 40 tokens comes again and again, as DRY is there to find."""
+    from vllm_entropix.rows.text import RowText
+
+    phrase = torch.randint(vocabulary, (rows, 40), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    kept = phrase.repeat(1, asked.text // 40 + 1)[:, : asked.text].to(device)
+    index = torch.arange(rows, device=device)
+    return RowText(
+        kept=kept,
+        owners=index,
+        positions=torch.full((rows,), asked.text - 1, device=device),
+        drafts=torch.zeros(rows, dtype=torch.int64, device=device),
+        input_ids=kept[:, -1].long(),
+        index=index,
+        longest=asked.text,
+    )
+
+
+def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None = None) -> Step:
+    """A step of this size, all of its rows drawn, by entropix or by the chain that is ``asked`` for."""
     import numpy as np
     from vllm.v1.sample.sampler import Sampler
 
-    from vllm_entropix import EntropixConfig
     from vllm_entropix.rows.batch import BatchSampler
     from vllm_entropix.rows.rows import Rows
-    from vllm_entropix.rows.table import Sequence
+    from vllm_entropix.samplers import registry
 
-    config = EntropixConfig()
+    config = registry.load_server({"trace": {"alternatives": 0}})
     generator = torch.Generator().manual_seed(0)
     # Rows of every kind: flat to peaked, as a serving batch has them.
     logits = torch.randn(rows, vocabulary, generator=generator) * torch.linspace(0.5, 6.0, rows).unsqueeze(-1)
     logits = logits.to(device)
     work = torch.empty_like(logits)
     batch = BatchSampler(config, rows, None, device)
-    numbers = [value for _, value in config.numbers()]
+    sequence = sequence_of(batch, config, asked)
     for row in range(rows):
-        batch.add(str(row), Sequence(numbers, sampled=True, traced=False, allow_clarification=True, prompt_length=1))
+        batch.add(str(row), sequence)
     batch.sequences.flush()
     slots = batch.sequences.slots_of(map(str, range(rows)), rows)
+    text = None if asked is None else text_of(asked, rows, vocabulary, device)
     described = Rows(
         slots=torch.from_numpy(slots).to(device),
         host_slots=np.asarray(slots),
-        positions=torch.full((rows,), 10, device=device),
-        input_ids=torch.zeros(rows, dtype=torch.int64, device=device),
+        positions=torch.full((rows,), 10, device=device) if text is None else text.positions,
+        input_ids=torch.zeros(rows, dtype=torch.int64, device=device) if text is None else text.input_ids,
         valid=torch.ones(rows, dtype=torch.bool, device=device),
         batch=torch.arange(rows, device=device),
+        text=text,
     )
     sampler = Sampler()
     filtered = vllm_metadata(rows, device, config.base.top_k, config.base.top_p, config.base.temperature)
@@ -103,11 +158,16 @@ def step(rows: int, vocabulary: int, device: torch.device) -> Step:
     def vllm() -> object:
         return sampler.sample(work, filtered)
 
-    def entropix() -> object:
+    def ours() -> object:
+        batch.begin_step()
         batch.apply(work, described, None)
-        return sampler.sample(work, neutral)
+        drawn = sampler.sample(work, neutral)
+        if batch.waits_for_draw:
+            batch.drawn(drawn[0].view(-1, 1))
+        return drawn
 
     def transform() -> object:
+        batch.begin_step()
         return batch.apply(work, described, None)
 
     def metrics() -> object:
@@ -116,29 +176,69 @@ def step(rows: int, vocabulary: int, device: torch.device) -> Step:
     def read() -> object:
         return work.sum()
 
-    actions = {"vllm": vllm, "entropix": entropix, "transform": transform, "metrics": metrics, "read": read}
+    name = "entropix" if asked is None else "chain"
+    actions = {"vllm": vllm, name: ours, "transform": transform, "metrics": metrics, "read": read}
     rival = flashinfer_sampler(work, config.base.top_k, config.base.top_p, config.base.temperature)
     if rival is not None:
         actions["flashinfer"] = rival
     return Step(lambda: work.copy_(logits), actions, batch)
 
 
-def measure(rows: int, vocabulary: int, repeats: int, device: torch.device) -> dict[str, object]:
+def measure(rows: int, vocabulary: int, repeats: int, device: torch.device, asked: Asked | None = None) -> dict[str, object]:
     """Times and memory at one size."""
-    one = step(rows, vocabulary, device)
+    one, name = step(rows, vocabulary, device, asked), "entropix" if asked is None else "chain"
     times = paired(one.actions, repeats, one.prepare, device.type == "cuda")
     one.prepare()
-    extra = peak_extra_bytes(one.actions["entropix"], device)
+    extra = peak_extra_bytes(one.actions[name], device)
     rival = "flashinfer" in one.actions
     return {
+        **({} if asked is None else {"chain": asked.chain, "text": asked.text}),
         "rows": rows,
         "vocabulary": vocabulary,
         "median_ms": medians_ms(times),
-        "entropix_over_vllm": round(ratio(times, "entropix", "vllm"), 4),
-        **({"entropix_over_flashinfer": round(ratio(times, "entropix", "flashinfer"), 4)} if rival else {}),
+        f"{name}_over_vllm": round(ratio(times, name, "vllm"), 4),
+        **({f"{name}_over_flashinfer": round(ratio(times, name, "flashinfer"), 4)} if rival else {}),
         "metrics_over_read": round(ratio(times, "metrics", "read"), 4),
         "peak_extra_over_logits": round(extra / (4 * rows * vocabulary), 3),
     }
+
+
+# Values that switch samplers on which llama.cpp leaves off, and the request's own fields as llama.cpp has them.
+ON = {
+    "dry_multiplier": 0.8,
+    "xtc_probability": 0.5,
+    "top_n_sigma": 1.5,
+    "typ_p": 0.9,
+    "dynatemp_range": 0.3,
+    "top_a": 0.2,
+    "repeat_penalty": 1.1,
+    "edt_theta": 0.5,
+    "epsilon_cutoff": 3e-4,
+    "eta_cutoff": 3e-4,
+    "smoothing_factor": 0.2,
+    "tfs_z": 0.9,
+    "top_h": 0.4,
+    "adaptive_target": 0.5,
+    "dry_sequence_breakers": [0],
+}
+BASE = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05}
+
+
+def chains(options: argparse.Namespace) -> list[Asked | None]:
+    """What is measured; None is entropix."""
+    from vllm_entropix.samplers.chain import names, stages
+    from vllm_entropix.samplers.chained import names_of
+
+    if options.chain is None:
+        return [None]
+    found = []
+    for text in names() if options.chain == "all" else (options.chain,):
+        # What plans by itself is a chain with a name beside it.
+        text = f"{text};temperature" if options.chain == "all" and text in ("min_p", "top_n_sigma", "entropix") else text
+        known = {key for one in names_of(text) for key in stages()[one].Settings.model_fields}
+        on = {key: value for key, value in ON.items() if key in known}
+        found.append(Asked(text, on | options.settings, BASE, options.text))
+    return found
 
 
 def main() -> None:
@@ -148,6 +248,13 @@ def main() -> None:
     parser.add_argument("--vocab", type=integers, default=[128256], help="vocabulary sizes, comma-separated (default: 128256)")
     parser.add_argument("--repeats", type=int, default=20, help="paired rounds (default: 20)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--chain", help="a chain in the place of entropix; `chain` is llama.cpp's default one, and all is each sampler alone"
+    )
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, help="JSON: the chain's settings, of which some are on by default"
+    )
+    parser.add_argument("--text", type=int, default=1024, help="tokens before each row, which DRY looks at (default: 1024)")
     add_out(parser)
     options = parser.parse_args()
     quiet()
@@ -159,7 +266,8 @@ def main() -> None:
     with torch.inference_mode():
         for vocabulary in options.vocab:
             for rows in options.rows:
-                results.append(measure(rows, vocabulary, options.repeats, device))
+                for asked in chains(options):
+                    results.append(measure(rows, vocabulary, options.repeats, device, asked))
     finish("sampler", results, options.out)
 
 

@@ -10,14 +10,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_entropix.kernels.triton_ import candidates, logits_metrics
+from vllm_entropix.kernels.triton_ import candidates, logits_metrics, repetitions
 
 FLOATS, LONGS = "*fp32", "*i64"
 # Types of arguments by name, of all kernels; what isn't named here is float32 in memory, or a constant.
 TYPES = {
-    **dict.fromkeys(("vocabulary", "tiles", "rows", "groups", "maxima_stride"), "i32"),
+    **dict.fromkeys(("vocabulary", "tiles", "rows", "groups", "maxima_stride", "length"), "i32"),
     "row_stride": "i64",
-    **dict.fromkeys(("top_k", "samples", "forced"), LONGS),
+    **dict.fromkeys(("top_k", "samples", "forced", "tokens", "enough", "found"), LONGS),
     "sampled": "*i1",
     "ids": "*i32",
 }
@@ -31,6 +31,7 @@ VARIANTS = (
     (logits_metrics._measure_tile, {"TILE": logits_metrics.TILE, "GROUP": 16, "tiles": 1}, {}, 8),
     (logits_metrics._merge_tiles, {"TILES": 1, "tiles": 1}, {}, 1),
     (candidates._distribute, {**ROW, **GROUPS, "CAPACITY": 256, "STEP": 32}, {"chosen": "*i32"}, 8),
+    (repetitions._repetitions, {"BLOCK": 128}, {}, 4),
 )
 
 

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 
 import numba
 import numpy as np
@@ -17,6 +18,7 @@ from vllm_entropix.attention.paged_keys import CpuAmxKeys, CpuVectorKeys
 from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_pytorch
 from vllm_entropix.distribution.backend import Backend
 from vllm_entropix.distribution.constants import Constants
+from vllm_entropix.distribution.history import repetitions, repetitions_by_torch
 from vllm_entropix.kernels import numba_ as cpu
 from vllm_entropix.kernels.numba_ import threads
 from vllm_entropix.kernels.numba_.elementary import exponential, largest
@@ -362,3 +364,39 @@ def test_kernels_run_where_nothing_can_be_kept():
     """As in a container whose package and home can't be written to."""
     ended = subprocess.run([sys.executable, "-c", NO_FOLDER], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+# --- repetitions ------------------------------------------------------------------------------------------------------
+
+
+def repeating_texts():
+    """Texts of few tokens, so that they repeat, of which some begin late, and lengths that are enough."""
+    rng = np.random.default_rng(5)
+    for width in (2, 3, 7, 40, 300):
+        for tokens in (1, 2, 5):
+            text = torch.from_numpy(rng.integers(0, tokens, size=(4, width)))
+            for row in range(3):
+                text[row, : int(rng.integers(0, width + 1))] = -1
+            yield text, torch.from_numpy(rng.integers(0, 2 * width, size=(4, 1)))
+
+
+def test_repetitions_equal_those_of_pytorch_and_of_comparing():
+    for tokens, enough in repeating_texts():
+        found = repetitions(tokens, enough)
+        assert torch.equal(found, repetitions_by_torch(tokens, enough))
+        for row, most, lengths in zip(tokens.tolist(), enough.flatten().tolist(), found.tolist(), strict=True):
+            text = [token for token in row if token >= 0]
+            for place in range(1, len(text)):
+                end, length = text[:place], 0
+                while length < min(place, most) and end[-1 - length] == text[-1 - length]:
+                    length += 1
+                assert lengths[len(row) - len(text) + place - 1] == length
+
+
+def test_the_worst_text_costs_no_more_than_another():
+    """One token 4096 times, 64 rows: each place repeats all before it. PyTorch compares them one after the other."""
+    tokens, enough = torch.zeros(64, 4096, dtype=torch.int64), torch.full((64, 1), 4096)
+    repetitions(tokens, enough)
+    before = time.process_time()
+    repetitions(tokens, enough)
+    assert time.process_time() - before < 64 * 0.3e-3

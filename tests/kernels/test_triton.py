@@ -55,6 +55,7 @@ CHECKS = (
     "heads_over_ranks_in_parts",
     "the_sampler_decides_and_writes_by_them",
     "samplers_without_a_rule_write_by_them",
+    "repetitions_equal_pytorch",
     "decisions_equal_those_of_pytorch",
     "decisions_of_several_samplers",
     "a_step_takes_few_launches",
@@ -84,7 +85,7 @@ def results():
 
 
 # All others are compiled by test_machine_code_attention.py and test_machine_code_rows.py, as steps launch them.
-KERNELS = {"_measure_tile", "_merge_tiles", "_distribute"}
+KERNELS = {"_measure_tile", "_merge_tiles", "_distribute", "_repetitions"}
 
 
 def test_kernels_compile_for_a_gpu():

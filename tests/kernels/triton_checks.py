@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import decision_checks
-from tests.kernels.test_cpu import apply, mixed_logits
+from tests.kernels.test_cpu import apply, mixed_logits, repeating_texts
 from tests.support import strange_rows as strange
 from tests.support.ranks import Meeting
 from vllm_entropix import EntropixConfig
@@ -31,7 +31,8 @@ from vllm_entropix.attention.statistics import measure_layer, measure_layer_in_p
 from vllm_entropix.distribution import backend, filters
 from vllm_entropix.distribution import statistics as statistics_of_logits
 from vllm_entropix.distribution.best_of_n import best_of_n
-from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
+from vllm_entropix.distribution.history import repetitions_by_torch
+from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, repetitions, wide_filters
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
@@ -798,6 +799,15 @@ def samplers_without_a_rule_write_by_them():
         assert_same_distribution(got[rest], want[rest].exp())
 
 
+def repetitions_equal_pytorch():
+    with torch.device("cpu"):
+        texts = repeating_texts()
+    device = torch.get_default_device()
+    for tokens, enough in texts:
+        found = repetitions.repetitions(tokens.to(device), enough.to(device)).cpu()
+        assert torch.equal(found, repetitions_by_torch(tokens, enough))
+
+
 CHECKS = (
     metrics_equal_float64,
     spreads_equal_float64,
@@ -840,6 +850,7 @@ CHECKS = (
     heads_over_ranks_in_parts,
     the_sampler_decides_and_writes_by_them,
     samplers_without_a_rule_write_by_them,
+    repetitions_equal_pytorch,
     *decision_checks.CHECKS,
 )
 

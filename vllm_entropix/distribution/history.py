@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from vllm_entropix.kernels.backend import kernels_for
 
 
 def aligned(histories: Sequence[Sequence[int] | None], device: torch.device | str = "cpu") -> Tensor:
@@ -71,17 +74,33 @@ def since_breaker(tokens: Tensor, breakers: Breakers) -> Tensor:
     return after.where(last >= 0, length)
 
 
-def longest_repetitions(tokens: Tensor, enough: Tensor, vocabulary: int) -> Tensor:
-    """How much of a row's end stood before each token already, the longest such: int64 ``[rows, vocabulary]``.
-
-    -1 for a token that follows none of the row's tokens, 0 for one that never followed the last one.
+def repetitions(tokens: Tensor, enough: Tensor) -> Tensor:
+    """How many tokens, up to and with each but a row's last, stand at the row's end, too: int64 ``[rows, length - 1]``.
 
     Args:
-        tokens: the rows.
-        enough: ``[rows, 1]``; lengths are counted up to it.
-        vocabulary: number of tokens.
+        tokens: the rows, of two tokens or more.
+        enough: ``[rows, 1]``, whole numbers; lengths are counted up to it.
     """
-    ends, follows = tokens[:, :-1], tokens[:, 1:]
+    kernels = kernels_for(tokens.device)
+    if kernels == "numba":
+        from vllm_entropix.kernels.numba_.repetitions import repetitions_of_rows
+        from vllm_entropix.kernels.numba_.threads import share_rows
+
+        found = torch.empty(len(tokens), tokens.shape[-1] - 1, dtype=torch.int64)
+        arguments = (tokens.contiguous().numpy(), enough.to(torch.int64).numpy(), found.numpy())
+        costs = np.full(len(tokens), 5 * tokens.shape[-1])
+        share_rows(costs, lambda first, last: repetitions_of_rows(*arguments, first, last))
+        return found
+    if kernels == "triton":
+        from vllm_entropix.kernels.triton_ import repetitions as triton
+
+        return triton.repetitions(tokens, enough)
+    return repetitions_by_torch(tokens, enough)
+
+
+def repetitions_by_torch(tokens: Tensor, enough: Tensor) -> Tensor:
+    """What :func:`repetitions` gives, by PyTorch, which waits for the device once per token of the longest."""
+    ends = tokens[:, :-1]
     lengths = torch.zeros_like(ends)
     alive = ends >= 0
     length = 0
@@ -91,9 +110,6 @@ def longest_repetitions(tokens: Tensor, enough: Tensor, vocabulary: int) -> Tens
         alive = alive[:, -width:] if width else alive[:, :0]
         alive = alive & (ends[:, :width] == tokens[:, -1 - length : -length or None]) & (enough > length)
         if not alive.any():
-            break
+            return lengths
         length += 1
         lengths[:, -width:] += alive
-    known = (ends >= 0) & (follows < vocabulary)
-    found = torch.full((len(tokens), vocabulary), -1, dtype=torch.int64, device=tokens.device)
-    return found.scatter_reduce_(-1, follows.where(known, 0), lengths.where(known, -1), "amax")

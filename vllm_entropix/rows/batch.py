@@ -19,6 +19,7 @@ from vllm_entropix.rows.forcing import Clarification
 from vllm_entropix.rows.rows import Decisions, Measure, Rows
 from vllm_entropix.rows.state import PositionRing
 from vllm_entropix.rows.table import Sequence, SequenceTable
+from vllm_entropix.rows.text import RowText
 from vllm_entropix.samplers.base import RowView, Sequences
 from vllm_entropix.samplers.registry import instances, sampler_of
 from vllm_entropix.samplers.request import RequestSettings
@@ -98,7 +99,8 @@ class BatchSampler:
         self.sequences.flush()
         slots = self.sequences.slots_of([name], 1)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        rows = Rows(torch.from_numpy(slots).to(device), slots, positions=zero, input_ids=zero, valid=zero == 0, batch=zero)
+        text = RowText(zero.new_zeros(1, 2), zero, zero + 1, zero, zero, zero, longest=2)
+        rows = Rows(torch.from_numpy(slots).to(device), slots, zero, zero, zero == 0, zero, text=text)
         self.apply(torch.zeros(1, vocabulary, device=device), rows, None)
         self._forget_undrawn()
         self.remove(name)

@@ -90,7 +90,7 @@ class Dry(Stage):
         """By each row's own tokens."""
         import torch
 
-        from vllm_entropix.distribution.history import Breakers, longest_repetitions, since_breaker, window
+        from vllm_entropix.distribution.history import Breakers, repetitions, since_breaker, window
 
         multiplier, base, allowed = rows["dry_multiplier"], rows["dry_base"], rows["dry_allowed_length"]
         if rows.tokens is None or rows.tokens.shape[-1] < 2:
@@ -102,13 +102,17 @@ class Dry(Stage):
         exponents = (_LARGEST / base.log()).floor().where(base > 1.000001, torch.inf)
         # Longer ones are penalised like this length, where the power would overflow.
         enough = (allowed + exponents).minimum(since_breaker(tokens, breakers).to(logits.dtype))
-        lengths = longest_repetitions(tokens, enough, logits.shape[-1])
-        alone = breakers.alone
-        lengths = lengths.index_fill_(-1, alone[alone < logits.shape[-1]], -1) if len(alone) else lengths
-        length = lengths.to(logits.dtype)
+        ends, follows = tokens[:, :-1], tokens[:, 1:]
+        length = repetitions(tokens, enough).to(logits.dtype)
         penalty = multiplier * base.pow((length - allowed).clamp_min(0.0))
-        penalised = (length >= 0) & (length >= allowed) & (multiplier > 0) & (base >= 1)
-        return (logits - penalty).where(penalised, logits)
+        # Finite: where every candidate is penalised, one of them is drawn.
+        penalty = penalty.clamp_max(torch.finfo(logits.dtype).max / 2)
+        penalised = (ends >= 0) & (length >= allowed) & (multiplier > 0) & (base >= 1)
+        penalised &= (follows < logits.shape[-1]) & ~torch.isin(follows, breakers.alone)
+        places = follows.where(penalised, 0)
+        lowered = logits.gather(-1, places) - penalty.where(penalised, 0.0)
+        # Of a token that followed several repetitions the longest counts.
+        return logits.scatter_reduce(-1, places, lowered, "amin")
 
     def told(self, before: Tensor, after: Sequence[Branch], rows: StageRows, drawn: Tensor) -> Mapping[str, Tensor]:
         """Of a token that was masked before, none."""

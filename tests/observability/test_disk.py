@@ -144,7 +144,7 @@ def test_the_mode_of_a_file_is_its_owners(tmp_path, writer_at, monkeypatch, mode
         assert f"any user of this machine can read {path} (mode 644): chmod 600" in told[0]
     writer = writer_at(max_megabytes=1)
     for number in range(3):
-        writer.put(sequence(1000, f"r{number}"))
+        writer.put(sequence(800, f"r{number}"))
     writer.flush()
     assert [stat.S_IMODE(found.stat().st_mode) for found in sorted(tmp_path.iterdir())] == [mode, mode]
 

@@ -155,7 +155,8 @@ def test_a_broken_gzip_gives_what_can_be_read(tmp_path, caplog, broken):
     if broken == "cut":
         del data[len(data) // 2 :]
     else:
-        data[len(data) // 2] ^= 0xFF
+        # One byte may be a letter of a text, which gives another line, as good as any.
+        data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
     path = tmp_path / "traces.jsonl.gz"
     path.write_bytes(data)
     read = list(read_traces(path))

@@ -65,7 +65,7 @@ def test_a_section_of_the_server_holds_for_its_sampler():
     assert registry.load_server(config.model_dump(mode="json", by_alias=True)) == config
     for name in ("temperature", "top_k", "top_p", "p_less"):  # a request's own fields, or no settings
         assert name not in registry.server_settings().model_fields
-    with pytest.raises(ConfigError, match=r"^xtc\.xtc_probability is 2, but"):
+    with pytest.raises(ConfigError, match=r"xtc\.xtc_probability is 2, but"):
         registry.load_server({**SERVER, "xtc": {"xtc_probability": 2}})
     with pytest.raises(ConfigError, match="unknown sampler 'nope' in the chain 'dry;nope'"):
         registry.load_server({"sampler": "dry;nope"})
@@ -352,18 +352,18 @@ def without_breakers(text):
 
 def test_a_step_that_is_done_again_starts_from_the_same_state():
     """A preempted sequence, or one whose token was thrown away, draws again at the same position."""
-    batch, other = (Batch([("mirostat_v2", {"mirostat_tau": 1.0}, (1.0, 1.0, 6.0, 0.0))]) for _ in range(2))
+    batch, other = (Batch([("mirostat_v2", {"mirostat_tau": 2.0}, (1.0, 1.0, 6.0, 0.0))]) for _ in range(2))
     logits = torch.tensor([[3.0, 2, 1, 0, -1, -2]])
-    for token in (3, 5):
+    for token in (1, 2):
         batch.distributions(logits, [[[1, 2]]])
         batch.drawn([token])
     batch.distributions(logits, [[[1, 2]]])
     batch.drawn([1], [False])
     other.distributions(logits, [[[1, 2]]])
-    other.drawn([5])
-    one, same = (each.distributions(logits, [[[1, 2, 5]]]) for each in (batch, other))
+    other.drawn([2])
+    one, same = (each.distributions(logits, [[[1, 2, 2]]]) for each in (batch, other))
     assert torch.equal(one, same)
-    assert batch.drawn([0])["mu"] == other.drawn([0])["mu"] != 2.0
+    assert batch.drawn([0])["mu"] == other.drawn([0])["mu"] != 4.0
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

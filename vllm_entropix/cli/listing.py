@@ -107,5 +107,10 @@ def print_listing(about: Sequence[str], headings: Sequence[str], rows: Sequence[
     console.print(Text(f"  {line('setting', headings).rstrip()}", style="bold"))
     for row in rows:
         mark = "* " if row.stands_out else "  "
-        console.print(Text(mark + line(row.name, row.values).rstrip(), style="bold" if row.stands_out else ""))
+        told = Text(mark + line(row.name, row.values).rstrip(), style="bold" if row.stands_out else "")
+        over = len(told) > console.width
+        begun, *rest = told.wrap(console, console.width - (6 if over else 0))
+        console.print(begun)
+        for more in rest:
+            console.print(Padding(more, (0, 0, 0, 6)))
         console.print(Padding(Text(row.meaning, style="dim"), (0, 0, 0, 6)))

@@ -182,7 +182,8 @@ class SequenceTable:
     def host_numbers(self, sampler: str, slots: np.ndarray, name: str) -> np.ndarray:
         """One of a sampler's numbers, of those among ``slots`` that have it."""
         mine = slots[(self.sampler[slots] == self.number[sampler]) & (self.sampled[slots] | self.traced[slots])]
-        return self.constants[sampler][mine, self.columns[sampler][name]]
+        numbers: np.ndarray = self.constants[sampler][mine, self.columns[sampler][name]]
+        return numbers
 
     def base_of_rows(self, slots: Tensor) -> Parameters:
         """Each row's own temperature, top_p, top_k and min_p, and one draw."""

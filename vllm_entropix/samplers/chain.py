@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from vllm_entropix.samplers.folder import classes_of
 from vllm_entropix.samplers.stage import Branch, Stage, StageRows, StatefulStage
-from vllm_entropix.settings.errors import ConfigError, quoted
+from vllm_entropix.settings.errors import QUOTED, ConfigError, quoted
 from vllm_entropix.settings.section import describe
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def parse_names(text: str | Sequence[str]) -> tuple[str, ...]:
     for one in given:
         name = _spellings().get(one.strip().lower().replace("-", "_").replace(" ", "_")) if isinstance(one, str) else None
         if name is None:
-            raise ConfigError(f"unknown sampler {quoted(one)} in the chain {quoted(text)}; there are {', '.join(names())}")
+            where = f" in the chain {quoted(text)}" if len(str(text)) <= QUOTED else ""
+            raise ConfigError(f"unknown sampler {quoted(one)}{where}; there are {', '.join(names())}")
         if name in found:
             raise ConfigError(f"the chain {quoted(text)} has {name} twice; there are {', '.join(names())}, each once")
         found.append(name)

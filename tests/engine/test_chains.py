@@ -146,7 +146,7 @@ def test_dry_sees_the_whole_text_wherever_the_sequence_has_been(llm):
         ({"samplers": "dry;nope"}, "unknown sampler 'nope'"),
         ({"typ_p": 0.5}, "typ_p is a setting of typ_p, which isn't in the chain 'dry;temperature'"),
         ({"dry_penalty_last_n": 600}, "dry_penalty_last_n is 600, but the model has room for 512 tokens"),
-        ({"dry_sequence_breakers": ["\udfff"]}, "which the tokenizer can't give"),
+        ({"dry_sequence_breakers": ["\udfff"]}, "it has '.udfff', which is no text of 1 to 100 characters"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused(llm, said, reason):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.samplers import chain_definitions
 from tests.samplers.drawn import logits_of
@@ -299,6 +301,10 @@ def test_breakers_are_texts_where_a_tokenizer_is_there():
     assert set(breakers()) >= {*breakers("\n"), *breakers("*")}
     several = breakers("zq:")
     assert tokenizer.decode(list(several[-1])) == "zq:"
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "?": 1}, unk_token="?")), unk_token="?")
+    assert Chain.parse("dry", {}, tokenizer=words).stages[0].breakers == ()  # the defaults that it can't give are left out
+    with pytest.raises(ConfigError, match=r"^dry_sequence_breakers has 'b', which the tokenizer can't give; leave it out$"):
+        Chain.parse("dry", {"dry_sequence_breakers": ["b"]}, tokenizer=words)
     assert breakers(7, (8, 9), 7) == ((7,), (8, 9))
 
 
@@ -340,7 +346,7 @@ def test_llama_cpps_switches():
             (
                 "dry",
                 {"dry_sequence_breakers": [7, one]},
-                "^dry_sequence_breakers is .*, but it has .*, which is no text, no token id and no list",
+                "^dry_sequence_breakers is .*, but it has .*, which is no text of 1 to 100 characters, no token id and no list",
             )
             for one in (True, 1.5, "", [], ["a"], [True], None, -1, [2**31])
         ),

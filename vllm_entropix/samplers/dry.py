@@ -34,6 +34,11 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_id, value))
 
 
+def _is_text(value: Any) -> bool:
+    # Half of a surrogate pair, which JSON may hold, is none.
+    return isinstance(value, str) and 0 < len(value) <= 100 and value.encode(errors="ignore").decode() == value
+
+
 FIELDS = (
     RecordField(
         "dry_penalty", "float", "", True, "DRY's penalty", "What DRY took off the drawn token's logit; 0: no repetition."
@@ -60,11 +65,13 @@ class DrySettings(Section):
     def _a_list(cls, value: Any) -> Any:
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             raise ValueError("it should be a list of texts or token ids")
-        wrong = [one for one in value if not (_is_id(one) or _is_ids(one) or (isinstance(one, str) and one))]
+        wrong = [one for one in value if not (_is_id(one) or _is_ids(one) or _is_text(one))]
         if sum(isinstance(one, str) for one in value) > _TEXTS:
             raise ValueError(f"it should have at most {_TEXTS} texts")
         if wrong:
-            raise ValueError(f"it has {quoted(wrong[0])}, which is no text, no token id and no list of token ids")
+            raise ValueError(
+                f"it has {quoted(wrong[0])}, which is no text of 1 to 100 characters, no token id and no list of such"
+            )
         return value
 
 

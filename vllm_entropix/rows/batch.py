@@ -202,8 +202,9 @@ class BatchSampler:
             if step.index is not None:
                 mine, its = mine[step.index], its[step.index]
             for concerned, after_draw in step.after_draw:
-                found = after_draw(mine.clamp_min(0))
                 told = concerned & its & step.rows.valid
+                # What stands where nothing was drawn may be memory that nobody wrote.
+                found = after_draw(mine.where(told, 0))
                 if found.state is not None:
                     known = told & ~found.state.isnan()
                     self.state.write(step.rows.slots, step.rows.positions, found.state.unsqueeze(-1), known)

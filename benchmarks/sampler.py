@@ -61,7 +61,8 @@ class Step:
     Attributes:
         prepare: puts the logits back that the actions change in place.
         actions: what is timed, each on prepared logits: whole steps, from logits to drawn tokens (``vllm``, ``entropix`` or
-            ``chain``, ``flashinfer`` where it is installed), ``transform``, which is ours without the draw, ``metrics``, ``read``.
+            ``chain``, ``flashinfer`` where it is installed), ``transform``, which is ours without the draw, ``metrics``
+            and ``read``.
         batch: the batch sampler behind ours.
     """
 

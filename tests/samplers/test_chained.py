@@ -198,9 +198,12 @@ class Batch:
         return written.double().exp()
 
     def drawn(self, tokens, kept=None):
-        """The records, now that these tokens were drawn."""
+        """The records, now that these tokens were drawn; of a sequence's rows the first ones may be ``kept``."""
         kept = torch.ones(len(tokens), dtype=torch.bool) if kept is None else torch.tensor(kept)
-        self.batch.drawn(torch.tensor(tokens), kept)
+        places = torch.zeros_like(self.rows.batch) if self.rows.draft_index is None else self.rows.draft_index
+        token_ids = torch.zeros(len(self.slots), self.drafts + 1, dtype=torch.int64)
+        token_ids[self.rows.batch, places] = torch.tensor(tokens)
+        self.batch.drawn(token_ids, torch.zeros(len(self.slots), dtype=torch.int64).index_add_(0, self.rows.batch, kept.long()))
         return {name: self.records[:, column + 1] for column, name in enumerate(field_names())}
 
 

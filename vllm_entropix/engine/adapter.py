@@ -258,8 +258,14 @@ class RunnerAdapter(ABC):
         if records is not None:
             self._undrawn.append((self.batch.sequences.requests_of(rows.host_slots), records))
 
-    def send_records(self) -> None:
-        """Send the step's records on their way to the host, once the batch sampler was told what was drawn."""
+    def drawn(self, token_ids: Tensor, number: Tensor | None = None) -> None:
+        """Complete and send the records that wait for the step's tokens.
+
+        Args:
+            token_ids: integers ``[requests, tokens]``, of each request of the batch that the model ran.
+            number: ``[requests]``, how many of them were drawn; None: one each.
+        """
+        self.batch.drawn(token_ids, number)
         for requests, records in self._undrawn:
             self._records.append(StepRecords.from_device(requests, records))
         self._undrawn = []

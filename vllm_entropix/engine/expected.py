@@ -338,9 +338,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "vllm.v1.worker.gpu.input_batch": {
         "InputBatch": (
-            "cu_num_logits",
             "idx_mapping",
-            "logits_indices",
             "req_ids",
             "num_reqs",
             "num_computed_tokens_np",

@@ -31,15 +31,12 @@ class RunnerV1(RunnerAdapter):
         original = sampler.sample
 
         def sample(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-            rows = self.transform(logits)
+            self.transform(logits)
             if self.device.type == "cpu":
                 self._set_generators_aside()
-            drawn = original(logits, *args, **kwargs)
-            if rows is not None:
-                if self.batch.waits_for_draw:
-                    self.batch.drawn(drawn[0].long(), rows.valid)
-                self.send_records()
-            return drawn
+            result = original(logits, *args, **kwargs)
+            self.drawn(result[0].view(-1, 1))
+            return result
 
         sampler.sample = sample
 
@@ -94,14 +91,14 @@ class RunnerV1(RunnerAdapter):
         count = self.runner.input_batch.num_reqs
         return list(self.runner.input_batch.req_ids[:count]), ~self.runner.discard_request_mask.np[:count]
 
-    def transform(self, logits: Tensor) -> Rows | None:
-        """Turn the logits of one step into final distributions, in place; the rows, if there are any of ours."""
+    def transform(self, logits: Tensor) -> None:
+        """Turn the logits of one step into final distributions, in place."""
         batch = self.runner.input_batch
         count = batch.num_reqs
         # Dummy runs have rows without requests.
         expected, self._expected = self._expected, False
         if not expected or logits.shape[0] != count or not len(self.batch.sequences):
-            return None
+            return
         slots = self.batch.sequences.slots_of(batch.req_ids, count)
         last = (self.runner.query_start_loc.gpu[1 : count + 1] - 1).long()
         rows = Rows(
@@ -112,9 +109,7 @@ class RunnerV1(RunnerAdapter):
             valid=torch.from_numpy(~self.runner.discard_request_mask.np[:count]).to(self.device),
             batch=torch.arange(count, device=self.device),
         )
-        rows = self._with_text(rows)
-        self.apply(logits, rows)
-        return rows
+        self.apply(logits, self._with_text(rows))
 
     def _with_text(self, rows: Rows) -> Rows:
         """The rows with the text before each, to which their own tokens belong from now on."""

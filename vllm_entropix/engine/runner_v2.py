@@ -34,32 +34,15 @@ class RunnerV2(RunnerAdapter):
         self._text_is_read = False
         original = self.runner.sample
 
-        def sample(hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-            drawn = original(hidden_states, input_batch, *args, **kwargs)
-            output, number, _ = drawn
-            if self.batch.waits_for_draw:
-                self._tell_what_was_drawn(input_batch, output.sampled_token_ids, number)
-            self.send_records()
-            return drawn
+        def sample(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            output, number, _ = result
+            self.drawn(output.sampled_token_ids, number)
+            return result
 
         self.runner.sample = sample
         # Runner's slot → the request's index in the batch that the model ran.
         self._batch_of_slot = torch.zeros(self.max_requests, dtype=torch.int64, device=self.device)
-
-    def _tell_what_was_drawn(self, batch: Any, token_ids: Tensor, number: Tensor) -> None:
-        """Tell the batch sampler what was drawn at each row.
-
-        Args:
-            batch: the runner's InputBatch.
-            token_ids: ``[requests, tokens]``, of which a request's first ones were drawn at its rows.
-            number: ``[requests]``, how many.
-        """
-        rows = batch.logits_indices.shape[0]
-        index = torch.arange(rows, device=token_ids.device)
-        request = torch.searchsorted(batch.cu_num_logits[1:].long(), index, right=True).clamp_max(len(token_ids) - 1)
-        place = index - batch.cu_num_logits[request].long()
-        token = token_ids[request, place.clamp(0, token_ids.shape[1] - 1)]
-        self.batch.drawn(token.long(), place < number[request])
 
     def keep_prompt(self, request: Any) -> None:
         """See the base class: the runner keeps all tokens, which are looked at from now on."""
@@ -85,7 +68,7 @@ class RunnerV2(RunnerAdapter):
     def after_forward(self) -> None:
         """Note which request of the batch is in which slot: the sampler may be handed the batch in parts."""
         state = self.runner.execute_model_state
-        if state is None or self.observer is None or not self.samples:
+        if state is None or not self.samples or (self.observer is None and not self.batch.follows_draws):
             return
         slots = state.input_batch.idx_mapping
         self._batch_of_slot.index_copy_(0, slots, torch.arange(len(slots), device=self.device))

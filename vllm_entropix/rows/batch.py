@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,8 +66,8 @@ class BatchSampler:
         )
         # The number that a sampler keeps by position; NaN stands where none is known.
         self.state = PositionRing((float("nan"),), torch.float64, slots + 1, draft_tokens, device)
-        self._undrawn: list[Undrawn] = []
-        self._handed = 0
+        self._waiting: list[_Waiting] = []
+        self._following = [self.sequences.number[name] for name, sampler in self.samplers.items() if sampler.follows_draws]
 
     def add(self, request_id: str, sequence: Sequence) -> None:
         """A sequence begins; one that is known already (resumed after a preemption) keeps what is remembered of it."""
@@ -81,11 +82,14 @@ class BatchSampler:
 
     def begin_step(self) -> None:
         """What was written before is drawn by now, or never will be."""
-        self._forget_undrawn()
+        self._waiting.clear()
         self.sequences.flush()
 
-    def _forget_undrawn(self) -> None:
-        self._undrawn, self._handed = [], 0
+    @property
+    def follows_draws(self) -> bool:
+        """May any running sequence's sampler ask what was drawn?"""
+        table = self.sequences
+        return bool(np.isin(table.sampler[table.sampled], self._following).any())
 
     def remove(self, request_id: str) -> None:
         """A sequence has ended."""
@@ -102,7 +106,7 @@ class BatchSampler:
         text = RowText(zero.new_zeros(1, 2), zero, zero + 1, zero, zero, zero, longest=2)
         rows = Rows(torch.from_numpy(slots).to(device), slots, zero, zero, zero == 0, zero, text=text)
         self.apply(torch.zeros(1, vocabulary, device=device), rows, None)
-        self._forget_undrawn()
+        self._waiting.clear()
         self.remove(name)
 
     def apply(self, logits: Tensor, rows: Rows, measure: Measure | None) -> Tensor | None:
@@ -121,7 +125,6 @@ class BatchSampler:
         sampled, traced = table.sampled[rows.host_slots], table.traced[rows.host_slots]
         concerned = sampled | traced
         if not concerned.any():
-            self._handed += len(logits)
             return None
         if concerned.all():
             return self._apply(logits, rows, measure, bool(traced.any()), bool(sampled.all()))
@@ -130,23 +133,11 @@ class BatchSampler:
         # It pays to work on the rows concerned only, where asking for their indices costs nothing.
         index = (table.device_sampled[rows.slots] | table.device_traced[rows.slots]).nonzero().flatten()
         chosen = logits[index]
-        tracing, handed = bool(traced.any()), len(logits)
-        records = self._apply(chosen, rows.select(index), measure, tracing, everywhere=False, handed=handed, index=index)
+        records = self._apply(chosen, rows.select(index), measure, bool(traced.any()), everywhere=False)
         logits[index] = chosen
         return records
 
-    def _apply(
-        self,
-        logits: Tensor,
-        rows: Rows,
-        measure: Measure | None,
-        tracing: bool,
-        everywhere: bool,
-        handed: int | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor | None:
-        """See :meth:`apply`; ``rows`` are those of ``index`` among ``handed`` ones."""
-        handed = len(logits) if handed is None else handed
+    def _apply(self, logits: Tensor, rows: Rows, measure: Measure | None, tracing: bool, everywhere: bool) -> Tensor | None:
         table = self.sequences
         backend = self.backend if logits.dtype == torch.float32 else self.other_types
         statistics = backend.statistics(logits)
@@ -179,37 +170,36 @@ class BatchSampler:
         if records is not None and alternatives is not None:
             records = torch.cat((records, *(block.to(torch.float32) for block in alternatives)), dim=-1)
         if decided.after_draw:
-            self._undrawn.append(Undrawn(rows, self._handed, handed, index, decided.after_draw, records))
-        self._handed += handed
+            self._waiting.append(_Waiting(rows, decided.after_draw, records))
         return records
 
     @property
     def waits_for_draw(self) -> bool:
         """Does anything depend on what is drawn from the distributions that were written last?"""
-        return bool(self._undrawn)
+        return bool(self._waiting)
 
-    def drawn(self, token_ids: Tensor, kept: Tensor) -> None:
+    def drawn(self, token_ids: Tensor, number: Tensor | None = None) -> None:
         """Tell what was drawn from the distributions that were written since the last call: states and records follow it.
 
         Args:
-            token_ids: int64 ``[rows]``, the drawn tokens, for the rows of all calls of :meth:`apply` one after the other.
-            kept: bool ``[rows]``, False for rows whose token is thrown away, as a draft's after a rejected one.
+            token_ids: integers ``[requests, tokens]``, of each request of the batch that the model ran.
+            number: ``[requests]``, how many of them were drawn; None: one each.
         """
-        undrawn, self._undrawn, self._handed = self._undrawn, [], 0
-        for step in undrawn:
-            its_rows = slice(step.first, step.first + step.handed)
-            mine, its = token_ids[its_rows], kept[its_rows]
-            if step.index is not None:
-                mine, its = mine[step.index], its[step.index]
-            for concerned, after_draw in step.after_draw:
-                told = concerned & its & step.rows.valid
+        waiting, self._waiting = self._waiting, []
+        for part in waiting:
+            rows = part.rows
+            tokens, kept = rows.drawn(token_ids).long(), rows.valid
+            if number is not None:
+                kept = kept & ((0 if rows.draft_index is None else rows.draft_index) < number[rows.batch])
+            for concerned, after_draw in part.after_draw:
+                told = concerned & kept
                 # What stands where nothing was drawn may be memory that nobody wrote.
-                found = after_draw(mine.where(told, 0))
+                found = after_draw(tokens.where(told, 0))
                 if found.state is not None:
                     known = told & ~found.state.isnan()
-                    self.state.write(step.rows.slots, step.rows.positions, found.state.unsqueeze(-1), known)
-                if step.records is not None:
-                    _tell(step.records, found, told)
+                    self.state.write(rows.slots, rows.positions, found.state.unsqueeze(-1), known)
+                if part.records is not None:
+                    _tell(part.records, found, told)
 
     def _decide_by_kernel(
         self,
@@ -368,22 +358,16 @@ class BatchSampler:
 
 
 @dataclass(frozen=True)
-class Undrawn:
-    """Rows whose distributions are written, and whose tokens aren't drawn yet.
+class _Waiting:
+    """Rows whose samplers wait for what is drawn.
 
     Attributes:
         rows: those that were looked at.
-        first: how many rows the calls before it had.
-        handed: the number of rows of the call.
-        index: int64, which of them were looked at; None: all.
         after_draw: (bool ``[rows]``, what is asked once they are drawn) of each sampler that wants to know.
         records: of the rows, or None.
     """
 
     rows: Rows
-    first: int
-    handed: int
-    index: Tensor | None
     after_draw: Collection[tuple[Tensor, Callable[[Tensor], Drawn]]]
     records: Tensor | None
 
@@ -391,8 +375,8 @@ class Undrawn:
 def _tell(records: Tensor, drawn: Drawn, told: Tensor) -> None:
     """Put what is known after the draw into the records of the rows that are ``told``."""
     for name, values in drawn.fields.items():
-        column = names().index(name) + 1  # behind the slot
-        records[:, column] = values.to(records.dtype).where(told, records[:, column])
+        of_field = records[:, 1 + names().index(name)]  # behind the slot
+        of_field.copy_(values.to(records.dtype).where(told, of_field))
 
 
 def _of_mine(attention: Attention, mine: Tensor, wanted: Tensor) -> AttentionStatistics | None:

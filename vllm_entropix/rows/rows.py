@@ -41,6 +41,10 @@ class Rows:
     draft_rows: int = 1
     text: RowText | None = None
 
+    def drawn(self, token_ids: Tensor) -> Tensor:
+        """Each row's token among those of each request of the batch, ``[requests, tokens]``."""
+        return token_ids[:, 0][self.batch] if self.draft_index is None else token_ids[self.batch, self.draft_index.long()]
+
     def select(self, index: Tensor) -> Rows:
         """Some of the rows."""
         return replace(

@@ -133,6 +133,7 @@ class Sampler(ABC):
         fields: what it adds to a record.
         Part: what a line of a trace file tells of it.
         plans_greedy: does it plan rows of requests with temperature 0, too? Otherwise they are vLLM's own.
+        follows_draws: may its plans ask what was drawn?
     """
 
     name: ClassVar[str]
@@ -140,6 +141,7 @@ class Sampler(ABC):
     fields: ClassVar[tuple[Field, ...]] = ()
     Part: ClassVar[type[SamplerPart]] = SamplerPart
     plans_greedy: ClassVar[bool] = False
+    follows_draws: ClassVar[bool] = False
 
     def __init__(self, server: ServerSettings) -> None:
         """``server``: all of the server's settings, with this sampler's section in them, or else its defaults hold."""

@@ -224,6 +224,7 @@ class Chained(Sampler):
     Settings = Section
     fields: ClassVar[tuple[Field, ...]] = _fields()
     plans_greedy = True
+    follows_draws = True
 
     def __init__(self, server: ServerSettings) -> None:
         self.settings: Any = server

@@ -94,6 +94,16 @@ def test_seeds_are_the_same_for_all_samplers_and_differ_by_draw():
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
+def test_a_chain_is_a_sampler_with_settings_of_its_own():
+    chain = {"sampler": "greedy_threshold;temperature", "ranges": {"temperature": [0.1, 1.0], "greedy_threshold": [0.1, 0.9]}}
+    [first, *_] = study(samplers__new=chain).parameters("new")
+    assert 0.1 <= first["greedy_threshold"] <= 0.9
+    with pytest.raises(ValueError, match=r"its ranges\.greedy_threshold"):
+        study(samplers__new={**chain, "ranges": {"greedy_threshold": [0.1, 3.0]}})
+    with pytest.raises(ValueError, match="unknown sampler 'nonsense'"):
+        study(samplers__new={"sampler": "nonsense;temperature"})
+
+
 def test_greedy_answers_once():
     assert study().draws_of("greedy", "test") == 1
     assert study().draws_of("min_p", "test") == 5
@@ -193,4 +203,5 @@ def test_the_evidence_study_keeps_its_protocol(monkeypatch, tmp_path):
         assert len(ranges) == 1
     published = (ROOT / "docs" / "evidence-protocol.md").read_text()
     assert all(f"| {name}" in published for name in ("greedy", "temperature", "top_p", "min_p", "top_n_sigma"))
+    assert {"greedy_threshold", "edt", "dynatemp"} <= found.samplers.keys()
     assert math.isclose(found.samplers["min_p"].ranges["min_p"].low, 0.01)

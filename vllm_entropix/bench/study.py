@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from vllm_entropix.bench.tasks import KINDS, Item, Task
-from vllm_entropix.samplers import registry
+from vllm_entropix.samplers import chained, registry
 from vllm_entropix.settings.errors import ConfigError, quoted
 from vllm_entropix.settings.load import read_mapping
 from vllm_entropix.settings.section import Section, describe
@@ -153,7 +153,9 @@ class TaskSettings(Section):
 class SamplerSettings(Section):
     """One arm: a sampler, what is fixed of it, and the ranges of the rest."""
 
-    sampler: str = Field(registry.VLLM, description="vllm, for the endpoint's own, or one of `vllm-entropix samplers`.")
+    sampler: str = Field(
+        registry.VLLM, description="vllm, for the endpoint's own, or a sampler or chain of `vllm-entropix samplers`."
+    )
     fixed: dict[str, Value] = Field(default_factory=dict, description="Parameters of every configuration.")
     ranges: dict[str, Range] = Field(default_factory=dict, description="Parameters that are drawn for each configuration.")
     server: dict[str, Any] = Field(
@@ -204,10 +206,10 @@ class SamplerSettings(Section):
                 kind = "a whole number" if whole else "a number"
                 raise ValueError(f"its {key}, which is {quoted(value)}, should be {kind} from {low:g} to {high:g}")
             return
-        own = registry.request_settings().names()
+        own = {*registry.request_settings().names(), *chained.request_names()}
         if self.sampler == registry.VLLM or name not in own:
-            there = [*REQUEST_PARAMETERS, *(() if self.sampler == registry.VLLM else own)]
-            raise ValueError(f"its {key} is no parameter of {self.sampler}; there are {', '.join(there)}")
+            more = "" if self.sampler == registry.VLLM else ", and what `vllm-entropix samplers` lists for it"
+            raise ValueError(f"its {key} is no parameter of {self.sampler}; there are {', '.join(REQUEST_PARAMETERS)}{more}")
         try:
             registry.parse_request({"samplers": self.sampler, name: value}, registry.load_server({}))
         except ConfigError as error:

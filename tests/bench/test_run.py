@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from tests.support.openai_endpoint import chat, completion, endpoint, refusal
 from vllm_entropix.bench.answers import ANSWERS, Answer, Store, read
 from vllm_entropix.bench.choose import choose
-from vllm_entropix.bench.run import CHOSEN, Only, run
+from vllm_entropix.bench.run import CHOSEN, Only, read_chosen, run
 from vllm_entropix.bench.study import Study
 from vllm_entropix.cli.main import app
 from vllm_entropix.settings.errors import ConfigError
@@ -182,6 +182,9 @@ def test_a_part_of_a_study(tmp_path):
         run(study(url), tmp_path / "part", CONSOLE, Only(sampler="warmer", task="sums"))
     told = Counter((answer.phase, answer.sampler) for answer in read(tmp_path / "part"))
     assert told == {("tuning", "temperature"): 12, ("test", "warmer"): 10}
+    chosen = read_chosen(tmp_path / "part" / CHOSEN)["stub"]
+    assert chosen == read_chosen(tmp_path / "whole" / CHOSEN)["stub"] | {"greedy": chosen["greedy"]}
+    assert "NaN" not in (tmp_path / "part" / CHOSEN).read_text()
     with pytest.raises(ConfigError, match="the study has no task 'prose'; there are sums, open"):
         run(study(url), tmp_path / "part", CONSOLE, Only(task="prose"))
 
@@ -288,7 +291,8 @@ def test_a_control_of_a_mean_temperature_follows_the_tuning_split():
     # 5 tokens of 1.0 and 15 of 2.0.
     assert chosen["constant"].parameters == {"min_p": tuned["entropix_min_p"], "temperature": 1.75, "top_k": 27}
     with pytest.raises(ConfigError, match="takes the mean temperature of regimes, but no answer"):
-        choose(found, [])
+        choose(found, [answer.model_copy(update={"signals": {}}) for answer in tuning])
+    assert choose(found, []) == {}
 
 
 def test_results_can_be_read_compressed(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,12 +21,12 @@ class Chosen:
     Attributes:
         configuration: which one.
         parameters: its parameters.
-        accuracy: on the tuning split; NaN for what isn't tuned.
+        accuracy: on the tuning split; None for what isn't tuned.
     """
 
     configuration: int
     parameters: dict[str, Value]
-    accuracy: float
+    accuracy: float | None
 
 
 def accuracies(answers: Iterable[Answer]) -> dict[str, dict[int, float]]:
@@ -44,7 +43,7 @@ def accuracies(answers: Iterable[Answer]) -> dict[str, dict[int, float]]:
 
 
 def choose(study: Study, answers: Iterable[Answer]) -> dict[str, Chosen]:
-    """The chosen configuration of every sampler, of equally good ones the first.
+    """The chosen configuration of every sampler, of equally good ones the first; none of those that weren't tuned yet.
 
     Args:
         study: whose samplers they are.
@@ -60,11 +59,14 @@ def choose(study: Study, answers: Iterable[Answer]) -> dict[str, Chosen]:
         if arm.control_of is not None:
             continue
         scores = by_sampler.get(name, {})
-        best = max(sorted(scores), key=lambda configuration: scores[configuration], default=0)
-        chosen[name] = Chosen(best, study.parameters(name)[best], scores.get(best, math.nan))
+        if scores or not arm.ranges:
+            best = max(sorted(scores), key=lambda configuration: scores[configuration], default=0)
+            chosen[name] = Chosen(best, study.parameters(name)[best], scores.get(best))
     for name, arm in study.samplers.items():
+        if arm.control_of not in chosen:
+            continue
         if arm.as_tuned is not None:
-            chosen[name] = Chosen(0, {**chosen[arm.as_tuned].parameters, **arm.fixed}, math.nan)
+            chosen[name] = Chosen(0, {**chosen[arm.as_tuned].parameters, **arm.fixed}, None)
         elif arm.mean_temperature_of is not None:
             other = chosen[arm.mean_temperature_of]
             followed = [
@@ -76,7 +78,7 @@ def choose(study: Study, answers: Iterable[Answer]) -> dict[str, Chosen]:
                     f"samplers.{name} takes the mean temperature of {arm.mean_temperature_of}, but no answer of the tuning "
                     "split tells any; give a task a tuning split, or leave this control out"
                 )
-            chosen[name] = Chosen(0, {**_filters(other.parameters), "temperature": temperature, **arm.fixed}, math.nan)
+            chosen[name] = Chosen(0, {**_filters(other.parameters), "temperature": temperature, **arm.fixed}, None)
     return chosen
 
 

@@ -11,42 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_entropix.samplers.entropix.settings import EntropixConfig
+from vllm_entropix.samplers.entropix import columns
 
-_COLUMN = {name: tl.constexpr(column) for column, (name, _) in enumerate(EntropixConfig.preset().numbers())}
-
-LELV_ENTROPY = _COLUMN["thresholds.lelv.entropy_below"]
-LELV_VARENTROPY = _COLUMN["thresholds.lelv.varentropy_below"]
-HELV_ENTROPY = _COLUMN["thresholds.helv.entropy_above"]
-HELV_VARENTROPY = _COLUMN["thresholds.helv.varentropy_below"]
-LEHV_ENTROPY = _COLUMN["thresholds.lehv.entropy_below"]
-LEHV_VARENTROPY = _COLUMN["thresholds.lehv.varentropy_above"]
-HEHV_ENTROPY = _COLUMN["thresholds.hehv.entropy_above"]
-HEHV_VARENTROPY = _COLUMN["thresholds.hehv.varentropy_above"]
-TEMPERATURE, TOP_P = _COLUMN["base.temperature"], _COLUMN["base.top_p"]
-TOP_K, MIN_P = _COLUMN["base.top_k"], _COLUMN["base.min_p"]
-HELV_OFFSET, HELV_SLOPE = _COLUMN["helv.temperature_offset"], _COLUMN["helv.temperature_attention_entropy"]
-HELV_MAX = _COLUMN["helv.temperature_max"]
-LEHV_OFFSET, LEHV_SLOPE = _COLUMN["lehv.temperature_offset"], _COLUMN["lehv.temperature_interaction"]
-LEHV_MAX = _COLUMN["lehv.temperature_max"]
-LEHV_WIDEN, LEHV_TOP_K_MIN = _COLUMN["lehv.top_k_disagreement"], _COLUMN["lehv.top_k_min"]
-HEHV_OFFSET, HEHV_SLOPE = _COLUMN["hehv.temperature_offset"], _COLUMN["hehv.temperature_attention_varentropy"]
-HEHV_MIN = _COLUMN["hehv.temperature_min"]
-HEHV_DROP, HEHV_TOP_P_MIN = _COLUMN["hehv.top_p_attention_entropy"], _COLUMN["hehv.top_p_min"]
-ADA_SAMPLES = _COLUMN["adaptive.samples"]
-ADA_LOGITS, ADA_ATTENTION = _COLUMN["adaptive.temperature_logits"], _COLUMN["adaptive.temperature_attention"]
-ADA_AGREEMENT, ADA_MAX = _COLUMN["adaptive.temperature_agreement"], _COLUMN["adaptive.temperature_max"]
-ADA_TOP_P, ADA_TOP_P_MIN = _COLUMN["adaptive.top_p_attention_varentropy"], _COLUMN["adaptive.top_p_min"]
-ADA_TOP_P_MAX = _COLUMN["adaptive.top_p_max"]
-ADA_TOP_K, ADA_TOP_K_AGREEMENT = _COLUMN["adaptive.top_k_interaction"], _COLUMN["adaptive.top_k_agreement"]
-ADA_TOP_K_MIN, ADA_TOP_K_MAX = _COLUMN["adaptive.top_k_min"], _COLUMN["adaptive.top_k_max"]
-ADA_MIN_P, ADA_MIN_P_LOGITS = _COLUMN["adaptive.min_p"], _COLUMN["adaptive.min_p_logits"]
-ADA_MIN_P_MIN, ADA_MIN_P_MAX = _COLUMN["adaptive.min_p_min"], _COLUMN["adaptive.min_p_max"]
-C_ENTROPY, C_VARENTROPY = _COLUMN["confidence.logits_entropy"], _COLUMN["confidence.logits_varentropy"]
-C_ATTENTION_ENTROPY = _COLUMN["confidence.attention_entropy"]
-C_ATTENTION_VARENTROPY = _COLUMN["confidence.attention_varentropy"]
-C_AGREEMENT, C_INTERACTION = _COLUMN["confidence.agreement"], _COLUMN["confidence.interaction"]
-
+COLUMN = tl.constexpr(columns.COLUMN)
+vars(COLUMN).update(columns.COLUMN._asdict())  # the compiler asks what is in a constant, the interpreter the constant itself
 _WHOLE = tl.constexpr(2.0**23)  # float32 from here on are whole numbers
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -79,16 +47,28 @@ def classify(numbers, entropy, varentropy):
     """The regime of each row, int32, as ``regimes.classify`` gives it."""
     regime = tl.full(entropy.shape, 4, tl.int32)
     regime = tl.where(
-        (entropy > tl.load(numbers + HEHV_ENTROPY)) & (varentropy > tl.load(numbers + HEHV_VARENTROPY)), 3, regime
+        (entropy > tl.load(numbers + COLUMN.thresholds_hehv_entropy_above))
+        & (varentropy > tl.load(numbers + COLUMN.thresholds_hehv_varentropy_above)),
+        3,
+        regime,
     )
     regime = tl.where(
-        (entropy < tl.load(numbers + LEHV_ENTROPY)) & (varentropy > tl.load(numbers + LEHV_VARENTROPY)), 2, regime
+        (entropy < tl.load(numbers + COLUMN.thresholds_lehv_entropy_below))
+        & (varentropy > tl.load(numbers + COLUMN.thresholds_lehv_varentropy_above)),
+        2,
+        regime,
     )
     regime = tl.where(
-        (entropy > tl.load(numbers + HELV_ENTROPY)) & (varentropy < tl.load(numbers + HELV_VARENTROPY)), 1, regime
+        (entropy > tl.load(numbers + COLUMN.thresholds_helv_entropy_above))
+        & (varentropy < tl.load(numbers + COLUMN.thresholds_helv_varentropy_below)),
+        1,
+        regime,
     )
     regime = tl.where(
-        (entropy < tl.load(numbers + LELV_ENTROPY)) & (varentropy < tl.load(numbers + LELV_VARENTROPY)), 0, regime
+        (entropy < tl.load(numbers + COLUMN.thresholds_lelv_entropy_below))
+        & (varentropy < tl.load(numbers + COLUMN.thresholds_lelv_varentropy_below)),
+        0,
+        regime,
     )
     return tl.where(_is_finite(entropy) & _is_finite(varentropy), regime, 4)
 
@@ -116,12 +96,13 @@ def plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction,
         told: the rows that have a record.
     """
     regime = classify(numbers, entropy, varentropy)
-    score = (1 - entropy) * tl.load(numbers + C_ENTROPY) + (1 - varentropy) * tl.load(numbers + C_VARENTROPY)
+    score = (1 - entropy) * tl.load(numbers + COLUMN.confidence_logits_entropy)
+    score += (1 - varentropy) * tl.load(numbers + COLUMN.confidence_logits_varentropy)
     of_attention = (
-        (1 - ae) * tl.load(numbers + C_ATTENTION_ENTROPY)
-        + (1 - av) * tl.load(numbers + C_ATTENTION_VARENTROPY)
-        + agreement * tl.load(numbers + C_AGREEMENT)
-        + interaction * tl.load(numbers + C_INTERACTION)
+        (1 - ae) * tl.load(numbers + COLUMN.confidence_attention_entropy)
+        + (1 - av) * tl.load(numbers + COLUMN.confidence_attention_varentropy)
+        + agreement * tl.load(numbers + COLUMN.confidence_agreement)
+        + interaction * tl.load(numbers + COLUMN.confidence_interaction)
     )
     score = tl.where(attended, score + of_attention, score)
     tl.store(own, regime.to(tl.float32), mask=told)
@@ -129,36 +110,50 @@ def plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction,
 
     total = entropy + varentropy
     disagreement = tl.where(attended, 1 - agreement, 0.0)
-    base, base_p = tl.load(numbers + TEMPERATURE), tl.load(numbers + TOP_P)
-    base_k, base_m = tl.load(numbers + TOP_K), tl.load(numbers + MIN_P)
+    base, base_p = tl.load(numbers + COLUMN.base_temperature), tl.load(numbers + COLUMN.base_top_p)
+    base_k, base_m = tl.load(numbers + COLUMN.base_top_k), tl.load(numbers + COLUMN.base_min_p)
     # ADAPTIVE first; the other regimes are laid over it.
     t = base * (
         1
-        + tl.load(numbers + ADA_LOGITS) * total
-        + tl.load(numbers + ADA_ATTENTION) * (ae + av)
-        - tl.load(numbers + ADA_AGREEMENT) * agreement
+        + tl.load(numbers + COLUMN.adaptive_temperature_logits) * total
+        + tl.load(numbers + COLUMN.adaptive_temperature_attention) * (ae + av)
+        - tl.load(numbers + COLUMN.adaptive_temperature_agreement) * agreement
     )
-    t = tl.minimum(t, tl.load(numbers + ADA_MAX), _NAN)
-    p = base_p * (1 + tl.load(numbers + ADA_TOP_P) * av)
-    p = _clip(p, tl.load(numbers + ADA_TOP_P_MIN), tl.load(numbers + ADA_TOP_P_MAX))
-    k = base_k * (1 + tl.load(numbers + ADA_TOP_K) * interaction - tl.load(numbers + ADA_TOP_K_AGREEMENT) * agreement)
-    k = _clip(_rounded(k), tl.load(numbers + ADA_TOP_K_MIN), tl.load(numbers + ADA_TOP_K_MAX))
-    m = tl.load(numbers + ADA_MIN_P) * (1 - tl.load(numbers + ADA_MIN_P_LOGITS) * total)
-    m = _clip(m, tl.load(numbers + ADA_MIN_P_MIN), tl.load(numbers + ADA_MIN_P_MAX))
+    t = tl.minimum(t, tl.load(numbers + COLUMN.adaptive_temperature_max), _NAN)
+    p = base_p * (1 + tl.load(numbers + COLUMN.adaptive_top_p_attention_varentropy) * av)
+    p = _clip(p, tl.load(numbers + COLUMN.adaptive_top_p_min), tl.load(numbers + COLUMN.adaptive_top_p_max))
+    k = base_k * (
+        1
+        + tl.load(numbers + COLUMN.adaptive_top_k_interaction) * interaction
+        - tl.load(numbers + COLUMN.adaptive_top_k_agreement) * agreement
+    )
+    k = _clip(_rounded(k), tl.load(numbers + COLUMN.adaptive_top_k_min), tl.load(numbers + COLUMN.adaptive_top_k_max))
+    m = tl.load(numbers + COLUMN.adaptive_min_p) * (1 - tl.load(numbers + COLUMN.adaptive_min_p_logits) * total)
+    m = _clip(m, tl.load(numbers + COLUMN.adaptive_min_p_min), tl.load(numbers + COLUMN.adaptive_min_p_max))
 
-    helv = base * (tl.load(numbers + HELV_OFFSET) + tl.load(numbers + HELV_SLOPE) * ae)
-    lehv = base * (tl.load(numbers + LEHV_OFFSET) + tl.load(numbers + LEHV_SLOPE) * interaction)
-    hehv = base * (tl.load(numbers + HEHV_OFFSET) + tl.load(numbers + HEHV_SLOPE) * av)
-    t = tl.where(regime == 1, tl.minimum(helv, tl.load(numbers + HELV_MAX), _NAN), t)
-    t = tl.where(regime == 2, tl.minimum(lehv, tl.load(numbers + LEHV_MAX), _NAN), t)
-    t = tl.where(regime == 3, tl.maximum(hehv, tl.load(numbers + HEHV_MIN), _NAN), t)
-    wider = _truncated(base_k * (1 + tl.load(numbers + LEHV_WIDEN) * disagreement))
-    narrower = tl.maximum(base_p - tl.load(numbers + HEHV_DROP) * ae, tl.load(numbers + HEHV_TOP_P_MIN), _NAN)
+    helv = base * (
+        tl.load(numbers + COLUMN.helv_temperature_offset) + tl.load(numbers + COLUMN.helv_temperature_attention_entropy) * ae
+    )
+    lehv = base * (
+        tl.load(numbers + COLUMN.lehv_temperature_offset) + tl.load(numbers + COLUMN.lehv_temperature_interaction) * interaction
+    )
+    hehv = base * (
+        tl.load(numbers + COLUMN.hehv_temperature_offset) + tl.load(numbers + COLUMN.hehv_temperature_attention_varentropy) * av
+    )
+    t = tl.where(regime == 1, tl.minimum(helv, tl.load(numbers + COLUMN.helv_temperature_max), _NAN), t)
+    t = tl.where(regime == 2, tl.minimum(lehv, tl.load(numbers + COLUMN.lehv_temperature_max), _NAN), t)
+    t = tl.where(regime == 3, tl.maximum(hehv, tl.load(numbers + COLUMN.hehv_temperature_min), _NAN), t)
+    wider = _truncated(base_k * (1 + tl.load(numbers + COLUMN.lehv_top_k_disagreement) * disagreement))
+    narrower = tl.maximum(
+        base_p - tl.load(numbers + COLUMN.hehv_top_p_attention_entropy) * ae,
+        tl.load(numbers + COLUMN.hehv_top_p_min),
+        _NAN,
+    )
     adaptive = regime == 4
     p = tl.where(adaptive, p, tl.where(regime == 3, narrower, base_p))
-    k = tl.where(adaptive, k, tl.where(regime == 2, tl.maximum(wider, tl.load(numbers + LEHV_TOP_K_MIN), _NAN), base_k))
+    k = tl.where(adaptive, k, tl.where(regime == 2, tl.maximum(wider, tl.load(numbers + COLUMN.lehv_top_k_min), _NAN), base_k))
     m = tl.where(adaptive, m, base_m)
-    n = tl.where(adaptive, tl.load(numbers + ADA_SAMPLES), 1.0)
+    n = tl.where(adaptive, tl.load(numbers + COLUMN.adaptive_samples), 1.0)
 
     usable = _is_finite(total) & (_is_finite(ae + av + agreement + interaction) | (regime == 0)) & (t > 0)
     argmax = regime == 0
@@ -174,5 +169,6 @@ def plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction,
 def plan_without_regimes(numbers, entropy, varentropy, attended, ae, av, agreement, interaction, own, told):
     """The base parameters for every row; regimes are recorded, and HELV asks, all the same."""
     _t, _p, _k, _m, n, asks = plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction, own, told)
-    t, p = tl.load(numbers + TEMPERATURE), tl.load(numbers + TOP_P)
-    return t, p, tl.load(numbers + TOP_K), tl.load(numbers + MIN_P), tl.full(n.shape, 1.0, tl.float32), asks
+    t, p = tl.load(numbers + COLUMN.base_temperature), tl.load(numbers + COLUMN.base_top_p)
+    k, m = tl.load(numbers + COLUMN.base_top_k), tl.load(numbers + COLUMN.base_min_p)
+    return t, p, k, m, tl.full(n.shape, 1.0, tl.float32), asks

@@ -14,7 +14,7 @@ from tests.engine.test_speculation import NGRAM, Speculation, assert_distributed
 from tests.support.engine import close_engine, engine, generate
 from tests.support.models import tiny_llama
 from tests.support.runners import is_v2
-from tests.support.server import run_vllm, serve
+from tests.support.server import serve
 from vllm_entropix import traces
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.samplers import Chain
@@ -251,16 +251,3 @@ def test_breakers_are_those_of_the_served_tokenizer(url):
     assert status == 200
     broken = answer["choices"][0]["entropix"]["tokens"]
     assert broken[0]["dry_penalty"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (("--sampler", "dry;nope"), "unknown sampler 'nope' in the chain 'dry;nope'; there are adaptive_p, "),
-        (("--sampler", "dry;temp", "--sampler-config.dry.dry_multiplier", "200"), "dry.dry_multiplier is 200"),
-    ],
-)
-def test_a_chain_that_cannot_be_ends_the_command(arguments, reason):
-    ended = run_vllm("serve", str(shipped_model()), *arguments)
-    assert ended.returncode == 1
-    assert reason in ended.stderr

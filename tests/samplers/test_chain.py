@@ -287,6 +287,12 @@ def test_names_as_people_write_them(text, acts):
     assert str(Chain.parse(text)) == acts
 
 
+def test_the_greatest_penalty_leaves_a_candidate():
+    chain = Chain.parse("dry", {"dry_multiplier": 100, "dry_sequence_breakers": []})
+    for dtype in (torch.float32, torch.float64):
+        assert chain.begin().distribution(torch.ones(1, 1, dtype=dtype), [[0] * 400]).tolist() == [[1.0]]
+
+
 def test_breakers_are_texts_where_a_tokenizer_is_there():
     tokenizer = AutoTokenizer.from_pretrained(Path(demo_model.__file__).parent)
 

@@ -335,6 +335,15 @@ with openai_endpoint.endpoint(lambda body: openai_endpoint.chat("Answer: 1")):
 """
 
 
+def answers(port):
+    """Does somebody listen there?"""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 @pytest.fixture
 def starts(tmp_path, monkeypatch):
     """Servers that a study starts are ours, and this gives the arguments of each."""
@@ -355,9 +364,32 @@ def test_a_server_is_kept_while_the_same_is_wanted_and_ends_with_the_study(tmp_p
     assert all(arguments[0] == str(tmp_path) and arguments[-2:] == ["--dtype", "bfloat16"] for arguments in starts())
     assert "a line of the log" in (tmp_path / "results" / "server.log").read_text()
     ports = [int(arguments[arguments.index("--port") + 1]) for arguments in starts()]
-    for port in ports:
-        with pytest.raises(OSError, match="refused"):
-            socket.create_connection(("127.0.0.1", port), timeout=2)
+    assert not any(map(answers, ports))
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from vllm_entropix.bench import endpoint
+from vllm_entropix.bench.study import ModelSettings
+endpoint._SERVE = (sys.executable, sys.argv[1])
+with endpoint.served("m", ModelSettings(path=sys.argv[2]), {}, Path(sys.argv[2]) / "log") as url:
+    print(url, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_ends_with_a_study_that_is_killed(tmp_path, starts, killed):
+    command = [sys.executable, "-c", HOLDING, str(tmp_path / "serve.py"), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        port = int(process.stdout.readline().rpartition(":")[2].partition("/")[0])
+        assert answers(port)
+        process.send_signal(killed)
+    deadline = time.monotonic() + 20
+    while answers(port):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_model_that_cant_be_served_is_one_sentence(tmp_path, starts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _STANDARD = ("temperature", "top_p", "frequency_penalty", "presence_penalty")  # what the client's methods have arguments for
 _SCORES = "entropix_scores"
 _SERVE = (str(Path(sys.executable).with_name("vllm")), "serve")
+_PDEATHSIG = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
 START_SECONDS = 900
 _CONTINUED = "Question: {question}\nAnswer:"
 _NEXT = "\nQuestion:"
@@ -210,6 +213,7 @@ def served(name: str, settings: ModelSettings, sampler_config: Mapping[str, Any]
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     try:
         _wait(name, process, f"http://127.0.0.1:{port}/health", log)
@@ -222,6 +226,12 @@ def served(name: str, settings: ModelSettings, sampler_config: Mapping[str, Any]
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent is killed, which ends nothing in order. Linux alone can."""
+    if _PRCTL is not None:
+        _PRCTL(_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(name: str, process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -85,6 +85,8 @@ BODY = "def add(a, b):\n    return a + b"
         f"```bash\npip install x\n```\n```python\n{BODY}\n```",
         f"Sure!\n{BODY}\n\nThis function adds two numbers.",
         f"{BODY}\n\nprint(add(1, 2)",
+        f"```python\n{BODY}\n\nprint(add(1, 'a'))\n```",
+        "1. Define it:\n\n    ```python\n    def add(a, b):\n        return a + b\n    ```",
     ],
 )
 def test_the_function_that_is_meant(text):
@@ -92,6 +94,7 @@ def test_the_function_that_is_meant(text):
     assert found is not None
     assert found.startswith(BODY)
     compile(found, "answer", "exec")
+    assert "print" not in found
 
 
 @pytest.mark.parametrize("text", ["", "def subtract(a, b):\n    return a - b", "I can't.", "```python\nimport os\n```"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 import unicodedata
 from collections.abc import Mapping
 from decimal import Decimal
@@ -99,20 +100,33 @@ def code(text: str, function: str) -> str | None:
     """The Python source that defines a function.
 
     The first fenced block that has ``def function``; a block that isn't closed ends with the text. Without such a block:
-    from the first line that defines or imports something, as many lines as are valid Python.
+    from the first line that defines or imports something, as many lines as are valid Python. Calls at its outermost level are
+    left out: examples of use, which may raise what they are to show.
     """
     define = re.compile(rf"^[ \t]*def[ \t]+{re.escape(function)}[ \t]*\(", re.MULTILINE)
     fences = list(_FENCE.finditer(text))
     for opening, closing in zip(fences[::2], [*fences[1::2], None], strict=False):
         block = text[opening.end() : len(text) if closing is None else closing.start()]
         if define.search(block):
-            return _valid_start(block.strip("\n")) or block.strip("\n")
+            block = textwrap.dedent(block).strip("\n")
+            valid = _valid_start(block)
+            return block if valid is None or not define.search(valid) else _definitions(valid)
     lines = text.splitlines()
     begin = next((n for n, line in enumerate(lines) if line.startswith(("def ", "import ", "from "))), None)
     if begin is None:
         return None
     found = _valid_start("\n".join(lines[begin:]))
-    return found if found is not None and define.search(found) else None
+    return _definitions(found) if found is not None and define.search(found) else None
+
+
+def _definitions(source: str) -> str:
+    """What a source defines, imports and assigns at its outermost level."""
+    kept = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    tree = ast.parse(source)
+    try:
+        return ast.unparse(ast.Module([node for node in tree.body if isinstance(node, kept)], []))
+    except RecursionError:
+        return source
 
 
 def _valid_start(source: str) -> str | None:

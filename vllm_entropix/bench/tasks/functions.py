@@ -27,8 +27,9 @@ class Functions(Task[Section]):
     kind = "python_functions"
     max_tokens = 320
     rule = (
-        "The first fenced block that defines the function, or else what is valid Python from the first def or import on; right "
-        "if all conditions hold in a process with limits on time and memory and without network."
+        "The first fenced block that defines the function, or else what is valid Python from the first def or import on, "
+        "without calls at its outermost level; right if all conditions hold in a process with limits on time and memory and "
+        "no network."
     )
 
     def items(self, count: int, seed: str) -> list[Item]:

@@ -21,6 +21,7 @@ SETTINGS = {"settings", "_version"}
 MAY_IMPORT = {
     "settings": {"_version"},
     "records": SETTINGS,
+    "forks": SETTINGS | {"records"},
     "kernels": SETTINGS,
     "distribution": SETTINGS | {"kernels"},
     "attention": SETTINGS | {"kernels", "distribution"},

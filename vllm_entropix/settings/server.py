@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 from pydantic import Field, field_validator, model_validator
 
 from vllm_entropix.settings.rules import AttentionVarentropy, BaseSource, ClarificationRule
-from vllm_entropix.settings.section import Section, TokenId, setting
+from vllm_entropix.settings.section import Section, TokenId, refuse_truth_value, setting
 
 MAX_CLARIFICATION_TOKENS = 64
 
@@ -170,6 +170,88 @@ class Trace(Section):
         return value
 
 
+class Forks(Section):
+    """Answers that fork at uncertain tokens: alternatives are followed side by side, and the best branch is the answer."""
+
+    branches: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Branches of a request that are generated at once, at most; 1: it never forks. Above 1, requests that "
+        "can't fork and don't ask to are left as they are.",
+        json_schema_extra={"unit": "branches"},
+    )
+    width: int = Field(
+        2,
+        ge=1,
+        le=20,
+        description="Branches that a fork makes of one, the one that goes on among them.",
+        json_schema_extra={"unit": "branches"},
+    )
+    entropy: float | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Fork at tokens whose entropy is at least this; unset: at those whose regime is LEHV.",
+        json_schema_extra={"unit": "bits"},
+    )
+    margin: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Fork only where the most probable token is ahead of the second by at most this.",
+        json_schema_extra={"unit": "probability"},
+    )
+    floor: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Probability that an alternative needs to be followed, before temperature and filters.",
+        json_schema_extra={"unit": "probability"},
+    )
+    distance: int = Field(
+        8,
+        ge=1,
+        le=1_000_000,
+        description="Tokens from a branch's fork to its next, at least.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    inside_words: bool = Field(False, description="Fork between the tokens of a word, too.", json_schema_extra={"unit": ""})
+    horizon: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Tokens after a fork at which its branches are compared and the best goes on alone; 0: all run to an end.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    budget: int = Field(
+        2048,
+        ge=0,
+        le=10_000_000,
+        description="Tokens that a request's branches may take beyond its longest one; then the best alone goes on.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    engine_budget: int = Field(
+        65_536,
+        ge=0,
+        le=1_000_000_000,
+        description="The same of all requests that run at once in a process of the frontend; then none forks.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    select: str = Field(
+        "confidence",
+        min_length=1,
+        max_length=100,
+        description="How branches are compared: `confidence`, `entropy`, `margin`, or a chooser that another package has.",
+        json_schema_extra={"unit": ""},
+    )
+
+    @field_validator("entropy", mode="before")
+    @classmethod
+    def _a_number(cls, value: Any) -> Any:
+        return refuse_truth_value(value)
+
+
 class ServerSettings(Section):
     """What a server is told whichever samplers it has; each sampler's own section stands beside these."""
 
@@ -185,6 +267,7 @@ class ServerSettings(Section):
     clarification: Clarification = Field(default_factory=lambda: Clarification())
     attention: Attention = Field(default_factory=lambda: Attention())
     trace: Trace = Field(default_factory=lambda: Trace())
+    forks: Forks = Field(default_factory=lambda: Forks())
 
 
 class AttentionRules(Protocol):

@@ -95,6 +95,7 @@ def test_a_changed_source_is_told(copied, change, module, old, new, problem):
 # Attributes that look like vLLM's in our sources.
 NOT_LISTED = {
     **dict.fromkeys(("_k_scale", "_q_scale"), "a buffer that vLLM registers by this name, for which no syntax speaks"),
+    **dict.fromkeys(("return_sampling_mask", "enable_return_routed_experts"), "an engine without it doesn't do so"),
     "strategy": "of 0.33's endpoint of decisions alone",
     "context": "of 0.33's endpoint of decisions alone",
     "_option_string_actions": "argparse's own",

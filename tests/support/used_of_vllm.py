@@ -38,6 +38,8 @@ HOLDERS = {
     "engine/carrier.py": ("output", "result"),
     "engine/clarification.py": ("vllm_config",),
     "engine/finalise.py": ("vllm_config", "parallel", "scheduler"),
+    "engine/forkable.py": ("vllm_config", "params", "model", "parallel"),
+    "engine/forks.py": ("request", "params", "root", "state", "parent", "output", "completion", "result"),
     "engine/gate.py": ("vllm_config", "model", "parallel", "envs"),
     "engine/http.py": ("serving",),
     "engine/frontend.py": ("output", "state", "completion", "result"),

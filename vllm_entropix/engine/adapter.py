@@ -18,6 +18,7 @@ from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError
 from vllm_entropix.attention.layouts import refuse_altered
 from vllm_entropix.distribution.attention import AttentionStatistics
 from vllm_entropix.engine.carrier import StepRecords, attach_to_step
+from vllm_entropix.engine.forkable import BRANCH
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
 from vllm_entropix.kernels.backend import kernels_for
 from vllm_entropix.kernels.ranks import RankGroup
@@ -229,12 +230,14 @@ class RunnerAdapter(ABC):
             return None
         top_k = params.top_k if params.top_k > 0 else self.vocabulary
         own = {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k, "min_p": params.min_p}
+        branch = (params.extra_args or {}).get(BRANCH)
         return Sequence(
             constants=self.batch.samplers[sampler].numbers_of_request(settings, own),
             sampled=sampled,
             traced=traced,
             allow_clarification=settings.clarification is not False,
-            prompt_length=prompt_length,
+            # A branch's prompt holds what its answer shares with others.
+            prompt_length=prompt_length if branch is None else branch["prompt_length"],
             sampler=sampler,
             base=(params.temperature, params.top_p, top_k, params.min_p),
         )

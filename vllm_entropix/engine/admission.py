@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_entropix.engine.carrier import OURS
 from vllm_entropix.engine.chains import BREAKERS, resolved_breakers
+from vllm_entropix.engine.forkable import BRANCH, how_to_fork
 from vllm_entropix.engine.internal import is_internal
 from vllm_entropix.engine.placement import is_ours
 from vllm_entropix.engine.resolved import resolved_values
@@ -49,6 +50,10 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
     settings = _settings(params.extra_args, resolved["config"])
     if settings.chain is not None and settings.enabled:
         _give_breakers(processor.vllm_config.model_config, params, settings.chain)
+    try:
+        how_to_fork(processor.vllm_config, params)
+    except ConfigError as error:
+        raise RequestSettingsError(str(error)) from None
     result = validate()
     if resolved["counted"]:
         sampler = registry.registry().classes[registry.sampler_of(settings, resolved["config"])]
@@ -88,6 +93,8 @@ def _refuse_unread(extra_args: Any) -> None:
 def _refuse_our_names(params: Any) -> None:
     """A request may not hand in what only the engine says: where traces are written is the server's business."""
     extra_args = getattr(params, "extra_args", None)
+    if isinstance(extra_args, dict) and BRANCH in extra_args:
+        raise RequestSettingsError(f"{BRANCH!r} is the engine's own; leave it out")
     handed_in = extra_args.get("kv_transfer_params") if isinstance(extra_args, dict) else None
     if isinstance(handed_in, dict):
         for name in handed_in.keys() & OURS:

@@ -27,6 +27,9 @@ FUNCTIONS: Functions = {
     },
     "vllm.v1.engine.output_processor": {
         "RequestState.make_request_output": ("self", "new_token_ids", "finish_reason", "kv_transfer_params"),
+        "OutputProcessor.add_request": ("self", "request", "prompt", "parent_req", "request_index", "queue"),
+        "OutputProcessor.process_outputs": ("self", "engine_core_outputs"),
+        "OutputProcessor.abort_requests": ("self", "request_ids", "internal"),
     },
     "vllm.outputs": {
         "RequestOutput.add": ("self", "next_output"),
@@ -130,6 +133,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.tokenizers": ("cached_tokenizer_from_config",),
     "vllm.utils.argparse_utils": ("FlexibleArgumentParser",),
     "vllm.v1.attention.selector": ("get_attn_backend",),
+    "vllm.v1.engine": ("FinishReason",),
+    "vllm.v1.engine.async_llm": ("AsyncLLM",),
+    "vllm.v1.engine.llm_engine": ("LLMEngine",),
     "vllm.v1.worker.gpu.buffer_utils": ("UvaBackedTensor",),
     "vllm.v1.worker.gpu.sample.logits_processor": ("LogitsContext", "LogitsProcessor"),
 }
@@ -140,6 +146,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "VllmConfig": (
             "additional_config",
             "cache_config",
+            "kv_transfer_config",
             "model_config",
             "num_speculative_tokens",
             "parallel_config",
@@ -150,7 +157,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "vllm.config.cache": {
-        "CacheConfig": ("cache_dtype",),
+        "CacheConfig": ("cache_dtype", "enable_prefix_caching"),
     },
     "vllm.config.model": {
         "ModelConfig": (
@@ -175,6 +182,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "ParallelConfig": (
             "_api_process_count",
             "_api_process_rank",
+            "data_parallel_size",
             "decode_context_parallel_size",
             "enable_batch_sharded_sampling",
             "enable_dbo",
@@ -208,15 +216,43 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "LLM": ("llm_engine",),
     },
     "vllm.v1.engine.llm_engine": {
-        "LLMEngine": ("add_request", "get_tokenizer", "has_unfinished_requests", "step"),
+        "LLMEngine": (
+            "add_request",
+            "engine_core",
+            "get_tokenizer",
+            "has_unfinished_requests",
+            "output_processor",
+            "step",
+            "vllm_config",
+        ),
+    },
+    "vllm.v1.engine.async_llm": {
+        "AsyncLLM": ("engine_core", "output_processor", "vllm_config"),
+    },
+    "vllm.v1.engine.core_client": {
+        "EngineCoreClient": ("add_request", "add_request_async"),
     },
     "vllm.outputs": {
-        "CompletionOutput": ("index", "token_ids"),
-        "RequestOutput": ("finished", "outputs"),
+        "CompletionOutput": ("finish_reason", "index", "token_ids"),
+        "RequestOutput": ("finished", "num_cached_tokens", "outputs"),
     },
     "vllm.sampling_params": {
-        "RequestOutputKind": ("DELTA",),
-        "SamplingParams": ("clone", "extra_args", "min_p", "temperature", "top_k", "top_p"),
+        "RequestOutputKind": ("DELTA", "FINAL_ONLY"),
+        "SamplingParams": (
+            "clone",
+            "eos_token_id",
+            "extra_args",
+            "logprobs",
+            "max_tokens",
+            "min_p",
+            "n",
+            "output_kind",
+            "seed",
+            "stop_token_ids",
+            "temperature",
+            "top_k",
+            "top_p",
+        ),
     },
     "vllm.sequence": {
         "IntermediateTensors": ("tensors", "items"),
@@ -234,18 +270,32 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "vllm.v1.engine": {
         "EngineCoreOutput": ("request_id", "new_token_ids", "kv_transfer_params"),
         "EngineCoreOutputs": ("outputs",),
+        "EngineCoreRequest": (
+            "external_req_id",
+            "mm_features",
+            "prompt_embeds",
+            "prompt_token_ids",
+            "request_id",
+            "resumable",
+            "sampling_params",
+        ),
+        "FinishReason": ("LENGTH", "STOP"),
     },
     "vllm.v1.engine.detokenizer": {
-        "IncrementalDetokenizer": ("output_token_ids",),
+        "IncrementalDetokenizer": ("output_token_ids", "update"),
         "FastIncrementalDetokenizer": ("tokenizer",),
     },
     "vllm.v1.engine.input_processor": {
         "InputProcessor": ("vllm_config",),
     },
     "vllm.v1.engine.output_processor": {
+        "OutputProcessor": ("_finish_request", "request_states", "tokenizer"),
+        "OutputProcessorOutput": ("reqs_to_abort", "request_outputs"),
+        "RequestOutputCollector": ("put",),
         "RequestState": (
             "detokenizer",
             "external_req_id",
+            "num_cached_tokens",
             "output_kind",
             "parent_req",
             "prompt",

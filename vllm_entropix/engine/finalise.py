@@ -11,6 +11,7 @@ from vllm_entropix.engine import gate
 from vllm_entropix.engine.arguments import KEY, FromCommandLine
 from vllm_entropix.engine.chains import with_breakers
 from vllm_entropix.engine.clarification import clarification_ids
+from vllm_entropix.engine.forkable import check_server
 from vllm_entropix.engine.resolved import RESOLVED, Resolved
 from vllm_entropix.engine.subclasses import SCHEDULER, WORKER, qualified_name
 from vllm_entropix.observability import disk, hints
@@ -49,6 +50,7 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
         config = with_breakers(vllm_config.model_config, config)
         counted = config.prometheus and statistics
         disk.check(config.trace)
+        check_server(config.model_dump())
         resolved = Resolved(config, clarification_ids(vllm_config, config), counted)
     except ConfigError as error:
         if isinstance(additional, FromCommandLine):

@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_entropix.engine.carrier import COUNTED, TRACED, WRITTEN, without_ours
 from vllm_entropix.observability import disk, prometheus
+from vllm_entropix.records.branches import ForkTree
 from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.settings.server import Trace
 
@@ -24,6 +25,7 @@ class TracedCompletion(CompletionOutput):  # type: ignore[misc]  # vLLM isn't ty
     """vLLM's CompletionOutput with its trace as a field, which ``dataclasses.replace`` keeps and ``==`` compares."""
 
     entropix_trace: TokenTrace | None = None
+    entropix_forks: ForkTree | None = None
 
 
 def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], Any]) -> Any:
@@ -64,8 +66,9 @@ def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], An
     if not collected:
         return result
     finish_reason = arguments["finish_reason"]
-    if finish_reason is not None and getattr(state, "entropix_label", None) is not None:
-        _write(state, str(finish_reason), collected[state.request_index])
+    # Which branch of an answer that forks is written, if any, isn't known yet.
+    if finish_reason is not None and not getattr(state, "entropix_is_branch", False):
+        write_finished(state, str(finish_reason))
     if result is not None:
         for completion in result.outputs:
             trace = collected.get(completion.index)
@@ -105,8 +108,19 @@ def merge_traces(output: Any, following: Any, merge: Callable[[], Any]) -> Any:
     return result
 
 
-def _write(state: Any, finish_reason: str, trace: TokenTrace) -> None:
-    """Have a finished sequence written to disk."""
+def tell_forks(completion: Any, tree: ForkTree, traced: bool) -> None:
+    """Hang an answer's tree on its completion, which keeps its trace if that was asked for, too."""
+    completion.__class__ = TracedCompletion
+    completion.entropix_forks = tree
+    if not traced:
+        completion.entropix_trace = None
+
+
+def write_finished(state: Any, finish_reason: str) -> None:
+    """Have a finished sequence written to disk, if it is one that is."""
+    if getattr(state, "entropix_label", None) is None:
+        return
+    trace = (state.parent_req or state).entropix_traces[state.request_index]
     label, state.entropix_label = state.entropix_label, None
     settings = Trace.model_validate(label["trace"])
     # Children of one request with n > 1 share its prompt.

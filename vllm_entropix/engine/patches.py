@@ -115,6 +115,19 @@ def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrap_generate(original)
 
 
+def _wrap_frontend(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_entropix.engine.resolved import resolved_values
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if resolved_values(self.vllm_config) is not None:
+            from vllm_entropix.engine.forks import let_fork
+
+            let_fork(self)
+
+    return init
+
+
 def _wrap_handler(**endpoint: Any) -> Wrap:
     def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_entropix.engine.http import Endpoint, wrap_handler
@@ -250,6 +263,20 @@ PATCHES = (
         how="Joins the traces of completions that are joined.",
         upstream="none known",
         remove_when="engine outputs carry plugin data to RequestOutput",
+    ),
+    *(
+        Patch(
+            module=f"vllm.v1.engine.{module}",
+            owners=(owner,),
+            attribute="__init__",
+            wrap=_wrap_frontend,
+            why="No class of a frontend can be named in the configuration, as that of a scheduler can.",
+            how="If the engine runs entropix: extends the object that makes outputs, so that an answer may come from several "
+            "requests of the engine.",
+            upstream="none known",
+            remove_when="the class of the output processor can be configured",
+        )
+        for module, owner in (("llm_engine", "LLMEngine"), ("async_llm", "AsyncLLM"))
     ),
     *(
         Patch(

@@ -18,7 +18,7 @@ from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import QUOTED, ConfigError, quoted
 from vllm_entropix.settings.rules import BaseSource, Fidelity
 from vllm_entropix.settings.section import describe, refuse_truth_value
-from vllm_entropix.settings.server import BaseParameters
+from vllm_entropix.settings.server import BaseParameters, Forks
 
 if TYPE_CHECKING:
     from vllm_entropix.samplers.chain import ChainRequest
@@ -64,6 +64,14 @@ def _base(name: str) -> Any:
     return field
 
 
+def _fork(name: str, alias: str | None = None) -> Any:
+    """A field of the same range as the server's setting of forks of this name."""
+    source = Forks.model_fields[name]
+    field: Any = Field(None, alias=alias or f"{PREFIX}_fork_{name}", description=f"This request's forks: {source.description}")
+    field.metadata.extend(source.metadata)
+    return field
+
+
 Switch = Annotated[bool, BeforeValidator(_switch)]
 
 
@@ -93,6 +101,12 @@ class RequestSettings(BaseModel):
         None, alias=f"{PREFIX}_clarification", description="on or off: may clarification tokens be forced into this request?"
     )
     trace: Switch | None = Field(None, alias=f"{PREFIX}_trace", description="on or off: return a record per generated token.")
+    forks: int | None = _fork("branches", f"{PREFIX}_forks")
+    fork_width: int | None = _fork("width")
+    fork_entropy: float | None = _fork("entropy")
+    fork_budget: int | None = _fork("budget")
+    fork_horizon: int | None = _fork("horizon")
+    fork_select: str | None = _fork("select")
 
     # What the request says of a chain, once its sampler is known to be one: see samplers/registry.py.
     _chain: ChainRequest | None = PrivateAttr(default=None)
@@ -108,7 +122,11 @@ class RequestSettings(BaseModel):
         copy._chain = asked
         return copy
 
-    @field_validator("temperature", "top_p", "top_k", "min_p", mode="before")
+    @field_validator(
+        *("temperature", "top_p", "top_k", "min_p"),
+        *("forks", "fork_width", "fork_entropy", "fork_budget", "fork_horizon"),
+        mode="before",
+    )
     @classmethod
     def _no_truth_value_for_a_number(cls, value: Any) -> Any:
         return refuse_truth_value(value)
@@ -152,6 +170,18 @@ class RequestSettings(BaseModel):
         fields = type(self).model_fields
         theirs = _OF_ENTROPIX if name == PREFIX else [field for field in fields if field.startswith(f"{name}{OF_SAMPLER}")]
         return [str(fields[field].alias) for field in theirs if getattr(self, field) is not None]
+
+    def fork_keys(self) -> list[str]:
+        """Keys of what the request says of forks."""
+        fields = type(self).model_fields
+        return [str(fields[name].alias) for name in fields if name.startswith("fork") and getattr(self, name) is not None]
+
+    def forks_of(self, server: Forks) -> Forks:
+        """How this request forks."""
+        own = {"branches": self.forks} | {
+            name.removeprefix("fork_"): getattr(self, name) for name in type(self).model_fields if name.startswith("fork_")
+        }
+        return server.model_copy(update={name: value for name, value in own.items() if value is not None})
 
     def config(self, server: EntropixConfig) -> EntropixConfig:
         """The configuration that this request starts from: the server's, or the preset it names."""

@@ -1,0 +1,319 @@
+"""Answers that fork in a running engine: branches are what requests of their own are, and nothing of them is left behind."""
+
+import math
+from itertools import product
+
+import pytest
+
+from tests.support.engine import engine, generate, scheduler_of
+from vllm_entropix import traces
+from vllm_entropix.engine.forks import seed_of_branch
+from vllm_entropix.forks import choice
+
+pytestmark = pytest.mark.engine
+
+PROMPT = "once upon a time there was a"
+SERVER = {"forks": {"floor": 0, "distance": 4, "inside_words": True}}
+FORKS = {"entropix_forks": 4, "entropix_fork_width": 2, "entropix_fork_entropy": 0.5}
+
+
+@pytest.fixture
+def llm(tiny):
+    return engine(tiny, sampler="entropix", sampler_config=SERVER)
+
+
+@pytest.fixture
+def branches(llm, monkeypatch):
+    """vLLM's states and the branches of each answer that was handed out, as (states, branches)."""
+    seen = []
+    monkeypatch.setattr(llm.llm_engine.output_processor, "forget_branches", forgetting(llm, seen))
+    return seen
+
+
+def forgetting(llm, seen):
+    """What is called when an answer is handed out, which notes it."""
+    processor = llm.llm_engine.output_processor
+    forget = processor.forget_branches
+
+    def forget_branches(request_ids):
+        answer = processor._entropix_branches[request_ids[0]].answer
+        seen.append(([one.state for one in answer.sequences], answer.tree.branches))
+        forget(request_ids)
+
+    return forget_branches
+
+
+def params(**settings):
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"max_tokens": 24, "ignore_eos": True, "seed": 5, "extra_args": FORKS, **settings})
+
+
+def ids(llm, text=PROMPT):
+    return llm.get_tokenizer().encode(text, add_special_tokens=False)
+
+
+def prompt_of(token_ids):
+    return {"prompt_token_ids": list(token_ids)}
+
+
+def tokens(output):
+    return list(output.outputs[0].token_ids)
+
+
+def assert_nothing_left(llm):
+    llm.llm_engine.step()  # which tells the worker of the last that ended
+    scheduler = scheduler_of(llm)
+    assert not scheduler.requests
+    pool = scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    processor = llm.llm_engine.output_processor
+    assert not processor._entropix_branches
+    assert not processor.request_states
+    assert not processor.external_req_ids
+
+
+def test_width_one_everywhere_changes_nothing(llm):
+    settings = [{"seed": 3}, {"seed": None, "temperature": 0}, {"seed": 4, "stop": ["a"], "ignore_eos": False}]
+    narrow = {"entropix_forks": 8, "entropix_fork_width": 1, "entropix_fork_entropy": 0}
+    plain = generate(llm, [PROMPT] * 3, [params(**{**one, "extra_args": None}) for one in settings])
+    forked = generate(llm, [PROMPT] * 3, [params(**{**one, "extra_args": narrow}) for one in settings])
+    for output, other in zip(forked, plain, strict=True):
+        [completion], [expected] = output.outputs, other.outputs
+        assert [branch.id for branch in completion.entropix_forks.branches] == [0]
+        assert completion.entropix_trace is None
+        for name in ("token_ids", "text", "finish_reason", "stop_reason", "cumulative_logprob", "logprobs", "index"):
+            assert getattr(completion, name) == getattr(expected, name), name
+        assert output.prompt_token_ids == other.prompt_token_ids
+        assert output.finished
+
+
+def test_a_branch_is_what_a_request_of_its_own_is(llm, branches):
+    [output] = generate(llm, [PROMPT], [params()])
+    [(states, tree)] = branches
+    assert len(tree) >= 4
+    asked, seeds = [], {tree[0]: 5}
+    for branch in tree[1:]:
+        prompt = [*ids(llm), *branch.token_ids[: branch.position + 1]]
+        rank = [one for one in tree if (one.parent, one.position) == (branch.parent, branch.position)].index(branch)
+        seeds[branch] = seed = seed_of_branch(seeds[branch.parent], branch.position, rank)
+        if branch.position < 23:
+            asked.append((prompt_of(prompt), params(max_tokens=24 - branch.position - 1, seed=seed, extra_args=None)))
+    fresh = generate(llm, *map(list, zip(*asked, strict=True)))
+    for branch, other in zip([one for one in tree[1:] if one.position < 23], fresh, strict=True):
+        assert branch.token_ids[branch.position + 1 :] == tokens(other)
+        assert branch.token_ids[: branch.position] == branch.parent.token_ids[: branch.position]
+    # The first is what it would be alone.
+    [alone] = generate(llm, [PROMPT], [params(extra_args=None)])
+    assert tree[0].token_ids == tokens(alone)
+    # And the answer is an ordinary one of the best.
+    told = output.outputs[0].entropix_forks
+    best = max(tree, key=lambda branch: branch.score)
+    assert tokens(output) == best.token_ids
+    assert told.chosen.id == best.id
+    assert told.generated == 24 + sum(24 - branch.position for branch in tree[1:])
+    assert output.outputs[0].text == llm.get_tokenizer().decode(best.token_ids)
+    assert output.prompt_token_ids == ids(llm)
+    # All whole blocks of what a branch shares were found in the cache.
+    for state, branch in zip(states[1:], tree[1:], strict=True):
+        if branch.position == 23:  # it ended as it began
+            continue
+        shared = len(ids(llm)) + branch.position
+        assert shared + 1 - state.num_cached_tokens <= scheduler_of(llm).block_size
+    assert_nothing_left(llm)
+
+
+def test_branches_are_reproducible_and_other_requests_are_left_alone(llm):
+    settings = [params(), params(extra_args=None, seed=9), params(seed=6)]
+    first = generate(llm, [PROMPT] * 3, settings)
+    [alone] = generate(llm, [PROMPT], [settings[1]])
+    again = generate(llm, [PROMPT] * 3, settings)
+    for output, other in zip(first, again, strict=True):
+        assert tokens(output) == tokens(other)
+    assert tokens(first[1]) == tokens(alone)
+    assert not hasattr(first[1].outputs[0], "entropix_forks")
+    assert first[0].outputs[0].entropix_forks == again[0].outputs[0].entropix_forks
+
+
+def test_the_branches_of_five_tokens_are_all_answers(tiny, monkeypatch):
+    llm = engine(tiny, sampler="entropix", sampler_config={"forks": {**SERVER["forks"], "distance": 1}})
+    contenders = []
+
+    def look(given):
+        contenders.extend(given)
+        return choice.confidence(given)
+
+    monkeypatch.setitem(choice.BUILT_IN, "look", look)
+    allowed = [10, 11, 12, 13, 14]
+    asked = {"entropix_forks": 64, "entropix_fork_width": 5, "entropix_fork_entropy": 0, "entropix_fork_select": "look"}
+    [output] = generate(llm, [PROMPT], [params(max_tokens=2, allowed_token_ids=allowed, extra_args=asked)])
+    found = {tuple(one.token_ids): math.exp(sum(one.logprobs)) for one in contenders}
+    assert set(found) == set(product(allowed, repeat=2))
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    assert found[tuple(tokens(output))] == max(found.values())
+    assert_nothing_left(llm)
+
+
+def test_a_horizon_prunes_and_a_trace_is_of_the_answer(llm, branches):
+    asked = {**FORKS, "entropix_fork_horizon": 3, "entropix_trace": "on"}
+    [output] = generate(llm, [PROMPT], [params(extra_args=asked)])
+    [(_, tree)] = branches
+    [completion] = output.outputs
+    kept = [branch for branch in tree if branch.pruned_at is None]
+    assert [branch.id for branch in kept] == [completion.entropix_forks.chosen.id]
+    pruned = [branch for branch in tree if branch.pruned_at is not None]
+    assert min(len(branch.token_ids) for branch in pruned) < 24
+    [trace] = traces(output)
+    assert len(trace) == 24
+    [winner] = kept
+    assert [record.entropy for record in trace] == winner.entropies
+    assert_nothing_left(llm)
+
+
+def test_a_chooser_that_fails_harms_nobody(llm, monkeypatch):
+    monkeypatch.setitem(choice.BUILT_IN, "broken", lambda contenders: 1 / 0)
+    asked = {**FORKS, "entropix_fork_select": "broken", "entropix_fork_horizon": 4}
+    [output, other] = generate(llm, [PROMPT] * 2, [params(extra_args=asked), params(extra_args=None)])
+    assert tokens(output) == tokens(other)  # the first branch, which came first
+    assert len(output.outputs[0].entropix_forks.branches) > 1
+
+
+def test_a_server_may_let_all_fork_that_can(tiny):
+    server = {"forks": {**SERVER["forks"], "branches": 3, "entropy": 0.5}}
+    llm = engine(tiny, sampler="entropix", sampler_config=server)
+    [forked, two] = generate(llm, [PROMPT] * 2, [params(extra_args=None), params(extra_args=None, n=2)])
+    assert len(forked.outputs[0].entropix_forks.branches) > 1
+    assert [hasattr(completion, "entropix_forks") for completion in two.outputs] == [False, False]
+    assert_nothing_left(llm)
+
+
+def test_an_abort_ends_all_branches(llm):
+    running = llm.llm_engine
+    for by_name in (True, False):
+        internal = running.add_request("7", prompt_of(ids(llm)), params(max_tokens=200))
+        while len(scheduler_of(llm).requests) < 3:
+            assert running.step() == []
+        running.abort_request(["7" if by_name else internal], internal=not by_name)
+        assert not running.has_unfinished_requests()
+        assert_nothing_left(llm)
+
+
+def test_a_stop_string_that_a_branch_shares_in_part(llm, branches):
+    generate(llm, [PROMPT], [params()])
+    [(_, tree)] = branches
+    decode = llm.get_tokenizer().decode
+    branch = next(one for one in tree[1:] if one.position)
+    stop = decode(branch.token_ids[branch.position - 1 : branch.position + 1])
+    branches.clear()
+    generate(llm, [PROMPT], [params(stop=[stop])])
+    [(states, stopped)] = branches
+    same = next(one for one in stopped if one.token_ids[: branch.position + 1] == branch.token_ids[: branch.position + 1])
+    assert same.token_ids == branch.token_ids[: branch.position + 1]
+    assert states[same.id].detokenizer.output_text == decode(branch.token_ids[: branch.position - 1])
+
+
+def test_a_branch_may_begin_with_the_end(llm, branches):
+    # The alternative is a stop token: the branch ends as it begins, and the one that forked goes on.
+    settings = {"temperature": 0, "max_tokens": 6}
+    generate(llm, [PROMPT], [params(**settings)])
+    [(_, tree)] = branches
+    branch = next(one for one in tree[1:] if one.token_ids[one.position] not in tree[0].token_ids)
+    token = branch.token_ids[branch.position]
+    branches.clear()
+    [output] = generate(llm, [PROMPT], [params(**settings, stop_token_ids=[token])])
+    [(states, ended)] = branches
+    assert ended[0].token_ids == tree[0].token_ids
+    same = next(one for one in ended if one.token_ids[: branch.position + 1] == branch.token_ids[: branch.position + 1])
+    assert same.token_ids == branch.token_ids[: branch.position + 1]
+    decode = llm.get_tokenizer().decode
+    assert states[same.id].detokenizer.output_text == decode(branch.token_ids[: branch.position])
+    [completion] = output.outputs
+    chosen = completion.entropix_forks.chosen.id
+    assert (completion.finish_reason, completion.stop_reason) == (("length", None) if chosen == 0 else ("stop", token))
+    assert_nothing_left(llm)
+
+
+def test_many_that_fork_under_a_small_cache(tiny, monkeypatch):
+    llm = engine(tiny, sampler="entropix", sampler_config=SERVER, num_gpu_blocks_override=11, block_size=32, max_model_len=256)
+    scheduler, preempted = scheduler_of(llm), []
+    preempt = scheduler._preempt_request
+
+    def count(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", count)
+    states = []
+    monkeypatch.setattr(llm.llm_engine.output_processor, "forget_branches", forgetting(llm, states))
+    settings = [params(max_tokens=32, seed=seed) for seed in range(4)]
+    outputs = generate(llm, [f"{number} {PROMPT} {PROMPT}" for number in range(4)], settings)
+    assert [len(tokens(output)) for output in outputs] == [32] * 4
+    assert {request_id.count("-") for request_id in preempted} == {1, 2}  # first branches, and others
+    assert_nothing_left(llm)
+    # The first branch of each is what it is alone.
+    for number, (_, tree) in enumerate(sorted(states, key=lambda one: int(one[0][0].external_req_id))):
+        assert len(tree) > 1
+        [alone] = generate(llm, [f"{number} {PROMPT} {PROMPT}"], [params(max_tokens=32, seed=number, extra_args=None)])
+        assert tree[0].token_ids == tokens(alone)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 2}, "entropix_forks can't be had with n = 2; ask for one answer"),
+        ({"min_tokens": 2}, "entropix_forks can't be had with min_tokens"),
+        ({"presence_penalty": 0.5}, "can't be had with presence_penalty; leave one of them out"),
+        ({"frequency_penalty": 0.5}, "can't be had with frequency_penalty"),
+        ({"logprobs": 1}, "can't be had with logprobs; read entropix_trace instead"),
+        ({"prompt_logprobs": 1}, "can't be had with prompt_logprobs"),
+        ({"bad_words": ["a"]}, "can't be had with bad_words"),
+        ({"extra_args": {"entropix_fork_width": 3}}, "entropix_fork_width is given without entropix_forks"),
+        (
+            {"extra_args": {**FORKS, "entropix_fork_width": 6}},
+            "needs as many recorded alternatives, but trace.alternatives is 5",
+        ),
+        ({"extra_args": {**FORKS, "entropix_fork_select": "best"}}, "there is no chooser 'best'"),
+        ({"extra_args": {**FORKS, "entropix_forks": 65}}, "entropix_forks is 65"),
+        ({"extra_args": {**FORKS, "entropix": "off"}}, "entropix_forks is given, but entropix is off"),
+        (
+            {"extra_args": {"entropix_forks": 2, "samplers": "min_p"}},
+            "with the sampler min_p, which knows no regimes, and no entropy to fork at; give entropix_fork_entropy",
+        ),
+        ({"extra_args": {**FORKS, "samplers": "top_k;temperature"}}, "can't be had with a chain of samplers"),
+        ({"extra_args": {**FORKS, "samplers": "mirostat_v2"}}, "can't be had with a chain of samplers"),
+        ({"extra_args": {"vllm_entropix_branch": {"prompt_length": 1}}}, "'vllm_entropix_branch' is the engine's own"),
+    ],
+)
+def test_what_cant_fork_is_refused(llm, settings, message):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refused:
+        generate(llm, [PROMPT], [params(**settings)])
+    assert message in str(refused.value)
+    assert_nothing_left(llm)
+
+
+def test_a_grammar_is_refused(llm):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    with pytest.raises(ValueError, match="can't be had with structured_outputs"):
+        generate(llm, [PROMPT], [params(structured_outputs=StructuredOutputsParams(choice=["a", "b"]))])
+
+
+@pytest.mark.parametrize(
+    ("server", "arguments", "message"),
+    [
+        ({"forks": {"select": "best"}}, {}, "there is no chooser 'best'"),
+        ({"forks": {"branches": 2, "width": 6}}, {}, "trace.alternatives is 5"),
+    ],
+)
+def test_a_server_that_cant_fork_doesnt_start(tiny, server, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        engine(tiny, fresh=True, sampler="entropix", sampler_config=server, **arguments)
+
+
+def test_without_prefix_caching_forks_are_refused(tiny):
+    llm = engine(tiny, sampler="entropix", sampler_config={"forks": {"branches": 2}}, enable_prefix_caching=False)
+    with pytest.raises(ValueError, match="entropix_forks can't be had with prefix caching off"):
+        generate(llm, [PROMPT], [params()])
+    # Who doesn't ask isn't refused.
+    [output] = generate(llm, [PROMPT], [params(extra_args=None, max_tokens=4)])
+    assert len(tokens(output)) == 4

@@ -216,6 +216,39 @@ def test_traces_of_chats(client):
         assert numbers(streamed[index]) == numbers(trace_of(choice))
 
 
+FORKS = {"entropix_forks": 4, "entropix_fork_entropy": 0.3, "entropix_clarification": "off"}
+
+
+def test_answers_that_fork_and_clients_that_leave(client, url):
+    ask = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 60, "seed": 5}
+    forked = {**ask, "extra_body": {"vllm_xargs": FORKS}}
+    whole = client.completions.create(**forked)
+    [choice] = whole.choices
+    assert choice.text == "".join(chunk.choices[0].text for chunk in client.completions.create(**forked, stream=True))
+    # All at once, beside others.
+    plain = {**ask, "extra_body": {"vllm_xargs": {"entropix_clarification": "off"}}}
+    alone = client.completions.create(**plain).choices[0].text
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(client.completions.create, **(forked if number % 2 else plain)) for number in range(16)]
+        texts = [future.result().choices[0].text for future in futures]
+    assert texts[::2] == [alone] * 8
+    # Whoever leaves takes all branches along.
+    with client.completions.with_streaming_response.create(**{**forked, "max_tokens": 400}, stream=True):
+        time.sleep(0.5)
+        assert running(url) > 1
+    deadline = time.monotonic() + 10
+    while running(url) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running(url) == 0
+
+
+def running(url):
+    """Sequences that the engine runs."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return next(family.samples[0].value for family in families if family.name == "vllm:num_requests_running")
+
+
 def test_several_prompts_in_one_request(client):
     answer = client.completions.create(
         model="demo", prompt=["Once upon", "What is 2 + 3?"], max_tokens=5, n=2, seed=3, logprobs=1, extra_body=ASK

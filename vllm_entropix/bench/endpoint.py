@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_entropix.bench.study import REQUEST_PARAMETERS, ModelSettings, Value
+from vllm_entropix.bench.study import PLAIN, REQUEST_PARAMETERS, ModelSettings, Value
 from vllm_entropix.client import trace_of
 from vllm_entropix.records.schema import ChoiceTrace
 from vllm_entropix.samplers import registry
@@ -154,7 +154,7 @@ def _asked(sampler: str, traced: bool) -> dict[str, str]:
     asked = {"samplers": sampler}
     if _SCORES in registry.request_settings().names():
         asked[_SCORES] = "on"
-    elif sampler == registry.VLLM:
+    elif sampler == PLAIN:
         return {"entropix": "off"}
     return {**asked, **({"entropix_trace": "on"} if traced else {})}
 

@@ -23,6 +23,9 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 Value = float | int | str
 Phase = Literal["tuning", "test"]
 
+# The endpoint's own draw, which needs nothing of ours.
+PLAIN = "vllm"
+
 # What every OpenAI endpoint takes, and vLLM's: (smallest, largest, whole number).
 REQUEST_PARAMETERS: dict[str, tuple[float, float, bool]] = {
     "temperature": (0, 10, False),
@@ -153,9 +156,7 @@ class TaskSettings(Section):
 class SamplerSettings(Section):
     """One arm: a sampler, what is fixed of it, and the ranges of the rest."""
 
-    sampler: str = Field(
-        registry.VLLM, description="vllm, for the endpoint's own, or a sampler or chain of `vllm-entropix samplers`."
-    )
+    sampler: str = Field(PLAIN, description="vllm, for the endpoint's own, or a sampler or chain of `vllm-entropix samplers`.")
     fixed: dict[str, Value] = Field(default_factory=dict, description="Parameters of every configuration.")
     ranges: dict[str, Range] = Field(default_factory=dict, description="Parameters that are drawn for each configuration.")
     server: dict[str, Any] = Field(
@@ -171,7 +172,7 @@ class SamplerSettings(Section):
     @field_validator("sampler")
     @classmethod
     def _known(cls, value: str) -> str:
-        return registry.check(value, (registry.VLLM,))
+        return registry.check(value, (PLAIN,))
 
     @model_validator(mode="after")
     def _parameters_exist(self) -> Self:
@@ -197,7 +198,7 @@ class SamplerSettings(Section):
     @property
     def is_greedy(self) -> bool:
         """Are all draws of an item the same?"""
-        return self.sampler == registry.VLLM and self.fixed.get("temperature") == 0
+        return self.sampler == PLAIN and self.fixed.get("temperature") == 0
 
     def _check(self, key: str, name: str, value: Value) -> None:
         if name in REQUEST_PARAMETERS:
@@ -207,8 +208,8 @@ class SamplerSettings(Section):
                 raise ValueError(f"its {key}, which is {quoted(value)}, should be {kind} from {low:g} to {high:g}")
             return
         own = {*registry.request_settings().names(), *chained.request_names()}
-        if self.sampler == registry.VLLM or name not in own:
-            more = "" if self.sampler == registry.VLLM else ", and what `vllm-entropix samplers` lists for it"
+        if self.sampler == PLAIN or name not in own:
+            more = "" if self.sampler == PLAIN else ", and what `vllm-entropix samplers` lists for it"
             raise ValueError(f"its {key} is no parameter of {self.sampler}; there are {', '.join(REQUEST_PARAMETERS)}{more}")
         try:
             registry.parse_request({"samplers": self.sampler, name: value}, registry.load_server({}))
@@ -268,7 +269,7 @@ class Study(Section):
                         f"samplers.{arm_name}.server needs a server of its own, but models.{name} is an endpoint; "
                         "give it a path"
                     )
-                if not model.plugin and arm.sampler != registry.VLLM:
+                if not model.plugin and arm.sampler != PLAIN:
                     raise ValueError(
                         f"samplers.{arm_name} is {arm.sampler}, which models.{name} can't run with plugin = false; leave it out"
                     )
@@ -334,7 +335,7 @@ class Study(Section):
         """Are temperatures wanted of each token?"""
         if any(arm.mean_temperature_of == sampler for arm in self.samplers.values()):
             return True
-        return phase == "test" and self.samplers[sampler].sampler != registry.VLLM
+        return phase == "test" and self.samplers[sampler].sampler != PLAIN
 
     def draw_seed(self, task: str, item: str, draw: int) -> int:
         """The seed of a request: the same for all samplers, so that they meet the same luck where they can."""

@@ -153,10 +153,11 @@ class Batch:
     Args:
         requests: (chain or single sampler, its settings, temperature, top_p, top_k and min_p of the request).
         drafts: rows per sequence beyond the first, at most.
+        server: its sampler.
     """
 
-    def __init__(self, requests, drafts=0):
-        config = registry.server_settings().from_dict({"trace": {"alternatives": 0}})
+    def __init__(self, requests, drafts=0, server="entropix"):
+        config = registry.server_settings().from_dict({"sampler": server, "trace": {"alternatives": 0}})
         self.batch = BatchSampler(config, len(requests), None, "cpu", drafts, counted=True)
         self.drafts = drafts
         for number, (text, said, base) in enumerate(requests):

@@ -81,8 +81,8 @@ class Plan:
         forces: bool ``[rows]``: would the server's clarification be forced here? None: nowhere.
         attention: what was measured for the plan; None if nothing was.
         fields: the sampler's own fields of a record, ``[rows]`` each, by name.
-        log_probabilities: ``[rows, vocab]``, the distribution itself, where five numbers can't describe it; ``parameters`` are
-            then what a record tells. Nothing is forced in such rows.
+        write: overwrites rows of the logits ``[rows, vocab]``, those of a bool mask, with their log-probabilities, where five
+            numbers can't describe them; ``parameters`` are then what a record tells. Nothing is forced in such rows.
         after_draw: told the drawn tokens, int64 ``[rows]``, gives what they decide; None: nothing. Rows whose token isn't kept
             have any token of the vocabulary.
     """
@@ -92,5 +92,5 @@ class Plan:
     forces: Tensor | None = None
     attention: AttentionStatistics | None = None
     fields: Mapping[str, Tensor] = field(default_factory=dict)
-    log_probabilities: Tensor | None = None
+    write: Callable[[Tensor, Tensor], None] | None = None
     after_draw: Callable[[Tensor], Drawn] | None = None

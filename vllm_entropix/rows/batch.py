@@ -150,9 +150,9 @@ class BatchSampler:
         bounds = (int(of[rows.host_slots].max()) for of in (table.most_candidates, table.most_drawn))
         most_candidates, most_drawn = bounds
         parameters = decided.parameters
-        for whole, log_probabilities in decided.whole:
+        for whole, write in decided.whole:
             parameters = parameters.as_argmax(whole)  # no candidates are wanted there
-            logits.copy_(log_probabilities.to(logits.dtype).where(whole.unsqueeze(-1), logits))
+            write(logits, whole)
         for order, written in decided.written.items():
             draws = Draws(
                 parameters,
@@ -401,7 +401,7 @@ def _with_distributions(decided: Decisions, plans: list[tuple[Tensor, Plan]], sa
 
     ``number`` samplers are in the batch, with and without a plan of ``plans``.
     """
-    whole = [(mine & sampled, one.log_probabilities) for mine, one in plans if one.log_probabilities is not None]
+    whole = [(mine & sampled, one.write) for mine, one in plans if one.write is not None]
     after_draw = [(mine & sampled, one.after_draw) for mine, one in plans if one.after_draw is not None]
     written = decided.written if len(whole) < number else {}
     for mine, _ in whole:

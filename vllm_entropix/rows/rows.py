@@ -68,7 +68,7 @@ class Decisions:
         forced: int64 ``[rows]``, token forced here, or -1.
         written: bool ``[rows]``, the rows that a sampler of ours draws, by the order of their filters.
         records: float32 ``[rows, columns]``, slot and record; None if nothing is to be told.
-        whole: (bool ``[rows]``, log-probabilities ``[rows, vocab]``) of rows whose sampler makes the distribution itself.
+        whole: (bool ``[rows]``, what overwrites these of the logits) of rows whose sampler makes the distribution itself.
         after_draw: the drawn tokens → what they decide, of each sampler that asks.
     """
 
@@ -76,7 +76,7 @@ class Decisions:
     forced: Tensor
     written: Mapping[Fidelity, Tensor]
     records: Tensor | None
-    whole: Sequence[tuple[Tensor, Tensor]] = ()
+    whole: Sequence[tuple[Tensor, Callable[[Tensor, Tensor], None]]] = ()
     after_draw: Sequence[tuple[Tensor, Callable[[Tensor], Drawn]]] = ()
 
 

@@ -15,7 +15,8 @@ from vllm_entropix.distribution.plan import Drawn, Parameters, Plan
 from vllm_entropix.records.fields import Field
 from vllm_entropix.records.line import SamplerPart
 from vllm_entropix.samplers import chain
-from vllm_entropix.samplers.base import RowView, Sampler
+from vllm_entropix.samplers.base import RowView, Sampler, Sequences
+from vllm_entropix.samplers.chained_kernel import KernelPart
 from vllm_entropix.samplers.numbered import Numbered
 from vllm_entropix.samplers.request import GREEDY_BELOW, RequestSettings
 from vllm_entropix.samplers.stage import Stage, StageRows, StatefulStage
@@ -186,8 +187,22 @@ class _Part:
     found: chain.Outcome
     greedy: Tensor | None
 
-    def log_probabilities(self) -> Tensor:
-        """``[rows, vocab]``."""
+    @property
+    def follows(self) -> bool:
+        """Does it keep a number of what is drawn?"""
+        return bool(self.found.states)
+
+    def write(self, logits: Tensor, chosen: Tensor) -> None:
+        """Overwrite those of its rows that are ``chosen``, bool ``[rows]``, of all logits."""
+        log_probabilities = self._log_probabilities().to(logits.dtype)
+        if self.index is None:
+            chosen = chosen if self.mine is None else chosen & self.mine
+            logits.copy_(log_probabilities.where(chosen.unsqueeze(-1), logits))
+        else:
+            mine = chosen[self.index].unsqueeze(-1)
+            logits[self.index] = log_probabilities.where(mine, logits[self.index])
+
+    def _log_probabilities(self) -> Tensor:
         from vllm_entropix.distribution.survivors import most_probable
 
         probabilities = self.found.probabilities
@@ -231,6 +246,8 @@ class Chained(Sampler):
         self._chains: Numbered[tuple[tuple[str, ...], _Breakers | None], tuple[Stage, ...]] = Numbered()
         text = server.sampler if is_chain(server.sampler) else NAME
         self.default = read(text, {}, server)
+        # The kernel is compiled when an engine starts, if its sampler is a chain, and not while requests wait.
+        self._warmed_up = is_chain(server.sampler)
         # Rows without a sequence have it, too.
         self._chains.hold(self._number_of(self.default))
 
@@ -282,29 +299,33 @@ class Chained(Sampler):
     def plan(self, rows: RowView) -> Plan:
         """Each chain that is in the batch, on its rows."""
         import numpy as np
-        import torch
 
         sequences = rows.sequences
         assert sequences is not None, "an engine says what it knows of the sequences"
         present = np.unique(sequences.host_numbers(NAME)).astype(int).tolist()
         number = rows.settings[NAME]
-        parts = []
+        parts: list[_Part | KernelPart] = []
         for one in present:
             mine, index = rows.mine, None
             if mine is not None or len(present) > 1:
                 mine = number == one if mine is None else mine & (number == one)
+            if self._warmed_up and rows.backend.name == "numba" and KernelPart.runs(self._chains[one], sequences.host_numbers):
+                parts.append(KernelPart(self._chains[one], rows, mine, _text(self._chains[one], sequences)))
+                continue
+            if mine is not None and rows.backend.asks_device:
                 # It pays to work on its rows alone, where asking for their indices costs nothing.
-                index = mine.nonzero().flatten() if rows.backend.asks_device else None
+                index = mine.nonzero().flatten()
             parts.append(self._part(self._chains[one], rows, mine, index))
-        written = (
-            rows.logits.new_full(rows.logits.shape, -torch.inf) if rows.mine is not None or len(parts) > 1 else rows.logits
-        )
         parameters = rows.base
         for part in parts:
-            written = part.spread(part.log_probabilities(), written)
             told = _told(rows.base, [stage.name for stage in part.stages])
             parameters = told if part.mine is None else told.where(part.mine, parameters)
-        return Plan(parameters, log_probabilities=written, after_draw=_after_draw(parts))
+
+        def write(logits: Tensor, chosen: Tensor) -> None:
+            for part in parts:
+                part.write(logits, chosen)
+
+        return Plan(parameters, write=write, after_draw=_after_draw(parts))
 
     def _part(self, stages: tuple[Stage, ...], rows: RowView, mine: Tensor | None, index: Tensor | None) -> _Part:
         sequences = rows.sequences
@@ -316,9 +337,8 @@ class Chained(Sampler):
         settings, logits = rows.settings, of(rows.logits)
         read = {"temperature"}.union(*(stage.Settings.model_fields for stage in stages)) & _numeric().keys()
         numbers = {name: of(settings[name]).unsqueeze(-1) for name in sorted(read)}
-        tokens = None
-        if sequences.text is not None and any(stage.needs_tokens for stage in stages):
-            tokens = of(sequences.text(_window(stages, sequences.host_numbers)))
+        tokens = _text(stages, sequences)
+        tokens = None if tokens is None else of(tokens)
         states = None
         if followed := [stage.name for stage in stages if isinstance(stage, StatefulStage)]:
             states = {name: of(sequences.state()).unsqueeze(-1) for name in followed}
@@ -336,6 +356,13 @@ def _token_ids(breakers: Iterable[Any]) -> _Breakers:
     """Breakers as token ids, which those of a request are. A text is a default that nobody's chain has needed yet."""
     ids = [one for one in breakers if not isinstance(one, str)]
     return tuple((one,) if isinstance(one, int) else tuple(one) for one in ids)
+
+
+def _text(stages: Sequence[Stage], sequences: Sequences) -> Tensor | None:
+    """The tokens that any row's stages look at; None: they look at none."""
+    if sequences.text is None or not any(stage.needs_tokens for stage in stages):
+        return None
+    return sequences.text(_window(stages, sequences.host_numbers))
 
 
 def _window(stages: Sequence[Stage], host_numbers: Callable[[str], np.ndarray]) -> int | None:
@@ -388,9 +415,9 @@ def _told(base: Parameters, names: Sequence[str]) -> Parameters:
     )
 
 
-def _after_draw(parts: Sequence[_Part]) -> Callable[[Tensor], Drawn] | None:
+def _after_draw(parts: Sequence[_Part | KernelPart]) -> Callable[[Tensor], Drawn] | None:
     """What the drawn tokens decide in all parts; None if they decide nothing."""
-    followed = any(part.found.states for part in parts)
+    followed = any(part.follows for part in parts)
     fields = {field.name for part in parts for stage in part.stages for field in stage.fields}
     if not followed and not fields:
         return None

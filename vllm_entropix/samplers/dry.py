@@ -95,31 +95,40 @@ class Dry(Stage):
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """By each row's own tokens."""
+        penalised = self.penalties(rows, logits.shape[-1], logits.dtype)
+        if penalised is None:
+            return logits
+        places, penalties = penalised
+        # Of a token that followed several repetitions the longest counts.
+        return logits.scatter_reduce(-1, places, logits.gather(-1, places) - penalties, "amin")
+
+    def penalties(self, rows: StageRows, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Tokens, int64 ``[rows, any]``, and what is taken off their logits, 0 for nothing; None if there is no text.
+
+        A token may come several times, and its greatest penalty counts.
+        """
         import torch
 
         from vllm_entropix.distribution.history import Breakers, repetitions, since_breaker, window
 
-        multiplier, base, allowed = rows["dry_multiplier"], rows["dry_base"], rows["dry_allowed_length"]
         if rows.tokens is None or rows.tokens.shape[-1] < 2:
-            return logits
+            return None
+        multiplier, base, allowed = rows["dry_multiplier"], rows["dry_base"], rows["dry_allowed_length"]
         tokens = window(rows.tokens, rows["dry_penalty_last_n"])
-        breakers = self._breakers_on.get(logits.device)
+        device = tokens.device
+        breakers = self._breakers_on.get(device)
         if breakers is None:
-            breakers = self._breakers_on[logits.device] = Breakers.on(self.breakers, logits.device)
+            breakers = self._breakers_on[device] = Breakers.on(self.breakers, device)
         exponents = (_LARGEST / base.log()).floor().where(base > 1.000001, torch.inf)
         # Longer ones are penalised like this length, where the power would overflow.
-        enough = (allowed + exponents).minimum(since_breaker(tokens, breakers).to(logits.dtype))
+        enough = (allowed + exponents).minimum(since_breaker(tokens, breakers).to(dtype))
         ends, follows = tokens[:, :-1], tokens[:, 1:]
-        length = repetitions(tokens, enough).to(logits.dtype)
-        penalty = multiplier * base.pow((length - allowed).clamp_min(0.0))
+        length = repetitions(tokens, enough).to(dtype)
         # Finite: where every candidate is penalised, one of them is drawn.
-        penalty = penalty.clamp_max(torch.finfo(logits.dtype).max / 2)
+        penalty = (multiplier * base.pow((length - allowed).clamp_min(0.0))).clamp_max(torch.finfo(dtype).max / 2)
         penalised = (ends >= 0) & (length >= allowed) & (multiplier > 0) & (base >= 1)
-        penalised &= (follows < logits.shape[-1]) & ~torch.isin(follows, breakers.alone)
-        places = follows.where(penalised, 0)
-        lowered = logits.gather(-1, places) - penalty.where(penalised, 0.0)
-        # Of a token that followed several repetitions the longest counts.
-        return logits.scatter_reduce(-1, places, lowered, "amin")
+        penalised &= (follows < vocabulary) & ~torch.isin(follows, breakers.alone)
+        return follows.where(penalised, 0), penalty.where(penalised, 0.0)
 
     def told(self, before: Tensor, after: Sequence[Branch], rows: StageRows, drawn: Tensor) -> Mapping[str, Tensor]:
         """Of a token that was masked before, none."""

@@ -1,0 +1,70 @@
+"""The CPU's kernel for chains against the stages that PyTorch runs one after the other."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.samplers.test_chain import parameters_of, random_rows, random_settings
+from tests.samplers.test_chained import Batch, base_of, request_of
+from vllm_entropix.kernels.numba_.chain import STAGES
+from vllm_entropix.samplers import Chain
+from vllm_entropix.samplers.chained_kernel import KernelPart
+
+
+@pytest.fixture(autouse=True)
+def by_kernel(monkeypatch):
+    """Calls of the kernel."""
+    calls, write = [], KernelPart.write
+    monkeypatch.setattr(KernelPart, "write", lambda *arguments: (calls.append(1), write(*arguments))[1])
+    return calls
+
+
+def random_known_chain(rng):
+    found = rng.permutation(STAGES)[: rng.integers(0, len(STAGES) + 1)].tolist()
+    # What stands alone may be a sampler that plans by itself.
+    return found if len(found) != 1 else [*found, "dry"] if found != ["dry"] else found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rows_of_random_chains(seed, by_kernel):
+    rng = np.random.default_rng(seed)
+    vocabulary = int(rng.choice([5, 30, 140, 3000]))
+    chains = [random_known_chain(rng) for _ in range(3)]
+    values = [random_settings(rng) for _ in chains]
+    batch = Batch(
+        [(*request_of(*one), base_of(one[1], vocabulary)) for one in zip(chains, values, strict=True)], server="dry;min_p"
+    )
+    texts = [rng.integers(0, min(6, vocabulary), size=rng.integers(1, 14)).tolist() for _ in chains]
+    logits = torch.tensor(random_rows(rng, len(texts), vocabulary), dtype=torch.float32)
+    found = batch.distributions(logits, [[text] for text in texts])
+    assert by_kernel
+    drawn = [int(rng.choice(vocabulary, p=(row / row.sum()).numpy())) for row in found]
+    told = batch.drawn(drawn)
+    for row, (names, said, text) in enumerate(zip(chains, values, texts, strict=True)):
+        chain = Chain.parse(names, parameters_of(names, said) if names else {})
+        run = chain.begin()
+        expected = run.distribution(logits[[row]], [text])[0].double()
+        if said.get("temperature") == 0:
+            expected = torch.nn.functional.one_hot(expected.argmax(), vocabulary).double()
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-6, msg=f"{names} {said}")
+        assert torch.isnan(told["dry_penalty"][row]) == ("dry" not in names)
+        assert torch.isnan(told["xtc_share"][row]) == ("xtc" not in names)
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_of_a_wide_vocabulary(name, seed, by_kernel):
+    """Of which the borders are found by bins, ties among them."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=(2, 50000)) * rng.choice([0.1, 2, 6])).float()
+    logits[1] = (logits[1] * 2).round() / 2
+    said = {**random_settings(rng), "top_p": 0.9, "typ_p": 0.8, "min_p": 0.02, "top_k": 700, "temperature": 0.7}
+    said |= {"top_n_sigma": 1.5, "dynatemp_range": 0.4, "xtc_threshold": 1e-5, "xtc_probability": 0.5}
+    names = [name, "temperature"] if name in ("min_p", "top_n_sigma") else [name]
+    batch = Batch([(*request_of(names, said), base_of(said, 50000))] * 2, server="dry;min_p")
+    text = rng.integers(0, 50, size=60).tolist()
+    found = batch.distributions(logits, [[text]] * 2)
+    assert by_kernel
+    chain = Chain.parse(names, parameters_of(names, said)).begin(2)
+    expected = chain.distribution(logits, [text] * 2).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)

@@ -130,7 +130,8 @@ def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None =
     from vllm_entropix.rows.rows import Rows
     from vllm_entropix.samplers import registry
 
-    config = registry.load_server({"trace": {"alternatives": 0}})
+    server = {} if asked is None else {"sampler": asked.chain}
+    config = registry.load_server({**server, "trace": {"alternatives": 0}})
     generator = torch.Generator().manual_seed(0)
     # Rows of every kind: flat to peaked, as a serving batch has them.
     logits = torch.randn(rows, vocabulary, generator=generator) * torch.linspace(0.5, 6.0, rows).unsqueeze(-1)

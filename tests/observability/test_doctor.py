@@ -40,7 +40,7 @@ def test_here_all_is_well():
     for patch in patches.PATCHES:
         assert patch.name in told
     for words in (
-        "typ_p, xtc; PyTorch runs them",
+        "typ_p, xtc; a kernel runs those of temperature",
         "vllm-entropix",
         "model runner",
         "attention backend",

@@ -6,7 +6,7 @@ import torch
 
 from tests.samplers.test_chain import parameters_of, random_rows, random_settings
 from tests.samplers.test_chained import Batch, base_of, request_of
-from vllm_entropix.kernels.numba_.chain import STAGES
+from vllm_entropix.kernels.chains import STAGES
 from vllm_entropix.samplers import Chain
 from vllm_entropix.samplers.chained_kernel import KernelPart
 

@@ -26,6 +26,7 @@ from vllm_entropix._version import __version__
 from vllm_entropix.cli import repairs
 from vllm_entropix.engine.switch import DISABLE, disabled
 from vllm_entropix.engine.versions import SUPPORTED
+from vllm_entropix.kernels import chains
 from vllm_entropix.samplers import chain, registry
 from vllm_entropix.settings.errors import ConfigError
 
@@ -263,7 +264,9 @@ def plugin() -> Iterator[Check]:
 def samplers() -> Iterator[Check]:
     """Which samplers are there, and which were refused?"""
     yield Check("samplers", "ok", ", ".join(registry.names()))
-    yield Check("samplers of chains", "ok", f"{', '.join(chain.names())}; PyTorch runs them")
+    known = ", ".join(chains.STAGES)
+    told = f"a kernel runs those of {known} on a CPU where the server's sampler is a chain, and PyTorch all others"
+    yield Check("samplers of chains", "ok", f"{', '.join(chain.names())}; {told}")
     for name, reason in registry.registry().refused.items():
         yield Check(name, "note", reason, "mend or uninstall its package, if you want to use it")
 

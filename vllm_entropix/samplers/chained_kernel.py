@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_entropix.distribution.plan import Drawn
+from vllm_entropix.kernels.chains import NUMBERS, STAGES
 from vllm_entropix.samplers.request import GREEDY_BELOW
 from vllm_entropix.samplers.stage import Stage, StageRows
 
@@ -36,8 +37,6 @@ class KernelPart:
     def __init__(self, stages: Sequence[Stage], rows: RowView, mine: Tensor | None, tokens: Tensor | None) -> None:
         import torch
 
-        from vllm_entropix.kernels.numba_.chain import NUMBERS, STAGES
-
         self.stages, self.mine = stages, mine
         count, vocabulary = rows.logits.shape
         settings = rows.settings
@@ -57,8 +56,6 @@ class KernelPart:
     @staticmethod
     def runs(stages: Sequence[Stage], host_numbers: Callable[[str], np.ndarray]) -> bool:
         """Does the kernel know these stages, but for those that change nothing in any row?"""
-        from vllm_entropix.kernels.numba_.chain import STAGES
-
         return all(stage.name in STAGES or _changes_nothing(stage, host_numbers) for stage in stages)
 
     def write(self, logits: Tensor, chosen: Tensor) -> None:

@@ -9,18 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from vllm_entropix.kernels.chains import NUMBERS, STAGES
 from vllm_entropix.kernels.numba_.compiled import compiled
 from vllm_entropix.kernels.numba_.distribute import largest_beside_nan, largest_tokens
 from vllm_entropix.kernels.numba_.elementary import exponential, largest
 
-# Stages, as the kernel is told of them.
-STAGES = ("temperature", "dynatemp", "top_k", "top_p", "min_p", "top_n_sigma", "typ_p", "xtc", "dry")
 _TEMPERATURE, _DYNATEMP, _TOP_K, _TOP_P, _MIN_P, _TOP_N_SIGMA, _TYP_P, _XTC, _DRY = range(len(STAGES))
-# Columns of a row's numbers.
-NUMBERS = (
-    *("temperature", "dynatemp_range", "dynatemp_exponent", "top_k", "top_p"),
-    *("min_p", "top_n_sigma", "typ_p", "xtc_probability", "xtc_threshold"),
-)
 _T, _RANGE, _EXPONENT, _K, _P, _MIN, _SIGMAS, _TYPICAL, _PI, _THRESHOLD = range(len(NUMBERS))
 # Of sums and ratios, as of float32: see ``distribution.survivors``.
 _SLACK = 16 * float(np.finfo(np.float32).eps)

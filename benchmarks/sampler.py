@@ -205,10 +205,9 @@ def measure(rows: int, vocabulary: int, repeats: int, device: torch.device, aske
     }
 
 
-# Values that switch samplers on which llama.cpp leaves off, and the request's own fields as llama.cpp has them.
-ON = {
-    "dry_multiplier": 0.8,
-    "xtc_probability": 0.5,
+# What is on in any chain, and what else where each sampler is measured alone; llama.cpp leaves all of it off.
+ON = {"dry_multiplier": 0.8, "dry_sequence_breakers": [0], "xtc_probability": 0.5}
+ALONE = {
     "top_n_sigma": 1.5,
     "typ_p": 0.9,
     "dynatemp_range": 0.3,
@@ -221,8 +220,8 @@ ON = {
     "tfs_z": 0.9,
     "top_h": 0.4,
     "adaptive_target": 0.5,
-    "dry_sequence_breakers": [0],
 }
+# The request's own fields, as llama.cpp has them.
 BASE = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05}
 
 
@@ -238,7 +237,8 @@ def chains(options: argparse.Namespace) -> list[Asked | None]:
         # What plans by itself is a chain with a name beside it.
         text = f"{text};temperature" if options.chain == "all" and text in ("min_p", "top_n_sigma", "entropix") else text
         known = {key for one in names_of(text) for key in stages()[one].Settings.model_fields}
-        on = {key: value for key, value in ON.items() if key in known}
+        wanted = ON | ALONE if options.chain == "all" else ON
+        on = {key: value for key, value in wanted.items() if key in known}
         found.append(Asked(text, on | options.settings, BASE, options.text))
     return found
 

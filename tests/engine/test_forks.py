@@ -73,6 +73,7 @@ def assert_nothing_left(llm):
     assert not processor.external_req_ids
 
 
+@pytest.mark.both_runners
 def test_width_one_everywhere_changes_nothing(llm):
     settings = [{"seed": 3}, {"seed": None, "temperature": 0}, {"seed": 4, "stop": ["a"], "ignore_eos": False}]
     narrow = {"entropix_forks": 8, "entropix_fork_width": 1, "entropix_fork_entropy": 0}
@@ -88,6 +89,7 @@ def test_width_one_everywhere_changes_nothing(llm):
         assert output.finished
 
 
+@pytest.mark.both_runners
 def test_a_branch_is_what_a_request_of_its_own_is(llm, branches):
     [output] = generate(llm, [PROMPT], [params()])
     [(states, tree)] = branches
@@ -154,6 +156,7 @@ def test_the_branches_of_five_tokens_are_all_answers(tiny, monkeypatch):
     assert_nothing_left(llm)
 
 
+@pytest.mark.both_runners
 def test_a_horizon_prunes_and_a_trace_is_of_the_answer(llm, branches):
     asked = {**FORKS, "entropix_fork_horizon": 3, "entropix_trace": "on"}
     [output] = generate(llm, [PROMPT], [params(extra_args=asked)])
@@ -187,6 +190,7 @@ def test_a_server_may_let_all_fork_that_can(tiny):
     assert_nothing_left(llm)
 
 
+@pytest.mark.both_runners
 def test_an_abort_ends_all_branches(llm):
     running = llm.llm_engine
     for by_name in (True, False):
@@ -212,6 +216,7 @@ def test_a_stop_string_that_a_branch_shares_in_part(llm, branches):
     assert states[same.id].detokenizer.output_text == decode(branch.token_ids[: branch.position - 1])
 
 
+@pytest.mark.both_runners
 def test_a_branch_may_begin_with_the_end(llm, branches):
     # The alternative is a stop token: the branch ends as it begins, and the one that forked goes on.
     settings = {"temperature": 0, "max_tokens": 6}

@@ -68,5 +68,5 @@ class Watch:
                 self._lost,
                 ": the thresholds may not suit this model, see docs/choosing-thresholds.md"
                 if self._lost == 0
-                else "; requests, grammars and the clarification's rule can keep it out",
+                else "; requests, grammars and the clarification's rule, place and end_below can keep it out",
             )

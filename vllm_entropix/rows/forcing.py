@@ -6,9 +6,11 @@ next position, and not before.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +40,22 @@ class ForcingRules(Protocol):
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where a clarification may begin, and what ends a text.
+
+    Attributes:
+        after: bool ``[vocab]``, tokens after which it may; None: after any.
+        ends: ids of the tokens that end a text.
+    """
+
+    after: np.ndarray | None = None
+    ends: tuple[int, ...] = ()
+
+
+ANYWHERE = Places()
+
+
+@dataclass(frozen=True)
 class ForcedRows:
     """What is forced at each row.
 
@@ -62,6 +80,7 @@ class Clarification:
         slots: sequences to keep state for; slot 0 is scratch and belongs to none.
         draft_tokens: drafts that may be verified in one step (0 without speculative decoding).
         device: where the state lives.
+        places: where it may begin.
     """
 
     def __init__(
@@ -71,12 +90,18 @@ class Clarification:
         slots: int,
         draft_tokens: int = 0,
         device: torch.device | str = "cpu",
+        places: Places = ANYWHERE,
     ) -> None:
         self.length = len(token_ids)
         self.token_ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
         self.rule = config.clarification_rule
         self.cooldown = config.clarification.cooldown
         self.max_per_request = config.clarification.max_per_request
+        self.after = None if places.after is None else torch.from_numpy(places.after).to(device)
+        # A bound of 1 is none, though rounding may make a probability 1.
+        bound = config.clarification.end_below
+        self.end_below = math.log(bound) if bound < 1 and places.ends else math.inf
+        self.ends = torch.tensor(places.ends, dtype=torch.int64, device=device)
         self.state = PositionRing(INITIAL, torch.int32, slots, draft_tokens, device)
 
     def force(
@@ -122,6 +147,7 @@ class Clarification:
             eligible = (positions - last >= self.cooldown) & (count < self.max_per_request)
         else:
             eligible = ~(is_last if self.rule == "last-token" else seen)
+        eligible = eligible & self._may_begin(logits, fed, log_normaliser)
         pending = torch.where(asks & may & eligible & (pending < 0), 0, pending)
 
         token_ids = self.token_ids[pending.clamp_min(0)]
@@ -130,3 +156,12 @@ class Clarification:
         record = torch.stack((pending, forced, count, last, seen), dim=-1)
         self.state.write(slots, positions, record, valid)
         return ForcedRows(torch.where(forced, token_ids, -1))
+
+    def _may_begin(self, logits: Tensor, fed: Tensor, log_normaliser: Tensor) -> Tensor:
+        """bool ``[rows]``: is this a place where a clarification may begin?"""
+        begins = torch.ones_like(fed, dtype=torch.bool)
+        if self.after is not None:
+            begins = self.after[fed.clamp(0, len(self.after) - 1)]
+        if self.end_below < math.inf:
+            begins = begins & (logits[:, self.ends].amax(dim=-1) - log_normaliser < self.end_below)
+        return begins

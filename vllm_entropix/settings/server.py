@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vllm_entropix.settings.rules import AttentionVarentropy, BaseSource, ClarificationRule
+from vllm_entropix.settings.rules import AttentionVarentropy, BaseSource, ClarificationRule, Place
 from vllm_entropix.settings.section import Section, TokenId, refuse_truth_value, setting
 
 MAX_CLARIFICATION_TOKENS = 64
@@ -62,6 +62,18 @@ class Clarification(Section):
         le=1_000_000,
         description="Tokens that must follow an insertion before the next.",
         json_schema_extra={"unit": "tokens"},
+    )
+    place: Place = Field(
+        "anywhere",
+        description="Where it may begin: `anywhere`, only between `lines`, or only between `sentences` or lines.",
+        json_schema_extra={"unit": ""},
+    )
+    end_below: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Insert it only where the text's end is less probable as the next token; 1: wherever.",
+        json_schema_extra={"unit": "probability"},
     )
     max_per_request: int = Field(
         4, ge=0, le=1_000_000, description="Insertions per request at most.", json_schema_extra={"unit": "insertions"}
@@ -170,6 +182,14 @@ class Trace(Section):
         return value
 
 
+class Scores(Section):
+    """Scores of whole answers."""
+
+    default: bool = Field(
+        False, description="Score every answer whose request doesn't say otherwise.", json_schema_extra={"unit": ""}
+    )
+
+
 class Forks(Section):
     """Answers that fork at uncertain tokens: alternatives are followed side by side, and the best branch is the answer."""
 
@@ -260,6 +280,11 @@ class ServerSettings(Section):
         description="Sampler of requests that name none: `vllm-entropix samplers` lists them.",
         json_schema_extra={"unit": ""},
     )
+    signals: bool = Field(
+        False,
+        description="With the sampler `vllm`: measure what vLLM draws, for traces and scores; all others are measured anyway.",
+        json_schema_extra={"unit": ""},
+    )
     prometheus: bool = Field(
         True, description="Count tokens, regimes and entropies for vLLM's /metrics.", json_schema_extra={"unit": ""}
     )
@@ -267,6 +292,7 @@ class ServerSettings(Section):
     clarification: Clarification = Field(default_factory=lambda: Clarification())
     attention: Attention = Field(default_factory=lambda: Attention())
     trace: Trace = Field(default_factory=lambda: Trace())
+    scores: Scores = Field(default_factory=lambda: Scores())
     forks: Forks = Field(default_factory=lambda: Forks())
 
 

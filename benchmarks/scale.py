@@ -180,6 +180,8 @@ EXAMPLE: dict[str, Any] = {
     "attention_varentropy": 0.5678880630493164,
     "agreement": 0.001234567880630493,
     "interaction_strength": 3.456788063049316,
+    "logprob": -1.3456788063049316,
+    "margin": 0.2345678806304932,
     "temperature": 0.7345678806304932,
     "top_p": 0.9345678806304932,
     "top_k": 27,

@@ -7,13 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.odd_values import HUGE, LARGE, anything
+from vllm_entropix.records.scores import Abstention
 from vllm_entropix.samplers import chain
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
-from vllm_entropix.samplers.registry import parse_request, request_settings
+from vllm_entropix.samplers.registry import parse_request, request_settings, sampler_of
 from vllm_entropix.settings.errors import ConfigError
 
 KEYS = [str(field.alias) for field in request_settings().model_fields.values()]
 
+ABSTAINS = {"entropix_abstain_score": "entropy_mean", "entropix_abstain_above": 1.2}
 OWN = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125}
 
 
@@ -88,6 +90,18 @@ def test_nothing_given_is_nothing_said():
         ({"entropix_trace": [1]}, ["entropix_trace is [1]"]),
         ({"entropix": None}, ["entropix is None"]),
         ({"entropix_base": "server"}, ["entropix_base is 'server'", "preset", "request"]),
+        ({"entropix_abstain_score": "entropy"}, ["entropix_abstain_score is 'entropy'", "such as entropy_mean"]),
+        ({"entropix_abstain_score": ["entropy_mean"]}, ["entropix_abstain_score is ['entropy_mean']", "such as entropy_mean"]),
+        (
+            {"entropix_abstain_score": "perplexity"},
+            ["entropix_abstain_score is 'perplexity' without a bound", "_above or _below"],
+        ),
+        ({"entropix_abstain_above": 1}, ["entropix_abstain_above is given without entropix_abstain_score"]),
+        ({"entropix_abstain_below": 1}, ["entropix_abstain_below is given without entropix_abstain_score"]),
+        ({**ABSTAINS, "entropix_abstain_above": True}, ["entropix_abstain_above is True", "number"]),
+        ({**ABSTAINS, "entropix_abstain_above": math.inf}, ["entropix_abstain_above is inf", "finite"]),
+        ({**ABSTAINS, "entropix_abstain_above": "nan"}, ["entropix_abstain_above is 'nan'", "finite"]),
+        ({**ABSTAINS, "entropix_scores": "off"}, ["entropix_abstain_score is given, but entropix_scores is off"]),
     ],
     ids=lambda value: str(type(value)) if isinstance(value, dict) else "",
 )
@@ -137,3 +151,21 @@ def test_where_base_parameters_come_from():
     # The server says where they come from, whichever preset a request names; one that it gives itself comes first.
     assert base_of({"entropix_preset": "torch-2024-10"}, **by_request) == own
     assert base_of({"entropix_temperature": 2}, **by_request) == [2, *own[1:]]
+
+
+def test_which_answers_are_scored_and_by_what_they_abstain():
+    for said_so, by_default in (({}, False), ({}, True), ({"entropix_scores": "on"}, False), ({"entropix_scores": 0}, True)):
+        said = parse_request(said_so)
+        assert said.is_scored(by_default) == (by_default if not said_so else said_so == {"entropix_scores": "on"})
+        assert said.abstention is None
+    said = parse_request({**ABSTAINS, "entropix_abstain_below": "-1"})
+    assert said.is_scored(False), "whoever is to abstain is scored"
+    assert said.abstention == Abstention("entropy_mean", 1.2, -1.0)
+
+
+def test_a_request_may_leave_its_draw_to_vllm():
+    assert sampler_of(parse_request({"samplers": "vllm"}, EntropixConfig()), EntropixConfig()) == "vllm"
+    with pytest.raises(
+        ConfigError, match="entropix_temperature is a setting of the sampler entropix, but this request's is vllm"
+    ):
+        parse_request({"samplers": "vllm", "entropix_temperature": 1}, EntropixConfig())

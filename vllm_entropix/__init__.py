@@ -9,11 +9,21 @@ from vllm_entropix._version import __version__
 from vllm_entropix.engine.plugin import register as _register
 
 if TYPE_CHECKING:
+    from vllm_entropix.records.scores import AnswerScores, scores
     from vllm_entropix.records.trace import TokenRecord, TokenTrace, traces
     from vllm_entropix.samplers.entropix.settings import EntropixConfig
     from vllm_entropix.settings.errors import ConfigError
 
-__all__ = ["ConfigError", "EntropixConfig", "TokenRecord", "TokenTrace", "__version__", "traces"]
+__all__ = [
+    "AnswerScores",
+    "ConfigError",
+    "EntropixConfig",
+    "TokenRecord",
+    "TokenTrace",
+    "__version__",
+    "scores",
+    "traces",
+]
 
 # So that `LLM(model, sampler="entropix")` works after this import; patches wait until vLLM is imported.
 _register()
@@ -32,4 +42,8 @@ def __getattr__(name: str) -> Any:
         registry.known()
 
         return getattr(trace, name)
+    if name in ("AnswerScores", "scores"):
+        from vllm_entropix.records import scores
+
+        return getattr(scores, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,13 +18,15 @@ from vllm_entropix.samplers import registry
 # What samplers add to records is read here, too.
 registry.known()
 
-__all__ = ["ASK", "ChoiceTrace", "StreamTraces", "TokenEntry", "trace_of"]
+__all__ = ["ASK", "ASK_SCORES", "ChoiceTrace", "StreamTraces", "TokenEntry", "trace_of"]
 
 FIELD = "entropix"
 # litellm keeps fields that it doesn't know in this one, unless it streams.
 _OF_LITELLM = "provider_specific_fields"
 # What a request adds to its body to get its trace: `extra_body=ASK` with the clients of openai, anthropic and litellm.
 ASK: dict[str, Any] = {"vllm_xargs": {"entropix_trace": 1}}
+# The same for the scores of the answer, which are ``trace_of(choice).scores``.
+ASK_SCORES: dict[str, Any] = {"vllm_xargs": {"entropix_scores": 1}}
 
 
 def trace_of(answer: Any) -> ChoiceTrace | None:
@@ -80,6 +82,7 @@ class StreamTraces:
             known = self._traces[index]
             known.tokens.extend(part.tokens)
             known.not_kept, known.bound = part.not_kept, part.bound
+            known.scores = part.scores or known.scores
 
     def __getitem__(self, index: int) -> ChoiceTrace:
         """The trace so far of a choice; of endpoints without choices, 0 is the answer's."""

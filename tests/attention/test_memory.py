@@ -12,6 +12,7 @@ from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import AttentionObserver, observer
 from vllm_entropix.kernels.ranks import RankGroup
 from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
+from vllm_entropix.rows.undrawn import room
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 MEBIBYTE = 2**20
@@ -84,6 +85,11 @@ def test_buffers_of_rows_without_a_top_k():
     kept = wide_filters.buffers(ROWS, VOCABULARY, "meta")
     size = sum(one.numel() * one.itemsize for one in kept)
     assert documented("more of them for rows of a greater `top_k` or none") == pytest.approx(size / MEBIBYTE, abs=0.05)
+
+
+def test_copied_logits_in_the_table():
+    copied = room(ROWS, VOCABULARY, "meta")
+    assert documented("copied logits") == pytest.approx(copied.nbytes / MEBIBYTE, abs=0.05)
 
 
 def test_buffers_of_logits():

@@ -20,7 +20,7 @@ from tests.support.runners import is_v2
 from tests.support.server import environment, run_vllm
 from vllm_entropix import ConfigError
 from vllm_entropix.engine.arguments import FromCommandLine, merge_keywords
-from vllm_entropix.samplers.registry import names
+from vllm_entropix.samplers.registry import load_server, names
 
 ON_V2 = is_v2()
 SETTINGS = {"preset": "torch-2024-10", "base": {"top_k": 5}}
@@ -92,6 +92,28 @@ def test_any_sampler_by_name(parser, capsys):
         ("", ""),
     ):
         assert additional(parser, "--sampler", given) == {"entropix": {"sampler": sampler}}
+
+
+def test_vllms_own_draw_with_signals(parser, capsys):
+    observed = {"entropix": {"signals": True, "sampler": "vllm"}}
+    on = ["--sampler-config.signals", "true"]
+    for given in (["--sampler", "vllm", *on], [*on, "--sampler", "vllm"], ["--sampler", "entropix", "--sampler", "vllm", *on]):
+        assert additional(parser, *given) == observed
+    # What is switched off with the other sampler doesn't come back; what is said beside the signals holds.
+    other = json.dumps({"entropix": {"base": {"top_k": 5}}})
+    assert additional(parser, "--additional-config", other, "--sampler", "vllm", *on) == observed
+    scored = additional(parser, "--sampler", "vllm", *on, "--sampler-config.scores.default", "true")
+    assert scored == {"entropix": {"signals": True, "scores": {"default": True}, "sampler": "vllm"}}
+    # A file that asks for entropix is overruled with its settings.
+    for off in (["--sampler-config.signals", "false"], ["--sampler-config", "jax-2024-10"]):
+        with pytest.raises(SystemExit):
+            additional(parser, "--sampler", "vllm", *off)
+        assert "--sampler vllm, which has no settings unless signals is true" in capsys.readouterr().err
+    keywords = merge_keywords({"sampler": "vllm", "sampler_config": {"signals": True}})
+    assert keywords["additional_config"] == observed
+    assert load_server(observed["entropix"]).sampler == "vllm"
+    with pytest.raises(ConfigError, match="the sampler vllm has no settings unless signals is true"):
+        load_server({"sampler": "vllm"})
 
 
 DOTTED = [

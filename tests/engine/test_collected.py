@@ -14,14 +14,16 @@ from vllm.v1.engine import FinishReason
 
 from vllm_entropix.engine import patches
 from vllm_entropix.engine.answers import chunk_with_traces, with_traces, wrap_json_response
-from vllm_entropix.engine.carrier import COUNTED, RECORDS, TRACED, WRITTEN
+from vllm_entropix.engine.carrier import ABSTAINS, COUNTED, OURS, RECORDS, SCORED, TRACED, WRITTEN
 from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.frontend import merge_traces, receive_records
 from vllm_entropix.engine.scheduler import EntropixSchedulerMixin
 from vllm_entropix.observability import disk
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.schema import ChoiceTrace
+from vllm_entropix.records.scores import AnswerScores
 from vllm_entropix.records.trace import TokenTrace
+from vllm_entropix.rows.table import Told
 
 WIDTH = 4 * len(names())
 
@@ -225,18 +227,180 @@ def test_the_scheduler_sends_no_records_with_a_failure():
     class Ours(EntropixSchedulerMixin, Scheduler):
         def __init__(self):
             self._entropix_counted, self._entropix_to_disk, self._entropix_cap = True, False, 100
-            self._entropix_sent = {"failed": 3}
+            self._entropix_sent, self._entropix_scored, self.requests = {"failed": 3}, {}, {}
 
     def output(request_id, tokens, error=None):
         return SimpleNamespace(request_id=request_id, new_token_ids=tokens, kv_transfer_params=None, error=error)
 
     ours = Ours()
     ours.outputs = [output("runs", [7]), output("failed", [], "lost its cache"), output("rejected", [], "paused")]
-    step = SimpleNamespace(**{RECORDS: {"runs": (True, 1, record(7)), "failed": (True, 1, record(8))}})
+    step = SimpleNamespace(
+        **{RECORDS: {name: (Told(name, True), 1, record(number)) for name, number in (("runs", 7), ("failed", 8))}}
+    )
     ours.update_from_output(SimpleNamespace(finished_req_ids=set()), step)
     assert [one.kv_transfer_params for one in ours.outputs] == [{COUNTED: record(7), TRACED: [WIDTH, record(7)]}, None, None]
     ours.update_from_output(SimpleNamespace(finished_req_ids={"failed"}), SimpleNamespace())
     assert ours._entropix_sent == {"runs": 1}
+
+
+def scored(entropy, abstained=None):
+    return AnswerScores(tokens=2, entropy_mean=entropy, abstained=abstained)
+
+
+def test_scores_come_with_the_end_of_a_stream():
+    found = Collected(1, 100)
+
+    async def stream():
+        async def engine():
+            yield SimpleNamespace(outputs=[completion(0, [1])])
+            last = completion(0, [2])
+            last.entropix_scores = scored(1.5)
+            yield SimpleNamespace(outputs=[last])
+
+        reason, told = None, []
+        async for output in found.noting(engine()):
+            reason = "stop" if hasattr(output.outputs[0], "entropix_scores") else None
+            # A chunk may come between the engine's end and the answer's.
+            for finish in dict.fromkeys((None, reason)):
+                chunk = f"data: {json.dumps({'choices': [{'index': 0, 'finish_reason': finish}]})}\n\n"
+                told.append(json.loads(chunk_with_traces(chunk, found).removeprefix("data: "))["choices"][0].get("entropix"))
+        return told
+
+    *before, last = asyncio.run(stream())
+    assert before == [None, None]
+    assert (last["tokens"], last["scores"]["entropy_mean"], last["scores"]["perplexity"]) == ([], 1.5, None)
+    assert ChoiceTrace.model_validate(last).model_dump(mode="json") == last
+
+
+def test_events_have_the_scores_of_the_last_turn_at_their_end():
+    first, second = completion(0, [1]), completion(0, [2])
+    first.entropix_scores, second.entropix_scores = scored(1), scored(2)
+    found = collected([first], [second])
+    kinds = ["response.output_text.delta", "response.completed"]
+    told = [json.loads(chunk_with_traces(f'data: {{"type":"{kind}"}}\n\n', found).partition("data: ")[2]) for kind in kinds]
+    assert "entropix" not in told[0]
+    assert told[1]["entropix"]["scores"]["entropy_mean"] == 2
+
+
+@pytest.mark.parametrize(("abstained", "header"), [(None, None), (False, b"false"), (True, b"true")])
+def test_a_router_reads_in_a_header_whether_a_choice_abstains(abstained, header):
+    sure, unsure = completion(0, [1]), completion(1, [2])
+    sure.entropix_scores, unsure.entropix_scores = scored(0.1, None if abstained is None else False), scored(3, abstained)
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def serve():
+        found = Collected(2, 100)
+
+        async def engine():
+            yield SimpleNamespace(outputs=[sure, unsure])
+
+        async for _ in found.noting(engine()):
+            pass
+        await with_traces(None, found, of_server=True)
+        content = {"choices": [{"index": index} for index in range(2)]}
+        await wrap_json_response(JSONResponse)(content)({"type": "http"}, None, send)
+
+    asyncio.run(serve())
+    assert dict(sent[0]["headers"]).get(b"x-entropix-abstained") == header
+    told = json.loads(b"".join(message.get("body", b"") for message in sent))["choices"]
+    assert [choice["entropix"]["scores"]["abstained"] for choice in told] == [None if abstained is None else False, abstained]
+
+
+class Scored(State):
+    """The same of a request that is scored."""
+
+    def step(self, tokens, finish_reason=None, abstains=None, counted=False, trace=False):
+        """A step that draws these tokens; gives the completion that is handed out, and what vLLM is told of it."""
+        data = b"".join(map(record, tokens))
+        carried = {SCORED: [WIDTH, data], **({ABSTAINS: abstains} if abstains else {}), "others": 1}
+        carried |= {COUNTED: data} if counted else {}
+        carried |= {TRACED: [WIDTH, data]} if trace else {}
+        arguments = {
+            "new_token_ids": tokens,
+            "kv_transfer_params": carried if tokens else None,
+            "finish_reason": finish_reason,
+            "stop_reason": None,
+        }
+        made = completion(self.request_index, tokens)
+        made.finish_reason = finish_reason
+        result = receive_records(self, arguments, lambda: SimpleNamespace(outputs=[made]))
+        assert not OURS & (arguments["kv_transfer_params"] or {}).keys()
+        return result.outputs[0], arguments["stop_reason"]
+
+
+def test_an_answer_is_summed_up_token_by_token():
+    state = Scored(RequestOutputKind.DELTA)
+    for tokens in ([1], [2, 3]):
+        made, reason = state.step(tokens)
+        assert (getattr(made, "entropix_scores", None), reason) == (None, None)
+    made, reason = state.step([6], "stop")
+    assert (made.entropix_scores.entropy_mean, made.entropix_scores.entropy_max, made.entropix_scores.tokens) == (3, 6, 4)
+    assert (made.entropix_scores.abstained, made.entropix_trace, reason) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("abstains", "abstained"),
+    [(["entropy_mean", 2.9, None], True), (["entropy_mean", 3.0, None], False), (["entropy_max", None, 6.5], True),
+     (["entropy_max", None, 6.0], False), (["perplexity", 1.0, None], True), (["varentropy_mean", -1.0, None], True),
+     (["share_helv", 1.0, None], False)],
+)  # fmt: skip
+def test_an_answer_abstains_strictly_beyond_its_bound(abstains, abstained):
+    state = Scored(RequestOutputKind.DELTA)
+    state.step([1, 2], abstains=abstains)
+    made, reason = state.step([6], "length")
+    expected = abstained if abstains[0] != "perplexity" else made.entropix_scores.perplexity > 1
+    assert made.entropix_scores.abstained is expected
+    assert reason == ("entropix_abstain" if expected else None)
+
+
+def test_an_answer_that_ends_without_a_token_is_scored_by_those_it_has():
+    state = Scored(RequestOutputKind.CUMULATIVE)
+    state.step([1, 3], abstains=["entropy_mean", 1.0, None])
+    made, reason = state.step([], "abort")
+    assert (made.entropix_scores.entropy_mean, reason) == (2, "entropix_abstain")
+
+
+def test_scores_count_the_tokens_beyond_the_cap_of_the_trace():
+    class Scheduler:
+        def update_from_output(self, scheduler_output, model_runner_output):
+            tokens = [SimpleNamespace(request_id="a", new_token_ids=[1, 2], kv_transfer_params=None)]
+            return {0: SimpleNamespace(outputs=tokens)}
+
+    class Ours(EntropixSchedulerMixin, Scheduler):
+        def __init__(self):
+            self._entropix_counted, self._entropix_to_disk, self._entropix_cap = False, False, 1
+            params = SimpleNamespace(extra_args={"entropix_abstain_score": "perplexity", "entropix_abstain_above": 2})
+            self._entropix_sent, self._entropix_scored = {}, {}
+            self.requests = {"a": SimpleNamespace(sampling_params=params)}
+
+    ours, data = Ours(), record(1) + record(2)
+    step = SimpleNamespace(**{RECORDS: {"a": (Told("a", True, True), 2, data)}})
+    [output] = ours.update_from_output(SimpleNamespace(finished_req_ids=set()), step)[0].outputs
+    rule = ["perplexity", 2.0, None]
+    assert output.kv_transfer_params == {SCORED: [WIDTH, data], ABSTAINS: rule, TRACED: [WIDTH, record(1)]}
+    ours.requests.clear()  # it is known from its first record on
+    [output] = ours.update_from_output(SimpleNamespace(finished_req_ids=set()), step)[0].outputs
+    assert output.kv_transfer_params == {SCORED: [WIDTH, data], ABSTAINS: rule}
+    ours.update_from_output(SimpleNamespace(finished_req_ids={"a"}), SimpleNamespace())
+    assert ours._entropix_scored == ours._entropix_sent == {}
+
+
+def test_joined_outputs_keep_the_scores():
+    """Of a request that isn't traced, so that the first output is vLLM's own."""
+
+    def output(one):
+        return RequestOutput(
+            request_id="r", prompt=None, prompt_token_ids=[], prompt_logprobs=None, outputs=[one], finished=False
+        )
+
+    patches.install()
+    joined, last = output(completion(0, [1])), completion(0, [2])
+    last.entropix_scores = scored(1.5)
+    joined.add(output(last), aggregate=True)
+    assert joined.outputs[0].entropix_scores.entropy_mean == 1.5
 
 
 @pytest.mark.parametrize("aggregate", [True, False])

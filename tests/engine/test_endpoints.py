@@ -124,6 +124,28 @@ def test_generate_plain_and_streamed(url, n):
     assert [ids(streamed[index]) for index in range(n)] == [choice["token_ids"] for choice in choices]
 
 
+def test_scores_where_there_are_no_choices_and_of_token_ids(client, claude, url):
+    """At the end of a stream, and of all that was drawn."""
+    scored = {"vllm_xargs": {"entropix_scores": 1}}
+    responses = {"model": "demo", "input": "What is 24 + 17?", "max_output_tokens": 30, "extra_body": {**scored, "seed": 1}}
+    messages = {"model": "demo", "messages": MESSAGES, "max_tokens": 30, "extra_body": {**scored, "top_k": 1}}
+    for create, ask in ((client.responses.create, responses), (claude.messages.create, messages)):
+        answer, streamed = create(**ask), StreamTraces()
+        told = trace_of(answer)
+        assert (told.tokens, told.scores.tokens) == ([], answer.usage.output_tokens)
+        with_scores = []
+        for event in create(**ask, stream=True):
+            streamed.add(event)
+            with_scores += [event.type] if trace_of(event) is not None else []
+        assert len(with_scores) == 1
+        assert streamed[0].scores.entropy_mean == pytest.approx(told.scores.entropy_mean, rel=1e-3)
+    sampled = {"max_tokens": 12, "seed": 3, "ignore_eos": True, "extra_args": {"entropix_scores": 1}}
+    body = {"token_ids": [894, 895], "model": "demo", "sampling_params": sampled}
+    status, text = post(url, "/inference/v1/generate", body)
+    assert status == 200, text
+    assert trace_of(json.loads(text)["choices"][0]).scores.tokens == 12
+
+
 def test_litellm_and_the_helper_of_openai(client, url):
     ask = {"messages": MESSAGES, "max_tokens": 40, "seed": 2, "extra_body": ASK}
     expected = ids(trace_of(client.chat.completions.create(model="demo", **ask).choices[0]))

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.engine import adapter_of, engine, generate, worker_of
 from tests.support.runners import is_v2
-from vllm_entropix import EntropixConfig, traces
+from vllm_entropix import EntropixConfig, scores, traces
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
@@ -79,6 +80,109 @@ def test_opted_out_and_greedy_rows_equal_vllm_without_the_plugin(without_plugin,
     # The rows between them were really sampled by entropix.
     alone = generate(llm, [PROMPTS[0]], [params(seed=100, extra_args=OFF)])
     assert tokens(alone) != tokens(outputs[:1])
+
+
+def scores_by_hand(records):
+    """The scores that a trace of drawn tokens tells."""
+    entropies = [record.entropy for record in records]
+    return {
+        "tokens": len(records),
+        "entropy_mean": math.fsum(entropies) / len(entropies),
+        "entropy_max": max(entropies),
+        "entropy_first": entropies[0],
+        "varentropy_mean": math.fsum(record.varentropy for record in records) / len(records),
+        "perplexity": math.exp(-math.fsum(record.logprob for record in records) / len(records)),
+        "margin_min": min(record.margin for record in records),
+        "attention_entropy_mean": math.fsum(record.attention_entropy for record in records) / len(records),
+    }
+
+
+MEASURED = {"samplers": "vllm", "entropix_trace": "on", "entropix_scores": "on"}
+
+
+def assert_measured(outputs, settings):
+    """Each has a trace with the request's own parameters, and the scores that follow from it."""
+    for output, given in zip(outputs, settings, strict=True):
+        [trace], [told] = traces(output), scores(output)
+        assert len(trace) == len(output.outputs[0].token_ids)
+        for record in trace:
+            assert (record.regime, record.forced) == (None, False)
+            assert record.temperature == pytest.approx(given.get("temperature", 1.0))
+            assert record.alternatives[0][1] - record.alternatives[1][1] == pytest.approx(record.margin, abs=1e-6)
+        for token, record in zip(output.outputs[0].token_ids, trace, strict=True):
+            probability = dict(record.alternatives).get(token)
+            assert probability is None or math.exp(record.logprob) == pytest.approx(probability, rel=1e-4)
+        for name, value in scores_by_hand(list(trace)).items():
+            assert getattr(told, name) == pytest.approx(value, rel=1e-6), name
+        assert (told.share_lelv, told.abstained) == (None, None)
+
+
+def test_vllms_own_draw_is_measured_and_left_as_it_is(without_plugin, llm):
+    """In one batch with rows of entropix."""
+    own = [{**settings, "extra_args": MEASURED} for settings in UNTOUCHED]
+    mixed = [params(**settings) for index, mine in enumerate(own) for settings in ({"seed": 100 + index}, mine)]
+    outputs = generate(llm, [prompt for prompt in PROMPTS for _ in range(2)], mixed)[1::2]
+    assert tokens(outputs) == without_plugin[0]
+    assert_measured(outputs, UNTOUCHED)
+
+
+def test_a_server_with_vllms_sampler_and_signals(tiny, without_plugin):
+    """Draws as without the plugin, traced and scored or not."""
+    asked = [MEASURED if index % 2 else {} for index in range(len(UNTOUCHED))]
+    llm = engine(tiny, sampler="vllm", sampler_config={"signals": True}, max_logprobs=512)
+    settings = [{**given, "extra_args": {**extra}} for given, extra in zip(UNTOUCHED, asked, strict=True)]
+    outputs = generate(llm, PROMPTS, [params(**given) for given in settings])
+    assert tokens(outputs) == without_plugin[0]
+    assert [traces(output) + scores(output) for output in outputs[::2]] == [[None, None]] * 3
+    assert_measured(outputs[1::2], UNTOUCHED[1::2])
+
+
+def test_scores_of_entropix_without_a_trace_and_an_answer_that_abstains(llm):
+    asks = [
+        {"entropix_trace": "on", "entropix_scores": "on"},
+        {"entropix_scores": "on"},
+        {"entropix_abstain_score": "entropy_mean", "entropix_abstain_above": 0.0},
+        {"entropix_abstain_score": "entropy_mean", "entropix_abstain_below": 0.0},
+        {},
+    ]
+    outputs = generate(llm, [PROMPTS[0]] * len(asks), [params(seed=5, extra_args=ask) for ask in asks])
+    assert len({tuple(token_ids) for token_ids in tokens(outputs)}) == 1
+    [trace], [told] = traces(outputs[0]), scores(outputs[0])
+    for name, value in scores_by_hand(list(trace)).items():
+        assert getattr(told, name) == pytest.approx(value, rel=1e-6), name
+    shares = [told.share_lelv, told.share_helv, told.share_lehv, told.share_hehv, told.share_adaptive]
+    assert sum(shares) == pytest.approx(1)
+    assert traces(outputs[1]) == [None]
+    assert scores(outputs[1])[0].entropy_mean == pytest.approx(told.entropy_mean, abs=1e-3)
+    assert [scores(output)[0].abstained for output in outputs[:4]] == [None, None, True, False]
+    ends = [(output.outputs[0].finish_reason, output.outputs[0].stop_reason) for output in outputs]
+    assert ends == [("length", None)] * 2 + [("length", "entropix_abstain")] + [("length", None)] * 2
+    assert scores(outputs[4]) == [None]
+    [several] = generate(llm, [PROMPTS[1]], [params(seed=6, n=3, extra_args={"entropix_scores": "on"})])
+    assert len({told.entropy_mean for told in scores(several)}) == 3
+
+
+class Allocated(TorchDispatchMode):
+    """Notes the shape of each tensor that is allocated for its own sake."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.empty.memory_format:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_vllm_measures_room_for_the_logits_that_are_kept(llm):
+    """With what its own sampler takes, before it allocates the cache."""
+    runner = adapter_of(llm).runner
+    model = runner.model_config
+    with torch.inference_mode(), Allocated() as allocated:
+        runner._dummy_sampler_run(hidden_states=torch.zeros(3, model.get_hidden_size()))
+    assert (3, model.get_vocab_size()) in allocated.shapes
 
 
 def test_each_sequence_has_its_own_regime_and_parameters(llm):

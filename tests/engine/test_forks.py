@@ -265,6 +265,11 @@ def test_many_that_fork_under_a_small_cache(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"extra_args": {**FORKS, "entropix_scores": "on"}}, "entropix_forks can't be had with scores of the answer"),
+        (
+            {"extra_args": {**FORKS, "samplers": "vllm", "entropix_fork_entropy": 1}},
+            "entropix_forks can't be had with vLLM's own sampler",
+        ),
         ({"n": 2}, "entropix_forks can't be had with n = 2; ask for one answer"),
         ({"min_tokens": 2}, "entropix_forks can't be had with min_tokens"),
         ({"presence_penalty": 0.5}, "can't be had with presence_penalty; leave one of them out"),

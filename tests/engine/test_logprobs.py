@@ -35,5 +35,8 @@ def test_logprobs(tiny, mode):
         else:  # the distribution that was drawn from
             assert int((probabilities > 0).sum()) <= record.top_k
             assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-4)
+    if mode == "raw_logprobs":
+        for token, position, record in zip(completion.token_ids, completion.logprobs, traces(with_them)[0], strict=True):
+            assert position[token].logprob == pytest.approx(record.logprob, abs=1e-4)
     drawn = [position[token].logprob for position, token in zip(completion.logprobs, completion.token_ids, strict=True)]
     assert all(value > -50 for value in drawn)

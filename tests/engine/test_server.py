@@ -114,6 +114,9 @@ def test_a_small_study_through_the_server(url, tmp_path):
         ({"entropix.trace": "on"}, "did you mean 'entropix_trace'?"),
         ({"entropix_preset": "x" * 1_000_000}, "entropix_preset is 'xxx"),
         ({"entropix_preset": "llama"}, "jax-2024-10, torch-2024-10"),
+        ({"entropix_abstain_above": 1}, "entropix_abstain_above is given without entropix_abstain_score"),
+        ({"entropix_abstain_score": "luck", "entropix_abstain_above": 1}, "entropix_abstain_score is 'luck'"),
+        ({"entropix_scores": "on", "entropix": "off"}, "entropix_scores is on, but entropix is off"),
     ],
 )
 def test_wrong_settings_are_answered_with_400(client, settings, named):
@@ -254,6 +257,55 @@ def test_several_prompts_in_one_request(client):
         model="demo", prompt=["Once upon", "What is 2 + 3?"], max_tokens=5, n=2, seed=3, logprobs=1, extra_body=ASK
     )
     assert [len(trace_of(choice).tokens) for choice in answer.choices] == [len(c.logprobs.tokens) for c in answer.choices]
+
+
+SCORED = {"entropix_scores": "on"}
+
+
+def test_scores_of_completions_and_chats_streamed_or_not(client):
+    completion = {"model": "demo", "prompt": "What is in the sealed box?", "max_tokens": 12, "seed": 1, "n": 2}
+    chat = {"model": "demo", "messages": [{"role": "user", "content": "What is 24 + 17?"}], "max_tokens": 20, "seed": 2}
+    for create, ask in ((client.completions.create, completion), (client.chat.completions.create, chat)):
+        traced = create(**ask, extra_body={"vllm_xargs": {**SCORED, "entropix_trace": 1}}).choices
+        scored = create(**ask, extra_body={"vllm_xargs": SCORED}).choices
+        streamed, chunks = StreamTraces(), list(create(**ask, stream=True, extra_body={"vllm_xargs": SCORED}))
+        for chunk in chunks:
+            streamed.add(chunk)
+            for choice in chunk.choices:
+                # Where the choice ends, and nowhere else: all other chunks are vLLM's own.
+                assert (trace_of(choice) is not None) == (choice.finish_reason is not None)
+        for index, (with_trace, alone) in enumerate(zip(traced, scored, strict=True)):
+            tokens = [entry for entry in trace_of(with_trace).tokens if not entry.forced]
+            told = trace_of(with_trace).scores
+            assert told.tokens == len(tokens)
+            assert told.entropy_mean == pytest.approx(sum(entry.entropy for entry in tokens) / len(tokens), rel=1e-5)
+            assert told.perplexity >= 1
+            for other in (trace_of(alone), streamed[index]):
+                assert other.tokens == []
+                assert other.scores.entropy_mean == pytest.approx(told.entropy_mean, rel=1e-4)
+                assert other.scores.abstained is None
+
+
+def test_an_answer_that_abstains_says_so_in_three_places(client, url):
+    ask = {"model": "demo", "prompt": "What is in the sealed box?", "max_tokens": 8, "seed": 1}
+    time.sleep(0.5)
+    before = metrics(url)
+    for bound, abstains in ((0.0, True), (1000, False)):
+        settings = {"entropix_abstain_score": "entropy_max", "entropix_abstain_above": bound}
+        raw = client.completions.with_raw_response.create(**ask, extra_body={"vllm_xargs": settings})
+        [choice] = raw.parse().choices
+        assert raw.headers["x-entropix-abstained"] == ("true" if abstains else "false")
+        assert choice.stop_reason == ("entropix_abstain" if abstains else None)
+        assert choice.finish_reason == "length"
+        assert trace_of(choice).scores.abstained is abstains
+        *_, last = client.completions.create(**ask, stream=True, extra_body={"vllm_xargs": settings})
+        assert last.choices[0].stop_reason == ("entropix_abstain" if abstains else None)
+    plain = client.completions.with_raw_response.create(**ask, extra_body={"vllm_xargs": SCORED})
+    assert "x-entropix-abstained" not in plain.headers
+    after = metrics(url)
+    assert after[("entropix_abstained_answers_total",)] - before[("entropix_abstained_answers_total",)] == 2
+    name = ("entropix_answer_entropy_max_bits_count",)
+    assert after[name] - before.get(name, 0) == 5
 
 
 def metrics(url):

@@ -89,6 +89,9 @@ def assert_argmax_alike(outputs, others):
             assert a.regime == b.regime == "LELV"
             assert a.entropy == pytest.approx(b.entropy, abs=1e-4)
             assert a.attention_entropy == pytest.approx(b.attention_entropy, abs=1e-4)
+            # Of the token that was kept, drafted or not.
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+            assert a.margin == pytest.approx(b.margin, abs=1e-4)
 
 
 def trim_drafts(llm, monkeypatch):

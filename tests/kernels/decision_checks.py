@@ -25,6 +25,7 @@ from vllm_entropix.distribution.backend import Backend, Draws, TritonBackend
 from vllm_entropix.distribution.plan import Parameters
 from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.rows.batch import BatchSampler
+from vllm_entropix.rows.forcing import Places
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
 
@@ -39,7 +40,10 @@ HALVES = {
     "adaptive.top_k_max": 50,
 }
 RULES = ("cooldown", "last-token", "ever")
-BATCHES = (("min_p",), ("top_n_sigma",), ("entropix", "min_p"), ("min_p", "top_n_sigma"), ("entropix", "top_n_sigma", "min_p"))
+BATCHES = (
+    *(("min_p",), ("top_n_sigma",), ("entropix", "min_p"), ("min_p", "top_n_sigma"), ("entropix", "top_n_sigma", "min_p")),
+    *(("vllm",), ("entropix", "vllm"), ("min_p", "vllm")),
+)
 SEQUENCES, DRAFTS, STEPS = 16, 3, 6
 
 
@@ -50,12 +54,13 @@ def moved(tensors, device):
 
 def batch_of(rng, preset, clarification, rule, regimes, counted, device, samplers):
     """A batch of sequences with settings of their own, anywhere in their ranges."""
-    own = {
-        "clarification": {"cooldown": int(rng.integers(1, 4)), "max_per_request": int(rng.integers(1, 4))},
-        "regimes": regimes,
-    }
-    config = EntropixConfig.preset(preset, **own)
-    batch = BatchSampler(config, SEQUENCES, clarification, device, DRAFTS - 1, counted)
+    limits = {"cooldown": int(rng.integers(1, 4)), "max_per_request": int(rng.integers(1, 4))}
+    places = Places()
+    if rng.random() < 0.5:  # not anywhere, and seldom where the text may end
+        limits["end_below"] = 0.3
+        places = Places(rng.random(VOCABULARY) < 0.7, (0, 5))
+    config = EntropixConfig.preset(preset, clarification=limits, regimes=regimes)
+    batch = BatchSampler(config, SEQUENCES, clarification, device, DRAFTS - 1, counted, places)
     if batch.clarification is not None:
         batch.clarification.rule = rule
     start = dict(EntropixConfig.preset(preset).numbers())
@@ -74,7 +79,8 @@ def batch_of(rng, preset, clarification, rule, regimes, counted, device, sampler
         constants = numbers[index].tolist()
         if name != "entropix":
             constants = [value for _, value in batch.samplers[name].numbers()]
-        base = (0.5 + index / 16, 0.9, 3.0 + index % 4, 0.05 * (index % 3))
+        temperature = 0.0 if name == "vllm" and index % 4 == 1 else 0.5 + index / 16
+        base = (temperature, 0.9, 3.0 + index % 4, 0.05 * (index % 3))
         prompt = int(rng.integers(0, 8))
         batch.add(str(index), Sequence(constants, *map(bool, flags), prompt_length=prompt, sampler=name, base=base))
     batch.sequences.flush()

@@ -4,9 +4,11 @@ import time
 
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
 
 from vllm_entropix.observability import background, prometheus
 from vllm_entropix.records.fields import names
+from vllm_entropix.records.scores import SCORES, Tally
 
 
 class Panic(BaseException):
@@ -60,3 +62,20 @@ def test_records_that_are_no_records_cost_their_own_count(counting, monkeypatch)
     while len(given) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
     assert sum(given) == 5
+
+
+def test_scores_are_counted_where_they_are_known():
+    def number(name):
+        return REGISTRY.get_sample_value(name) or 0
+
+    nothing = Tally().values()
+    prometheus.count_answer(nothing)
+    before = {score.metric_name: number(f"{score.metric_name}_count") for score in SCORES}
+    abstained = number("entropix_abstained_answers_total")
+    prometheus.count_answer({**nothing, "entropy_mean": 1.2, "perplexity": 3.5, "abstained": True})
+    prometheus.count_answer({**nothing, "entropy_mean": 0.2, "abstained": False})
+    counted = {name: number(f"{name}_count") - value for name, value in before.items() if number(f"{name}_count") != value}
+    assert counted == {"entropix_answer_entropy_mean_bits": 2, "entropix_answer_perplexity": 1}
+    assert number("entropix_abstained_answers_total") == abstained + 1
+    # Names that Prometheus takes, and that Ray does: no square in them.
+    assert all(score.metric_name.isascii() and score.metric_name.isidentifier() for score in SCORES)

@@ -20,9 +20,11 @@ from vllm_entropix.records.fields import all_fields, names, record_bytes
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.records.schema import ChoiceTrace, TokenEntry
 from vllm_entropix.records.trace import TokenTrace
+from vllm_entropix.rows.table import Told
 
 ALTERNATIVES = 5
-REQUESTS = {1: ("a", True), 2: ("b", False), 3: ("c", True), 5: ("gone before", True)}
+A, B, C, D = Told("a", True), Told("b", False), Told("c", True), Told("d", False, scored=True)
+REQUESTS = {1: A, 2: B, 3: C, 5: Told("gone before", True), 6: D}
 
 
 def step(slots: list[int]) -> np.ndarray:
@@ -34,24 +36,25 @@ def step(slots: list[int]) -> np.ndarray:
 
 
 def test_each_sequence_gets_the_bytes_of_its_rows():
-    values = step([3, 0, 1, 2, 3, 4, 3])  # c has three rows, two rows are nobody's
+    values = step([3, 0, 1, 2, 3, 4, 3, 6])  # c has three rows, two rows are nobody's
     records = by_request(values, REQUESTS)
-    assert list(records) == ["c", "a", "b"]
+    assert list(records) == ["c", "a", "b", "d"]
     counted = slice(1, 1 + len(names()))
-    assert records["a"] == (True, 1, values[2, 1:].tobytes())
-    assert records["b"] == (False, 1, values[3, counted].tobytes()), "what is only counted has no alternatives"
-    assert records["c"] == (True, 3, values[[0, 4, 6], 1:].tobytes())
+    assert records["a"] == (A, 1, values[2, 1:].tobytes())
+    assert records["b"] == (B, 1, values[3, counted].tobytes()), "what is only counted has no alternatives"
+    assert records["c"] == (C, 3, values[[0, 4, 6], 1:].tobytes())
+    assert records["d"] == (D, 1, values[7, counted].tobytes()), "nor has what is only summed up"
 
 
 def test_a_step_without_alternatives():
     values = np.ascontiguousarray(step([2, 1])[:, : 1 + len(names())])
     records = by_request(values, REQUESTS)
-    assert records == {"b": (False, 1, values[0, 1:].tobytes()), "a": (True, 1, values[1, 1:].tobytes())}
+    assert records == {"b": (B, 1, values[0, 1:].tobytes()), "a": (A, 1, values[1, 1:].tobytes())}
 
 
 def test_large_slots_are_found():
     slot = 2**24 - 1
-    assert list(by_request(step([slot, slot - 1]), {slot: ("last", True)})) == ["last"]
+    assert list(by_request(step([slot, slot - 1]), {slot: Told("last", True)})) == ["last"]
 
 
 def trace_of_values(values: np.ndarray, not_kept: int = 0) -> TokenTrace:

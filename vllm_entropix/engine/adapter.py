@@ -18,13 +18,17 @@ from vllm_entropix.attention import AttentionObserver, UnsupportedAttentionError
 from vllm_entropix.attention.layouts import refuse_altered
 from vllm_entropix.distribution.attention import AttentionStatistics
 from vllm_entropix.engine.carrier import StepRecords, attach_to_step
+from vllm_entropix.engine.clarification import clarification_places
 from vllm_entropix.engine.forkable import BRANCH
 from vllm_entropix.engine.pipeline import PipelineLink, of_all_stages
 from vllm_entropix.kernels.backend import kernels_for
 from vllm_entropix.kernels.ranks import RankGroup
 from vllm_entropix.rows.batch import BatchSampler
+from vllm_entropix.rows.forcing import ANYWHERE
 from vllm_entropix.rows.rows import Rows
-from vllm_entropix.rows.table import Sequence
+from vllm_entropix.rows.table import Sequence, Told
+from vllm_entropix.rows.undrawn import room
+from vllm_entropix.samplers.observed import VLLM
 from vllm_entropix.samplers.registry import is_off, parse_request, sampler_of
 from vllm_entropix.samplers.request import GREEDY_BELOW
 
@@ -54,6 +58,9 @@ class RunnerAdapter(ABC):
         self.vocabulary = vllm_config.model_config.get_vocab_size()
         self.max_requests = vllm_config.scheduler_config.max_num_seqs
         self.device = runner.device
+        pipeline = get_pp_group()
+        # The last stage has the logits; the others only measure attention.
+        self.samples = pipeline.is_last_rank
         # A sequence has a row per draft and one more.
         self.rows_per_request = 1 + vllm_config.num_speculative_tokens
         self.batch = BatchSampler(
@@ -63,23 +70,34 @@ class RunnerAdapter(ABC):
             self.device,
             self.rows_per_request - 1,
             resolved.counted,
+            clarification_places(vllm_config, resolved.config) if self.samples and resolved.clarification else ANYWHERE,
         )
         self.observer: AttentionObserver | None = None
         self._reserved: AttentionObserver | None = None
         self._records: list[StepRecords] = []
         # Records that lack what is known after the draw, and whose they are.
-        self._undrawn: list[tuple[dict[int, tuple[str, bool]], Tensor]] = []
-        pipeline = get_pp_group()
+        self._undrawn: list[tuple[dict[int, Told], Tensor]] = []
         self.link = PipelineLink(runner, self._concerned) if pipeline.world_size > 1 else None
-        # The last stage has the logits; the others only measure attention.
-        self.samples = pipeline.is_last_rank
         if self.samples:
             self.hook()
+            self._leave_room()
             self._say_order()
 
     @abstractmethod
     def hook(self) -> None:
         """Put :meth:`transform` between the runner's logits and its draw."""
+
+    def _leave_room(self) -> None:
+        """Have vLLM measure the logits that are kept until the draw along with what its own sampler takes."""
+        original = self.runner._dummy_sampler_run
+
+        def dummy_sampler_run(hidden_states: Tensor) -> Any:
+            kept = room(len(hidden_states) * self.rows_per_request, self.vocabulary, self.device)
+            result = original(hidden_states)
+            del kept
+            return result
+
+        self.runner._dummy_sampler_run = dummy_sampler_run
 
     @abstractmethod
     def processors(self) -> tuple[list[Any], list[Any]]:
@@ -222,11 +240,12 @@ class RunnerAdapter(ABC):
         if is_off(params.extra_args):
             return None
         settings = parse_request(params.extra_args, self.config)
-        greedy = params.temperature < GREEDY_BELOW
-        traced = self.config.trace.default if settings.trace is None else settings.trace
         sampler = sampler_of(settings, self.config)
-        sampled = not greedy or self.batch.samplers[sampler].plans_greedy
-        if not (sampled or traced):
+        # What nobody of ours draws is measured alone, where it is to be told of.
+        sampled = sampler != VLLM and (params.temperature >= GREEDY_BELOW or self.batch.samplers[sampler].plans_greedy)
+        traced = self.config.trace.default if settings.trace is None else settings.trace
+        scored = settings.is_scored(self.config.scores.default)
+        if not (sampled or traced or scored):
             return None
         top_k = params.top_k if params.top_k > 0 else self.vocabulary
         own = {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k, "min_p": params.min_p}
@@ -235,6 +254,7 @@ class RunnerAdapter(ABC):
             constants=self.batch.samplers[sampler].numbers_of_request(settings, own),
             sampled=sampled,
             traced=traced,
+            scored=scored,
             allow_clarification=settings.clarification is not False,
             # A branch's prompt holds what its answer shares with others.
             prompt_length=prompt_length if branch is None else branch["prompt_length"],

@@ -56,7 +56,7 @@ def admit(processor: Any, validate: Callable[[], Any], params: Any) -> Any:
         raise RequestSettingsError(str(error)) from None
     result = validate()
     if resolved["counted"]:
-        sampler = registry.registry().classes[registry.sampler_of(settings, resolved["config"])]
+        sampler = registry.class_of(registry.sampler_of(settings, resolved["config"]))
         label = sampler.label(settings, resolved["config"])
         prometheus.count_request(label if settings.enabled else "off", greedy=params.temperature < GREEDY_BELOW)
         if resolved["clarification"] is not None:

@@ -18,6 +18,8 @@ from fastapi.responses import JSONResponse
 from vllm_entropix.engine.collected import Collected, Part
 
 FIELD = "entropix"
+# Tells a router that reads no body whether any choice abstains, where the request says when.
+HEADER = "x-entropix-abstained"
 _DATA = "data: "
 # Events of a stream without choices that carry what was drawn since the last; those at the end do even if that is nothing.
 _LAST = frozenset({"message_delta", "response.completed", "response.incomplete", "response.failed"})
@@ -59,7 +61,7 @@ def chunk_with_traces(chunk: Any, collected: Collected) -> Any:
     data = json.loads(body)
     found = False
     for choice in data.get("choices") or ():
-        part = collected.take(choice["index"])
+        part = collected.take(choice["index"], ended=bool(choice.get("finish_reason")))
         if part is not None and (part.token_ids or choice.get("finish_reason")):
             choice[FIELD] = part.values()
             found = True
@@ -74,7 +76,7 @@ def chunk_with_traces(chunk: Any, collected: Collected) -> Any:
 def _of_event(kind: str, collected: Collected) -> Part | None:
     if kind not in _LAST and not kind.endswith((".delta", "_block_delta")):
         return None
-    part = collected.take_all()
+    part = collected.take_all(ended=kind in _LAST)
     return part if part is not None and (part.token_ids or kind in _LAST) else None
 
 
@@ -90,7 +92,10 @@ def wrap_json_response(original: Callable[..., Any]) -> Callable[..., Any]:
         for target, part in _places(content, content.get("choices"), lambda choice: choice["index"], collected):
             target[FIELD] = mark = uuid4().hex
             parts[mark] = part
-        return _TracedResponse(original(content, *args, **kwargs), parts)
+        plain = original(content, *args, **kwargs)
+        if collected.abstains is not None:
+            plain.headers[HEADER] = "true" if collected.abstains else "false"
+        return _TracedResponse(plain, parts)
 
     return json_response
 

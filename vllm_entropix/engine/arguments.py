@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_entropix.samplers import registry
 from vllm_entropix.samplers.entropix.settings import as_mapping
+from vllm_entropix.samplers.observed import VLLM
 from vllm_entropix.settings.errors import ConfigError, quoted
 from vllm_entropix.settings.load import merge as overlay
 
@@ -46,7 +47,7 @@ class Words:
 
 def check_sampler(name: Any) -> str:
     """The sampler's name; ConfigError if there is none of this name."""
-    return registry.check(name, others=(registry.VLLM,))
+    return registry.check(name, others=(VLLM,))
 
 
 def merge(additional: Mapping[str, Any], *sources: Words, names: tuple[str, str] = _KEYWORDS) -> dict[str, Any]:
@@ -68,18 +69,21 @@ def merge(additional: Mapping[str, Any], *sources: Words, names: tuple[str, str]
             sampler, last = check_sampler(name), index
     merged = dict(additional)
     before = merged.get(KEY)
-    asked = sampler not in (None, registry.VLLM) or (sampler is None and before is not None and before is not False)
+    asked = sampler not in (None, VLLM) or (sampler is None and before is not None and before is not False)
     # What a stronger source switches off may have settings.
     settings = list(chain.from_iterable(source.settings for source in sources[0 if asked else last :]))
+    if sampler == VLLM and any(as_mapping(over).get("signals") for over in settings):
+        # vLLM draws, and what it draws is looked at: these settings, and none of what is switched off.
+        asked, before = True, None
     if settings and not asked:
         wanted = sampler_name.format("entropix")
         raise ConfigError(
             f"{settings_name} is given without {wanted}; leave it out, or ask for {wanted}"
             if sampler is None
-            else f"{settings_name} is given with {sampler_name.format(sampler)}, which has no settings; "
-            f"leave it out, or ask for {wanted}"
+            else f"{settings_name} is given with {sampler_name.format(sampler)}, which has no settings unless signals is true; "
+            f"leave it out, set signals, or ask for {wanted}"
         )
-    if sampler == registry.VLLM:
+    if sampler == VLLM and not asked:
         merged.pop(KEY, None)
     elif sampler is not None or settings:
         table = {} if before is None or isinstance(before, bool) else as_mapping(before)
@@ -118,7 +122,8 @@ def add_arguments(parser: Any) -> Any:
         action="append",
         metavar="NAME|CHAIN",
         help="entropix samples each token according to the model's uncertainty about it; `vllm-entropix samplers` lists the "
-        "others. Names with ';' between them are a chain, in the order in which they act. Default: vllm.",
+        "others. Names with ';' between them are a chain, in the order in which they act. Default: vllm, of which "
+        "`--sampler-config.signals true` measures what it draws.",
     )
     group.add_argument(
         "--sampler-config",

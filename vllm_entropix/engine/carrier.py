@@ -6,7 +6,7 @@ worker: an attribute on ModelRunnerOutput → scheduler: bytes in each EngineCor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from vllm_entropix.records.fields import record_bytes
+from vllm_entropix.rows.table import Told
 
-# Request id → (is it traced?, rows, their records one after the other).
-Records = dict[str, tuple[bool, int, bytes]]
+# Request id → (what they are for, rows, their records one after the other).
+Records = dict[str, tuple[Told, int, bytes]]
 # Attribute of ModelRunnerOutput that holds them.
 RECORDS = "entropix_records"
-# Keys in kv_transfer_params, the one field of EngineCoreOutput that takes any plugin's data, for records that are kept and
-# counted, and for those that are only counted. They never leave the frontend: bytes there would break the HTTP response.
-TRACED, COUNTED = "entropix_traced", "entropix_counted"
+# Keys in kv_transfer_params, the one field of EngineCoreOutput that takes any plugin's data, for records that are kept, counted
+# and summed up. They never leave the frontend: bytes there would break the HTTP response.
+TRACED, COUNTED, SCORED = "entropix_traced", "entropix_counted", "entropix_scored"
 # Comes with the first record of a sequence that is to be written to disk: what its line says of the engine.
 WRITTEN = "entropix_written"
-OURS = frozenset({TRACED, COUNTED, WRITTEN})
+# Comes with the records that are summed up, of a sequence that abstains beyond a bound: score, above and below.
+ABSTAINS = "entropix_abstains"
+OURS = frozenset({TRACED, COUNTED, SCORED, WRITTEN, ABSTAINS})
 
 
 @dataclass
@@ -33,18 +36,18 @@ class StepRecords:
     """Trace records of some rows of a step, on their way to the host.
 
     Attributes:
-        requests: slot → (request id, is it traced?).
+        requests: slot → what its records are for.
         values: float32 ``[rows, columns]`` on the host: slot (0 for rows to skip), record, alternatives. Complete once
             ``ready`` has returned.
         ready: waits for the copy.
     """
 
-    requests: dict[int, tuple[str, bool]]
+    requests: dict[int, Told]
     values: Tensor
     ready: Callable[[], None]
 
     @classmethod
-    def from_device(cls, requests: dict[int, tuple[str, bool]], values: Tensor) -> StepRecords:
+    def from_device(cls, requests: dict[int, Told], values: Tensor) -> StepRecords:
         """Send values that are still on a device on their way, without waiting for it."""
         if values.device.type == "cpu":
             return cls(requests, values, _nothing_to_wait_for)
@@ -56,17 +59,17 @@ class StepRecords:
         return cls(requests, on_host, event.synchronize)
 
     def by_request(self) -> Records:
-        """Each sequence's records, one after the other; without alternatives if it is only counted."""
+        """Each sequence's records, one after the other; without alternatives unless it is traced."""
         self.ready()
         return by_request(self.values.numpy(), self.requests)
 
 
-def by_request(values: np.ndarray, requests: dict[int, tuple[str, bool]]) -> Records:
-    """Each sequence's records, one after the other; without alternatives if it is only counted.
+def by_request(values: np.ndarray, requests: Mapping[int, Told]) -> Records:
+    """Each sequence's records, one after the other; without alternatives unless it is traced.
 
     Args:
         values: float32 ``[rows, columns]``: slot (0 for rows to skip), record, alternatives.
-        requests: slot → (request id, is it traced?).
+        requests: slot → what its records are for.
     """
     # Cut out of one string: an array's own indexing takes longer than all else here, and this runs in every step.
     data = values[:, 1:].tobytes()
@@ -76,11 +79,10 @@ def by_request(values: np.ndarray, requests: dict[int, tuple[str, bool]]) -> Rec
         known = requests.get(slot) if slot else None  # a whole number as a float finds the integer's entry
         if known is None:
             continue
-        request_id, traced = known
         begin = row * width
-        record = data[begin : begin + (width if traced else counted_width)]
-        before = found.get(request_id)
-        found[request_id] = (traced, 1, record) if before is None else (traced, before[1] + 1, before[2] + record)
+        record = data[begin : begin + (width if known.traced else counted_width)]
+        before = found.get(known.request_id)
+        found[known.request_id] = (known, 1, record) if before is None else (known, before[1] + 1, before[2] + record)
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_entropix.records.choice import choice_json, choice_values
 from vllm_entropix.records.schema import Bound
+from vllm_entropix.records.scores import AnswerScores
 from vllm_entropix.records.trace import TokenTrace
 
 
@@ -20,19 +21,21 @@ class Part:
         token_ids: that have a record.
         trace: their records; its ``not_kept`` counts tokens so far that have none.
         bound: the setting that left those out.
+        scores: of the whole answer, as JSON values; None: they are told elsewhere, or weren't asked for.
     """
 
     token_ids: list[int]
     trace: TokenTrace
     bound: Bound | None
+    scores: dict[str, Any] | None = None
 
     def values(self) -> dict[str, Any]:
         """As JSON values."""
-        return choice_values(self.token_ids, self.trace, self.bound)
+        return choice_values(self.token_ids, self.trace, self.bound, self.scores)
 
     def json(self) -> Iterator[bytes]:
         """As JSON, some at a time; other threads run in between."""
-        return choice_json(self.token_ids, self.trace, self.bound)
+        return choice_json(self.token_ids, self.trace, self.bound, self.scores)
 
 
 @dataclass
@@ -43,6 +46,7 @@ class _Choice:
     token_ids: list[int] = field(default_factory=list)
     not_kept: int = 0
     bound: Bound | None = None
+    scores: dict[str, Any] | None = None
 
 
 class Collected:
@@ -74,17 +78,33 @@ class Collected:
 
     def _add(self, number: int, completion: Any) -> None:
         trace: TokenTrace | None = getattr(completion, "entropix_trace", None)
-        if trace is None:
+        scores: AnswerScores | None = getattr(completion, "entropix_scores", None)
+        if trace is None and scores is None:
             return
         choice = self._choices.get(number)
         if choice is None:
-            choice = self._choices[number] = _Choice(_none_of(trace))
+            choice = self._choices[number] = _Choice(TokenTrace() if trace is None else _none_of(trace))
+        if scores is not None:
+            choice.scores = scores.model_dump(mode="json")
+        if trace is None:
+            return
         # The last tokens have no record where the server's cap is reached.
         choice.token_ids.extend(completion.token_ids[: len(trace)])
         choice.waiting.join(trace)
 
-    def take(self, number: int) -> Part | None:
-        """What hasn't been told of a choice, as far as the bound goes; None if nothing of it was traced."""
+    @property
+    def abstains(self) -> bool | None:
+        """Does any choice abstain? None: the request doesn't say when."""
+        asked = [choice.scores["abstained"] for choice in self._choices.values() if choice.scores is not None]
+        return None if None in asked or not asked else any(asked)
+
+    def take(self, number: int, ended: bool = True) -> Part | None:
+        """What hasn't been told of a choice, as far as the bound goes; None if nothing of it was traced or scored.
+
+        Args:
+            number: of the choice.
+            ended: may its scores be told? In a stream they come with the answer's end.
+        """
         choice = self._choices.get(number)
         if choice is None:
             return None
@@ -100,18 +120,22 @@ class Collected:
             choice.bound = "trace.max_tokens"
         trace = waiting[:told]
         trace.not_kept = choice.not_kept
-        return Part(token_ids[:told], trace, choice.bound)
+        return Part(token_ids[:told], trace, choice.bound, choice.scores if ended else None)
 
-    def take_all(self) -> Part | None:
-        """The same of all choices, one after the other, for a response that has none: each is a turn of a conversation."""
-        parts = [part for number in sorted(self._choices) if (part := self.take(number)) is not None]
+    def take_all(self, ended: bool = True) -> Part | None:
+        """The same of all choices, one after the other, for a response that has none: each is a turn of a conversation.
+
+        The scores are the last turn's, which is the answer.
+        """
+        parts = [part for number in sorted(self._choices) if (part := self.take(number, ended)) is not None]
         if not parts:
             return None
         trace = _none_of(parts[0].trace)
         for part in parts:
             trace.join(part.trace)
         bounds = [part.bound for part in parts if part.bound is not None]
-        return Part([token for part in parts for token in part.token_ids], trace, bounds[-1] if bounds else None)
+        token_ids = [token for part in parts for token in part.token_ids]
+        return Part(token_ids, trace, bounds[-1] if bounds else None, parts[-1].scores)
 
 
 def _none_of(trace: TokenTrace) -> TokenTrace:

@@ -26,7 +26,7 @@ FUNCTIONS: Functions = {
         "Scheduler.update_from_output": ("self", "scheduler_output", "model_runner_output"),
     },
     "vllm.v1.engine.output_processor": {
-        "RequestState.make_request_output": ("self", "new_token_ids", "finish_reason", "kv_transfer_params"),
+        "RequestState.make_request_output": ("self", "new_token_ids", "finish_reason", "stop_reason", "kv_transfer_params"),
         "OutputProcessor.add_request": ("self", "request", "prompt", "parent_req", "request_index", "queue"),
         "OutputProcessor.process_outputs": ("self", "engine_core_outputs"),
         "OutputProcessor.abort_requests": ("self", "request_ids", "internal"),
@@ -175,6 +175,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "runner_type",
             "served_model_name",
             "skip_tokenizer_init",
+            "try_get_generation_config",
             "use_mla",
         ),
     },
@@ -365,6 +366,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "get_model",
             "execute_model",
             "sync_and_gather_intermediate_tensors",
+            "_dummy_sampler_run",
         ),
     },
     "vllm.v1.worker.gpu_input_batch": {
@@ -383,6 +385,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "get_model",
             "execute_model",
             "sample",
+            "_dummy_sampler_run",
         ),
         "ExecuteModelState": ("input_batch",),
     },
@@ -396,6 +399,9 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "prefill_len_np",
         ),
     },
+    "vllm.v1.worker.gpu.sample.output": {
+        "SamplerOutput": ("sampled_token_ids",),
+    },
     "vllm.v1.worker.gpu.states": {
         "RequestState": ("all_token_ids", "index_to_req_id", "prefill_len"),
     },
@@ -405,9 +411,6 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "vllm.v1.worker.gpu.sample.sampler": {
         "Sampler": ("logits_processors", "apply_sampling_params"),
-    },
-    "vllm.v1.worker.gpu.sample.output": {
-        "SamplerOutput": ("sampled_token_ids",),
     },
     "vllm.v1.worker.gpu.sample.logits_processor.interface": {
         "LogitsContext": (

@@ -8,6 +8,7 @@ from typing import Any
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.forks import choice
 from vllm_entropix.samplers import registry
+from vllm_entropix.samplers.observed import VLLM
 from vllm_entropix.samplers.request import PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError
 from vllm_entropix.settings.server import Forks
@@ -100,7 +101,7 @@ def _problems(
     """(is it so?, what, the way out) for everything that a branch can't have."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     sampler = registry.sampler_of(request, resolved["config"])
-    has_regimes = any(field.name == "regime" for field in registry.registry().classes[sampler].fields)
+    has_regimes = any(field.name == "regime" for field in registry.class_of(sampler).fields)
     leave_out = "leave one of them out"
     return [
         (
@@ -126,6 +127,8 @@ def _problems(
             "a clarification, whose state branches don't take over",
             f"set {PREFIX}_clarification to off",
         ),
+        (sampler == VLLM, "vLLM's own sampler", "name another"),
+        (request.is_scored(resolved["config"]["scores"]["default"]), "scores of the answer", leave_out),
         (request.chain is not None, "a chain of samplers, whose state branches don't take over", "name one sampler"),
         (params.n > 1, f"n = {params.n}", "ask for one answer"),
         (params.logprobs is not None, "logprobs", f"read {PREFIX}_trace instead"),

@@ -1,23 +1,27 @@
-"""What the frontend does with records: counts them, hangs them on the outputs of traced requests, has them written to disk.
+"""What the frontend does with records: counts them, hangs them on outputs that are traced, sums them up, has them written.
 
-They are collected per sequence as ``CompletionOutput.entropix_trace``. A finished sequence is written if the server's settings
-name a path.
+They are collected per sequence as ``CompletionOutput.entropix_trace``, and summed up as ``entropix_scores`` when it has
+finished. A finished sequence is written if the server's settings name a path.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_entropix.engine.carrier import COUNTED, TRACED, WRITTEN, without_ours
+from vllm_entropix.engine.carrier import ABSTAINS, COUNTED, SCORED, TRACED, WRITTEN, without_ours
 from vllm_entropix.observability import disk, prometheus
 from vllm_entropix.records.branches import ForkTree
+from vllm_entropix.records.scores import Abstention, AnswerScores, Tally
 from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.settings.server import Trace
+
+# What an answer that abstains has as its stop_reason, in every form of a response; its finish_reason stays vLLM's.
+ABSTAINED = "entropix_abstain"
 
 
 @dataclass(repr=False)
@@ -26,6 +30,17 @@ class TracedCompletion(CompletionOutput):  # type: ignore[misc]  # vLLM isn't ty
 
     entropix_trace: TokenTrace | None = None
     entropix_forks: ForkTree | None = None
+    entropix_scores: AnswerScores | None = None
+
+
+@dataclass
+class _Answer:
+    """What is summed up of a sequence, and its scores once it has finished."""
+
+    tally: Tally = field(default_factory=Tally)
+    abstention: Abstention | None = None
+    counted: bool = False
+    scores: AnswerScores | None = None
 
 
 def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], Any]) -> Any:
@@ -40,18 +55,27 @@ def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], An
     # Children of one request with n > 1 share the parent, which hands out all their outputs together.
     shared = state.parent_req or state
     collected: dict[int, TokenTrace] | None = getattr(shared, "entropix_traces", None)
-    if not carried and not collected:
+    answers: dict[int, _Answer] | None = getattr(shared, "entropix_answers", None)
+    if not carried and not collected and not answers:
         return make()
     tokens = len(arguments["new_token_ids"])
-    traced = counted = None
+    traced = counted = scored = abstains = None
     if carried:
-        traced, counted = carried.get(TRACED), carried.get(COUNTED)
-        if traced or counted:
+        traced, counted, scored, abstains = map(carried.get, (TRACED, COUNTED, SCORED, ABSTAINS))
+        if traced or counted or scored:
             if WRITTEN in carried:
                 state.entropix_label = carried[WRITTEN]
             arguments["kv_transfer_params"] = without_ours(carried)
     if counted and tokens:
         prometheus.count(counted, tokens)
+    if scored:
+        if answers is None:
+            answers = shared.entropix_answers = {}
+        answer = answers.setdefault(state.request_index, _Answer())
+        answer.tally.add(scored[1], scored[0])
+        answer.counted = counted is not None
+        if answer.abstention is None and abstains is not None:
+            answer.abstention = Abstention(*abstains)
     if traced:
         if collected is None:
             collected = shared.entropix_traces = {}
@@ -62,20 +86,43 @@ def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], An
         trace.extend(records, tokens)
     elif collected and state.request_index in collected:
         collected[state.request_index].extend(b"", tokens)  # beyond the cap
-    result = make()
-    if not collected:
-        return result
     finish_reason = arguments["finish_reason"]
+    finished = answers.get(state.request_index) if answers and finish_reason is not None else None
+    if finished is not None:
+        _score(finished, arguments)
+    result = make()
+    if not collected and not answers:
+        return result
     # Which branch of an answer that forks is written, if any, isn't known yet.
     if finish_reason is not None and not getattr(state, "entropix_is_branch", False):
-        write_finished(state, str(finish_reason))
+        write_finished(state, str(finish_reason), finished.scores if finished is not None else None)
     if result is not None:
         for completion in result.outputs:
-            trace = collected.get(completion.index)
-            if trace is not None:
-                completion.__class__ = TracedCompletion
-                completion.entropix_trace = _handed_out(trace, completion, state.output_kind)
+            _hang_on(completion, collected or {}, answers or {}, state.output_kind)
     return result
+
+
+def _score(answer: _Answer, arguments: dict[str, Any]) -> None:
+    """Score a sequence that has finished; where it abstains, its output says so as vLLM's own ``stop_reason``."""
+    if answer.scores is None:  # a failure may end a sequence twice
+        values = answer.tally.values(answer.abstention)
+        answer.scores = AnswerScores.model_validate(values)
+        if answer.counted:
+            prometheus.count_answer(values)
+    if answer.scores.abstained:
+        arguments["stop_reason"] = ABSTAINED
+
+
+def _hang_on(completion: Any, collected: dict[int, TokenTrace], answers: dict[int, _Answer], kind: RequestOutputKind) -> None:
+    """Give a completion its trace and its scores, if it has some."""
+    trace, answer = collected.get(completion.index), answers.get(completion.index)
+    scores = answer.scores if answer is not None and completion.finish_reason is not None else None
+    if trace is None and scores is None:
+        return
+    completion.__class__ = TracedCompletion
+    completion.entropix_scores = scores
+    if trace is not None:
+        completion.entropix_trace = _handed_out(trace, completion, kind)
 
 
 def _handed_out(trace: TokenTrace, completion: Any, kind: RequestOutputKind) -> TokenTrace:
@@ -102,9 +149,15 @@ def merge_traces(output: Any, following: Any, merge: Callable[[], Any]) -> Any:
     after = {completion.index: completion for completion in output.outputs}
     for completion in following.outputs:
         trace, same = getattr(completion, "entropix_trace", None), before.get(completion.index)
+        scores = getattr(completion, "entropix_scores", None)
         # Otherwise it was taken over as it is: a first of its index, or one that holds all tokens so far.
-        if trace is not None and same is not None and same is after[completion.index]:
+        if same is None or same is not after[completion.index]:
+            continue
+        if trace is not None:
             same.entropix_trace.join(trace)
+        if scores is not None:
+            same.__class__ = TracedCompletion
+            same.entropix_scores = scores
     return result
 
 
@@ -116,7 +169,7 @@ def tell_forks(completion: Any, tree: ForkTree, traced: bool) -> None:
         completion.entropix_trace = None
 
 
-def write_finished(state: Any, finish_reason: str) -> None:
+def write_finished(state: Any, finish_reason: str, scores: AnswerScores | None = None) -> None:
     """Have a finished sequence written to disk, if it is one that is."""
     if getattr(state, "entropix_label", None) is None:
         return
@@ -137,6 +190,7 @@ def write_finished(state: Any, finish_reason: str) -> None:
         token_ids=disk.compact(state.detokenizer.output_token_ids),
         finish_reason=finish_reason,
         trace=trace,
+        scores=None if scores is None else scores.model_dump(mode="json"),
         tokenizer=getattr(state.detokenizer, "tokenizer", None),
     )
     disk.write(settings, label["counted"], sequence)

@@ -54,10 +54,10 @@ def wrap_handler(original: Callable[..., Any], endpoint: Endpoint) -> Callable[.
         resolved = _resolved(self)
         try:
             body = _with_settings_of_chain(request, await _body(request, raw_request), endpoint, resolved)
-            traced = _is_traced(request, body, endpoint, resolved)
+            told = _is_told(request, body, endpoint, resolved)
         except ConfigError as error:
             return await _refuse(self, error, request, raw_request)
-        if not traced:
+        if not told:
             return await original(self, *args, **kwargs)
         assert resolved is not None
         collected = Collected(getattr(request, "n", None) or 1, resolved["config"]["trace"]["response_tokens"])
@@ -150,8 +150,8 @@ def _with_settings_of_chain(
     return {**{name: value for name, value in body.items() if name not in top}, place: moved}
 
 
-def _is_traced(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: Any) -> bool:
-    """Does a request ask for its trace?
+def _is_told(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: Any) -> bool:
+    """Does a request ask for its trace, or for scores?
 
     Raises:
         ConfigError: it has a setting that is wrong, or that nobody would read.
@@ -173,21 +173,20 @@ def _is_traced(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolv
         raise ConfigError(refusal(f"{endpoint.place}.{lost}", None))
     server = None if resolved is None else resolved["config"]
     settings = parse_request(given, server)  # as it was sent: vLLM makes a number of true
+    asked = f"{PREFIX}_trace" if settings.trace else f"{PREFIX}_scores" if settings.is_scored(default=False) else None
     if not settings.enabled:
-        if settings.trace:
-            raise ConfigError(f"{PREFIX}_trace is on, but {PREFIX} is off for this request; leave one of them out")
+        if asked is not None:
+            raise ConfigError(f"{asked} is on, but {PREFIX} is off for this request; leave one of them out")
         return False
     if resolved is None:
         raise ConfigError(f"{ours[0]!r} can't be had: this server doesn't run entropix; start it with --sampler entropix")
     if getattr(request, "use_beam_search", False):
         raise ConfigError(f"{ours[0]!r} can't be had with beam search, which is vLLM's own; leave it out, or use_beam_search")
-    if settings.trace and not endpoint.carries_traces:
-        raise ConfigError(f"{PREFIX}_trace can't be had on this endpoint, whose answers have no place for it; leave it out")
-    if settings.trace and getattr(request, "background", False):
-        raise ConfigError(
-            f"{PREFIX}_trace can't be had with background, since nobody waits for the answer; leave one of them out"
-        )
-    return settings.trace is True
+    if asked is not None and not endpoint.carries_traces:
+        raise ConfigError(f"{asked} can't be had on this endpoint, whose answers have no place for it; leave it out")
+    if asked is not None and getattr(request, "background", False):
+        raise ConfigError(f"{asked} can't be had with background, since nobody waits for the answer; leave one of them out")
+    return asked is not None
 
 
 def _table(source: Any, place: str | None) -> Mapping[str, Any]:

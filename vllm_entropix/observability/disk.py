@@ -33,6 +33,7 @@ from vllm_entropix.observability.background import Background
 from vllm_entropix.records.encoding import PART, entries_json
 from vllm_entropix.records.fields import all_fields
 from vllm_entropix.records.line import VERSION, prompt_hash
+from vllm_entropix.records.scores import Tally
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.settings.errors import ConfigError
@@ -96,6 +97,7 @@ class Finished:
         finish_reason: why generation ended.
         trace: records of the first of the tokens, or of all.
         tokenizer: a tokenizer of Hugging Face's or of the same interface; None leaves texts out.
+        scores: of the answer, as JSON values, where they were asked for.
     """
 
     label: dict[str, Any]
@@ -106,6 +108,7 @@ class Finished:
     finish_reason: str | None
     trace: TokenTrace
     tokenizer: Any
+    scores: dict[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -438,6 +441,7 @@ def line_parts(sequence: Finished) -> Iterator[bytes]:
         "prompt_tokens": sequence.prompt.tokens,
         "finish_reason": sequence.finish_reason,
         "not_kept": len(token_ids) - kept,
+        "scores": _scores(sequence, kept),
     }
     yield to_json(head)[:-1]
     yield b',"token_ids":['
@@ -449,6 +453,15 @@ def line_parts(sequence: Finished) -> Iterator[bytes]:
     yield b'},"records":['
     yield from entries_json(token_ids[:kept], values)
     yield b"]}\n"
+
+
+def _scores(sequence: Finished, kept: int) -> dict[str, Any] | None:
+    """Scores of all tokens: those that were gathered, or else of the records, if no token lacks one."""
+    if sequence.scores is not None or kept < len(sequence.token_ids):
+        return sequence.scores
+    tally = Tally()
+    tally.add_values(sequence.trace.values()[:kept])
+    return tally.values()
 
 
 def _parts(values: Iterable[Any]) -> Iterator[list[Any]]:

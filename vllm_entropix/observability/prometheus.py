@@ -1,4 +1,4 @@
-"""Counters and histograms on vLLM's own ``/metrics``: tokens by regime, forced tokens, entropies, requests by preset.
+"""Counters and histograms on vLLM's own ``/metrics``: tokens by regime, forced tokens, entropies, scores, requests by preset.
 
 They live in the frontend's processes, whose registry vLLM exports (and merges, if there are several API servers). What arrives
 with tokens is gathered and counted a few times a second by a thread of its own, so that no request waits for it.
@@ -7,6 +7,7 @@ with tokens is gathered and counted a few times a second by a thread of its own,
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -18,6 +19,7 @@ from vllm_entropix.observability.background import Background
 from vllm_entropix.observability.hints import Watch
 from vllm_entropix.records.fields import Field, all_fields, column
 from vllm_entropix.records.regimes import Regime
+from vllm_entropix.records.scores import SCORES
 
 FLUSH_SECONDS = 0.2
 # Stands for the regime of tokens whose sampler has none.
@@ -28,7 +30,7 @@ class _Metrics:
     """The metrics of this process, made when the first is needed: by then vLLM has chosen its multi-process mode."""
 
     def __init__(self) -> None:
-        from prometheus_client import Counter
+        from prometheus_client import Counter, Histogram
 
         self.tokens = Counter("entropix_tokens", "Generated tokens by regime.", ["regime"])
         self.forced = Counter("entropix_forced_tokens", "Tokens forced as part of a clarification.")
@@ -40,6 +42,8 @@ class _Metrics:
         )
         self.lines_written = Counter("entropix_trace_lines_written", "Traced sequences written to disk.")
         self.lines_dropped = Counter("entropix_trace_lines_dropped", "Traced sequences that couldn't be written to disk.")
+        self.abstained = Counter("entropix_abstained_answers", "Answers beyond the bound that their request abstains by.")
+        self.answers = {score.name: Histogram(score.metric_name, score.described, buckets=score.buckets) for score in SCORES}
         self._histograms: dict[str, Any] = {}
         # Present from the start, so that rates have a beginning.
         for regime in Regime:
@@ -138,6 +142,20 @@ def count_request(preset: str, greedy: bool) -> None:
 def watch_clarification() -> None:
     """From now on see whether the clarification that is set is ever inserted."""
     _counting().watched = True
+
+
+def count_answer(scores: Mapping[str, Any]) -> None:
+    """Count a finished answer.
+
+    Args:
+        scores: as :class:`~vllm_entropix.records.scores.AnswerScores` describes them.
+    """
+    metrics = _counting().metrics
+    for name, histogram in metrics.answers.items():
+        if scores[name] is not None:
+            histogram.observe(scores[name])
+    if scores["abstained"]:
+        metrics.abstained.inc()
 
 
 def count_trace_lines(written: int = 0, dropped: int = 0) -> None:

@@ -92,11 +92,14 @@ class Chunks:
         key = str(body.get("id")), _number(choice.get("index"))
         if trace is None and key not in self._choices:
             return
-        known = self._choices.setdefault(key, {"entries": [], "texts": [], "not_kept": 0, "body": body, "finish": None})
+        known = self._choices.setdefault(
+            key, {"entries": [], "texts": [], "not_kept": 0, "body": body, "finish": None, "scores": None}
+        )
         text = _text(choice)
         if trace is not None:
             known["entries"] += trace.tokens
             known["not_kept"] = trace.not_kept
+            known["scores"] = trace.scores or known["scores"]
             pieces = _pieces(choice, len(trace.tokens))
             # As in tokens.token_texts: what belongs to several tokens stands with the last of them.
             known["texts"] += pieces if pieces is not None else [""] * (len(trace.tokens) - 1) + [text] * bool(trace.tokens)
@@ -120,6 +123,7 @@ class Chunks:
                 "texts": known["texts"],
                 "finish_reason": known["finish"],
                 "not_kept": known["not_kept"],
+                "scores": known["scores"],
                 "records": known["entries"],
             }
 

@@ -112,6 +112,15 @@ COMMON = (
         "agreement", "float", "", True, "agreement", "Mean deviation of the heads from their mean; grows as they disagree."
     ),
     _metric("interaction_strength", "float", "", True, "interaction strength", "Mean absolute attention score."),
+    Field("logprob", "float", "nats", True, "log-probability", "Log-probability of the token, before temperature and filters."),
+    Field(
+        "margin",
+        "float",
+        "",
+        True,
+        "margin",
+        "Probability of the most probable token less that of the second, before temperature and filters.",
+    ),
     _parameter("temperature", "float", "", True, "temperature", "Temperature of the draw; 0 is argmax."),
     _parameter("top_p", "float", "", True, "top_p", "Nucleus mass of the draw."),
     _parameter("top_k", "int", "", True, "top_k", "Number of candidates of the draw."),

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from vllm_entropix.records import fields
 from vllm_entropix.records.schema import Count, TokenEntry, TokenId
+from vllm_entropix.records.scores import AnswerScores, scores_of_entries
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenTrace
 
@@ -63,6 +64,9 @@ class TraceLine(BaseModel):
     )
     finish_reason: str | None = Field(None, description="Why generation ended.")
     not_kept: Count = Field(0, description="Tokens after the server's cap, which have no record.")
+    scores: AnswerScores | None = Field(
+        None, description="Scores of the whole answer; null: an earlier release wrote the line, or some tokens have no record."
+    )
     records: list[TokenEntry] = Field(description="One entry per token, in order; the last not_kept tokens have none.")
     alternative_texts: dict[TokenId, str] = Field(
         default_factory=dict, description="Text of each token among the alternatives."
@@ -128,9 +132,14 @@ class TraceLine(BaseModel):
             texts=list(token_texts(tokenizer, token_ids)),
             finish_reason=completion.finish_reason,
             not_kept=len(token_ids) - len(records),
+            scores=getattr(completion, "entropix_scores", None) or (scores_of_entries(records) if not trace.not_kept else None),
             records=records,
             alternative_texts={token: tokenizer.decode([token]) for token in sorted(alternatives)},
         )
+
+    def answer_scores(self) -> AnswerScores:
+        """The scores of the answer: those that the line tells, or else those of the tokens that have records."""
+        return self.scores if self.scores is not None else scores_of_entries(self.records)
 
     def of_sampler(self, name: str, kind: type[_T]) -> _T | None:
         """Something that the line tells of the sampler; None if it doesn't, or if it isn't of this kind."""

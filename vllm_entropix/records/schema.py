@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from vllm_entropix.records import fields
 from vllm_entropix.records.fields import ALTERNATIVES, MAX_FLOAT32, VERSION
+from vllm_entropix.records.scores import AnswerScores
 from vllm_entropix.records.trace import TokenRecord, TokenTrace
 
 # What every reader of JSON takes as a whole number, and what a float32 holds.
@@ -53,6 +54,9 @@ class ChoiceTrace(BaseModel):
     tokens: list[TokenEntry] = Field(default_factory=list, description="One entry per token, in order.")
     not_kept: Count = Field(0, description="Tokens so far that a bound of the server left without an entry.")
     bound: Bound | None = Field(None, description="Setting of the server that left tokens without an entry.")
+    scores: AnswerScores | None = Field(
+        None, description="Scores of the whole answer, in a stream with its end; null: they weren't asked for."
+    )
 
     @classmethod
     def from_trace(cls, token_ids: Sequence[int], trace: TokenTrace, start: int = 0) -> ChoiceTrace:

@@ -15,14 +15,16 @@ from vllm_entropix.distribution.attention import AttentionStatistics, joined
 from vllm_entropix.distribution.backend import Backend, Draws, backend_for
 from vllm_entropix.distribution.plan import Drawn, Plan
 from vllm_entropix.distribution.statistics import LogitsMetrics
-from vllm_entropix.records.fields import names
-from vllm_entropix.rows.forcing import Clarification
+from vllm_entropix.records.fields import column, names
+from vllm_entropix.rows.forcing import ANYWHERE, Clarification, Places
 from vllm_entropix.rows.rows import Decisions, Measure, Rows
 from vllm_entropix.rows.state import PositionRing
-from vllm_entropix.rows.table import Sequence, SequenceTable
+from vllm_entropix.rows.table import Sequence, SequenceTable, to_device
 from vllm_entropix.rows.text import RowText
+from vllm_entropix.rows.undrawn import Undrawn
 from vllm_entropix.samplers.base import RowView, Sequences
-from vllm_entropix.samplers.registry import instances, sampler_of
+from vllm_entropix.samplers.observed import VLLM
+from vllm_entropix.samplers.registry import instances_and_observed, sampler_of
 from vllm_entropix.samplers.request import RequestSettings
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class BatchSampler:
         device: of the logits.
         draft_tokens: drafts verified in one step at most.
         counted: make records of all sampled rows, and not only of traced ones.
+        places: where the clarification may begin.
     """
 
     def __init__(
@@ -54,15 +57,16 @@ class BatchSampler:
         device: torch.device | str,
         draft_tokens: int = 0,
         counted: bool = False,
+        places: Places = ANYWHERE,
     ) -> None:
         self.counted = counted
         self.alternatives = config.trace.alternatives
         # Engines hand in float32, which the kernels take.
         self.backend, self.other_types = backend_for(device), Backend(device)
-        self.samplers = instances(config)
+        self.samplers = instances_and_observed(config)
         self.sequences = SequenceTable(self.samplers, sampler_of(RequestSettings(), config), slots + 1, device)
         self.clarification = (
-            None if clarification is None else Clarification(clarification, config, slots + 1, draft_tokens, device)
+            None if clarification is None else Clarification(clarification, config, slots + 1, draft_tokens, device, places)
         )
         # The number that a sampler keeps by position; NaN stands where none is known.
         self.state = PositionRing((float("nan"),), torch.float64, slots + 1, draft_tokens, device)
@@ -87,9 +91,9 @@ class BatchSampler:
 
     @property
     def follows_draws(self) -> bool:
-        """May any running sequence's sampler ask what was drawn?"""
+        """May any running sequence's sampler ask what was drawn, or its record tell of it?"""
         table = self.sequences
-        return bool(np.isin(table.sampler[table.sampled], self._following).any())
+        return bool(table.traced.any()) or bool(np.isin(table.sampler[table.sampled], self._following).any())
 
     def remove(self, request_id: str) -> None:
         """A sequence has ended."""
@@ -146,7 +150,14 @@ class BatchSampler:
         present = table.samplers_of(rows.host_slots[concerned])
         decide = self._decide_by_kernel if backend.decides else self._decide
         decided = decide(backend, present, logits, statistics, rows, measure, tracing)
-        alternatives = self._alternatives(backend, logits, statistics) if tracing else None
+        alternatives = None
+        if tracing:
+            assert decided.records is not None
+            alternatives = self._alternatives(backend, logits, statistics, rows, decided.records)
+            undrawn = self._keep(logits, statistics, rows)
+            decided = replace(decided, after_draw=(*decided.after_draw, (table.device_traced[rows.slots], undrawn)))
+        if not table.sampled[rows.host_slots].any():
+            decided = replace(decided, written={})  # vLLM draws all of them
         bounds = (int(of[rows.host_slots].max()) for of in (table.most_candidates, table.most_drawn))
         most_candidates, most_drawn = bounds
         parameters = decided.parameters
@@ -201,6 +212,15 @@ class BatchSampler:
                 if part.records is not None:
                     _tell(part.records, found, told)
 
+    def _keep(self, logits: Tensor, statistics: LogitsMetrics, rows: Rows) -> Undrawn:
+        """The traced rows' logits, for what is told of the token that will be drawn from them."""
+        traced = self.sequences.traced[rows.host_slots]
+        # The host doesn't know which rows are traced ones where a sequence has several, or where some were selected.
+        if traced.all() or rows.draft_index is not None or len(traced) != len(logits):
+            return Undrawn(logits.clone(), statistics.log_normaliser)
+        index = to_device(np.flatnonzero(traced), logits.device)
+        return Undrawn(logits[index], statistics.log_normaliser[index], index)
+
     def _decide_by_kernel(
         self,
         backend: Backend,
@@ -223,7 +243,8 @@ class BatchSampler:
         plan: Plan | None = None
         plans: list[tuple[Tensor, Plan]] = []
         if others:
-            attention, alone = self._attention(rows, measure), len(present) == 1
+            sampled, traced = table.device_sampled[rows.slots], table.device_traced[rows.slots]
+            attention, alone = _attention(rows, measure, sampled, traced), len(present) == 1
             plans = self._plans(backend, others, logits, statistics, rows, attention, alone)
             plan = _mixed(plans, alone)
             if plan.attention is not None:
@@ -238,10 +259,10 @@ class BatchSampler:
         orders = [(mine, one.order) for mine, one in plans]
         if ruled is not None and plans:
             orders.append((table.device_sampler[rows.slots] == table.number[ruled.name], ruled.rule.order))
-        (sampled,) = decided.written.values()
+        (written,) = decided.written.values()
         if len(orders) > 1:
-            decided = replace(decided, written=_by_order(sampled, orders))
-        return _with_distributions(decided, plans, sampled, len(present))
+            decided = replace(decided, written=_by_order(written, orders))
+        return _with_distributions(decided, plans, written, len(present))
 
     def _ruled(self, backend: Backend, name: str) -> RuledRows | None:
         """The rows of a sampler, if it has a rule for this backend's kernel."""
@@ -249,16 +270,6 @@ class BatchSampler:
 
         rule, fields = self.samplers[name].kernel_rule(backend.name), self.samplers[name].fields
         return None if rule is None else RuledRows(rule, name, fields[0].name if fields else None)
-
-    def _attention(self, rows: Rows, measure: Measure | None) -> Attention:
-        """What plans ask for attention: of drawn rows that they want, and of all traced ones."""
-        sampled = self.sequences.device_sampled[rows.slots]
-        traced = self.sequences.device_traced[rows.slots]
-
-        def attention(wanted: Tensor) -> AttentionStatistics | None:
-            return None if measure is None else measure(rows, rows.valid & (traced | (sampled & wanted)))
-
-        return attention
 
     def _decide(
         self,
@@ -273,7 +284,7 @@ class BatchSampler:
         table = self.sequences
         sampled = table.device_sampled[rows.slots]
         traced = table.device_traced[rows.slots]
-        attention, alone = self._attention(rows, measure), len(present) == 1
+        attention, alone = _attention(rows, measure, sampled, traced), len(present) == 1
         plans = self._plans(backend, present, logits, statistics, rows, attention, alone)
         plan = _mixed(plans, alone)
         measured = plan.attention
@@ -285,7 +296,12 @@ class BatchSampler:
         if tracing or self.counted:
             told = (traced | sampled) if self.counted else traced
             slots = torch.where(told & rows.valid, rows.slots, 0)
-            records = _records(plan, statistics, measured, forced, sampled, slots, self.backend.asks_device)
+            # What vLLM draws has the request's own parameters, and those of argmax if that is how it draws.
+            argmax = ~sampled
+            if VLLM in present:
+                observed = table.device_sampler[rows.slots] == table.number[VLLM]
+                argmax = argmax & ~(observed & (plan.parameters.temperature > 0))
+            records = _records(plan, statistics, measured, forced, argmax, slots, self.backend.asks_device)
         return _with_distributions(Decisions(plan.parameters, forced, written, records), plans, sampled, len(present))
 
     def _plans(
@@ -347,14 +363,34 @@ class BatchSampler:
             forced = torch.where(mine, decided.token_ids, forced)
         return forced
 
-    def _alternatives(self, backend: Backend, logits: Tensor, statistics: LogitsMetrics) -> tuple[Tensor, Tensor] | None:
-        """Ids and probabilities (at temperature 1, unfiltered) of the most probable tokens, ``[rows, count]`` each."""
-        count = min(self.alternatives, logits.shape[-1])
-        if not count:
-            return None
+    def _alternatives(
+        self, backend: Backend, logits: Tensor, statistics: LogitsMetrics, rows: Rows, records: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Ids and probabilities (at temperature 1, unfiltered) of the most probable tokens, ``[rows, count]`` each.
+
+        The margin between the first two goes into the traced rows' ``records``.
+        """
+        vocabulary = logits.shape[-1]
+        count = min(self.alternatives, vocabulary)
         log_normaliser = statistics.log_normaliser
-        values, token_ids = backend.largest(logits, log_normaliser, count)
-        return token_ids, (values.to(log_normaliser.dtype) - log_normaliser.unsqueeze(-1)).exp()
+        values, token_ids = backend.largest(logits, log_normaliser, min(max(count, 2), vocabulary))
+        probabilities = (values.to(log_normaliser.dtype) - log_normaliser.unsqueeze(-1)).exp()
+        if vocabulary > 1:
+            margin, place = probabilities[:, 0] - probabilities[:, 1], column("margin")
+            assert place is not None
+            if not self.sequences.traced[rows.host_slots].all():
+                margin = torch.where(self.sequences.device_traced[rows.slots], margin, torch.nan)
+            records[:, 1 + place] = margin.to(records.dtype)
+        return (token_ids[:, :count], probabilities[:, :count]) if count else None
+
+
+def _attention(rows: Rows, measure: Measure | None, sampled: Tensor, traced: Tensor) -> Attention:
+    """What plans ask for attention: of sampled rows that they want, and of all traced ones; bool ``[rows]`` each."""
+
+    def attention(wanted: Tensor) -> AttentionStatistics | None:
+        return None if measure is None else measure(rows, rows.valid & (traced | (sampled & wanted)))
+
+    return attention
 
 
 @dataclass(frozen=True)
@@ -434,14 +470,14 @@ def _records(
     statistics: LogitsMetrics,
     attention: AttentionStatistics | None,
     forced: Tensor,
-    sampled: Tensor,
+    argmax: Tensor,
     slots: Tensor,
     asks_device: bool,
 ) -> Tensor:
-    """Slots and records ``[rows, columns]``; a greedy row's parameters are those of argmax."""
+    """Slots and records ``[rows, columns]``; the parameters of rows of the bool mask ``argmax`` are those of argmax."""
     metrics, parameters = joined(statistics, attention), plan.parameters
-    if not (asks_device and sampled.all()):
-        parameters = parameters.as_argmax(~sampled)
+    if not (asks_device and not argmax.any()):
+        parameters = parameters.as_argmax(argmax)
 
     def values(field: str) -> Tensor:
         """A field's column: whoever computes it holds it by its name."""

@@ -10,6 +10,7 @@ plan that the sampler has made in PyTorch. Rows of both kinds may stand in one b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from vllm_entropix.rows.forcing import EXCLUDED, INITIAL, Clarification
 from vllm_entropix.rows.rows import Decisions, Rows
 from vllm_entropix.rows.table import SequenceTable
 from vllm_entropix.samplers.base import KernelRule
+from vllm_entropix.samplers.observed import VLLM
 
 _BLOCK = 32
 # Columns of a record, the slot in front.
@@ -81,11 +83,12 @@ def _index_in_ring(position, length):
 
 _ARGUMENTS = (
     *("slots", "positions", "input_ids", "valid", "draft_index", "drafts", "rows", "draft_rows"),
-    *("sampled", "traced", "may_force", "prompt_length", "samplers", "number", "numbers", "width"),
+    *("sampled", "traced", "may_force", "prompt_length", "samplers", "number", "observed", "numbers", "width"),
     *("given_temperature", "given_top_p", "given_top_k", "given_min_p", "given_samples", "asking"),
     *("logits", "row_stride", "entropy", "varentropy", "log_normaliser"),
     *("attention_entropy", "attention_varentropy", "agreement", "interaction", "measured"),
     *("ring_positions", "ring", "ring_length", "token_ids", "tokens", "cooldown", "most"),
+    *("after", "vocabulary", "end_ids", "ends", "end_below"),
     *("temperature", "top_p", "top_k", "min_p", "samples", "forced", "written", "records", "record_stride", "own", "tells"),
 )
 
@@ -106,6 +109,7 @@ def _decide(
     prompt_length,
     samplers,
     number,
+    observed,
     numbers,
     width,
     given_temperature,
@@ -131,6 +135,11 @@ def _decide(
     tokens,
     cooldown,
     most,
+    after,
+    vocabulary,
+    end_ids,
+    ends,
+    end_below,
     temperature,
     top_p,
     top_k,
@@ -147,6 +156,8 @@ def _decide(
     ATTENTION: tl.constexpr,  # noqa: N803
     MEASURED: tl.constexpr,  # noqa: N803
     FORCING: tl.constexpr,  # noqa: N803
+    PLACED: tl.constexpr,  # noqa: N803
+    BOUNDED: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     """A lane takes the rows of a sequence, which follow one another: what is forced at a draft depends on the row before it."""
@@ -236,6 +247,14 @@ def _decide(
                 eligible = is_last == 0
             else:
                 eligible = seen == 0
+            if PLACED:
+                before_it = tl.minimum(tl.maximum(fed, 0), vocabulary - 1)
+                eligible = eligible & (tl.load(after + before_it) != 0)
+            if BOUNDED:
+                end = tl.full((BLOCK,), -float("inf"), tl.float32)
+                for which in tl.range(ends):
+                    end = tl.maximum(end, tl.load(logits + row * row_stride + tl.load(end_ids + which)))
+                eligible = eligible & (end - tl.load(log_normaliser + row) < end_below)
             may = drawn & (tl.load(may_force + slot) != 0)
             pending = tl.where(asks & may & eligible & (pending < 0), 0, pending)
             next_token = tl.load(token_ids + tl.maximum(pending, 0))
@@ -258,7 +277,10 @@ def _decide(
             token = tl.where(forces & counts, next_token, -1)
         tl.store(forced + row, token, mask=mine)
 
-        # A greedy row's parameters are those of argmax.
+        # A greedy row's parameters are those of argmax; what vLLM draws has the request's own.
+        of_plan = drawn
+        if GIVEN:
+            of_plan = of_plan | ((tl.load(samplers + slot) == observed) & (t > 0))
         tl.store(record, tl.where(told & counts, slot, 0).to(tl.float32), mask=keeps)
         tl.store(record + _ENTROPY, h, mask=keeps)
         tl.store(record + _VARENTROPY, v, mask=keeps)
@@ -266,10 +288,10 @@ def _decide(
         tl.store(record + _ATTENTION_VARENTROPY, tl.where(attended, av, nan), mask=keeps)
         tl.store(record + _AGREEMENT, tl.where(attended, ag, nan), mask=keeps)
         tl.store(record + _INTERACTION, tl.where(attended, strength, nan), mask=keeps)
-        tl.store(record + _TEMPERATURE, tl.where(drawn, t, 0.0), mask=keeps)
-        tl.store(record + _TOP_P, tl.where(drawn, p, 1.0), mask=keeps)
-        tl.store(record + _TOP_K, tl.where(drawn, k, 1).to(tl.float32), mask=keeps)
-        tl.store(record + _MIN_P, tl.where(drawn, m, 0.0), mask=keeps)
+        tl.store(record + _TEMPERATURE, tl.where(of_plan, t, 0.0), mask=keeps)
+        tl.store(record + _TOP_P, tl.where(of_plan, p, 1.0), mask=keeps)
+        tl.store(record + _TOP_K, tl.where(of_plan, k, 1).to(tl.float32), mask=keeps)
+        tl.store(record + _MIN_P, tl.where(of_plan, m, 0.0), mask=keeps)
         tl.store(record + _FORCED, (token >= 0).to(tl.float32), mask=keeps)
 
 
@@ -355,6 +377,7 @@ def decide(
     # A field of another sampler is null; without one, the kernel writes all columns.
     records = torch.full((count if tells else 0, columns), torch.nan, dtype=torch.float32, device=device)
     ring = None if clarification is None else clarification.state
+    bounded = clarification is not None and clarification.end_below < math.inf
     # Where there is nothing to point to, the kernel looks at nothing.
     nothing = written
     own = column(ruled.first_field) if ruled is not None and ruled.first_field is not None else None
@@ -378,6 +401,7 @@ def decide(
         table.device_prompt_length,
         table.device_sampler,
         0 if ruled is None else table.number[ruled.name],
+        table.number[VLLM],
         nothing if numbers is None else numbers,
         0 if numbers is None else numbers.stride(0),
         *((nothing,) * 5 if given is None else (given.temperature, given.top_p, given.top_k, given.min_p, given.samples)),
@@ -405,6 +429,11 @@ def decide(
         0 if clarification is None else clarification.length,
         0 if clarification is None else clarification.cooldown,
         0 if clarification is None else clarification.max_per_request,
+        nothing if clarification is None or clarification.after is None else clarification.after,
+        0 if clarification is None or clarification.after is None else len(clarification.after),
+        nothing if clarification is None else clarification.ends,
+        0 if clarification is None else len(clarification.ends),
+        math.inf if clarification is None else clarification.end_below,
         temperature,
         top_p,
         top_k,
@@ -421,6 +450,8 @@ def decide(
         ATTENTION=attention is not None,
         MEASURED=attention is not None and attention.measured is not None,
         FORCING=_FORCING_RULES[None if clarification is None else clarification.rule],
+        PLACED=clarification is not None and clarification.after is not None,
+        BOUNDED=bounded,
         BLOCK=_BLOCK,
         num_warps=1,
         # As PyTorch computes: no product is added before it is rounded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ class Sequence:
     Attributes:
         constants: its sampler's numbers, in the order of :meth:`Sampler.numbers`.
         sampled: drawn by a sampler of ours (False: opted out, or greedy).
-        traced: a record per token is wanted.
+        traced: a record per token is wanted, with alternatives.
         allow_clarification: forced tokens are allowed.
         prompt_length: tokens of the prompt; what follows was generated.
         sampler: name of its sampler; None: the server's.
         base: its own temperature, top_p, top_k and min_p.
+        scored: is the record per token wanted for scores of the answer?
     """
 
     constants: list[float]
@@ -35,6 +37,21 @@ class Sequence:
     prompt_length: int
     sampler: str | None = None
     base: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
+    scored: bool = False
+
+
+class Told(NamedTuple):
+    """What the records of a sequence are for, beside being counted.
+
+    Attributes:
+        request_id: of the sequence.
+        traced: they are returned, with alternatives.
+        scored: they are summed up.
+    """
+
+    request_id: str
+    traced: bool
+    scored: bool = False
 
 
 BASE = ("temperature", "top_p", "top_k", "min_p")
@@ -62,7 +79,7 @@ class SequenceTable:
         numbers = {name: sampler.numbers() for name, sampler in samplers.items()}
         self.columns = {name: {key: column for column, (key, _) in enumerate(of)} for name, of in numbers.items()}
         self._slot_of: dict[str, int] = {}
-        self._request_of: dict[int, str] = {}
+        self._told: dict[int, Told] = {}
         self._free: list[int] = []
         self._changed: set[int] = set()
         # On the CPU the device tensors below share the host arrays' memory, and flush() has nothing to do.
@@ -72,6 +89,7 @@ class SequenceTable:
         self.base = np.tile(np.array(Sequence.base, dtype=np.float32), (slots, 1))
         self.sampler = np.full(slots, self.number[default], dtype=np.int64)
         self.sampled = np.zeros(slots, dtype=bool)
+        # A scored sequence's rows are measured as a traced one's are.
         self.traced = np.zeros(slots, dtype=bool)
         self.allow_clarification = np.zeros(slots, dtype=bool)
         self.prompt_length = np.zeros(slots, dtype=np.int64)
@@ -108,7 +126,6 @@ class SequenceTable:
             if not self._free:
                 self._grow()
             slot = self._slot_of[request_id] = self._free.pop()
-            self._request_of[slot] = request_id
         else:
             self._ends(slot)
         name = sequence.sampler or self.default
@@ -116,7 +133,8 @@ class SequenceTable:
         self.base[slot] = sequence.base
         self.sampler[slot] = self.number[name]
         self.sampled[slot] = sequence.sampled
-        self.traced[slot] = sequence.traced
+        self.traced[slot] = sequence.traced or sequence.scored
+        self._told[slot] = Told(request_id, sequence.traced, sequence.scored)
         self.allow_clarification[slot] = sequence.allow_clarification
         self.prompt_length[slot] = sequence.prompt_length
         numbers = dict(zip(self.columns[name], sequence.constants, strict=True))
@@ -138,13 +156,12 @@ class SequenceTable:
             self.sampled[slot] = self.traced[slot] = self.allow_clarification[slot] = False
             self._changed.add(slot)
             self._free.append(slot)
-            del self._request_of[slot]
+            del self._told[slot]
         return slot
 
-    def requests_of(self, slots: np.ndarray) -> dict[int, tuple[str, bool]]:
-        """Slot → (request id, is it traced?) of those among ``slots`` that belong to a sequence."""
-        known = self._request_of
-        return {slot: (known[slot], bool(self.traced[slot])) for slot in slots.tolist() if slot in known}
+    def requests_of(self, slots: np.ndarray) -> dict[int, Told]:
+        """Slot → what its records are for, of those among ``slots`` that belong to a sequence."""
+        return {slot: self._told[slot] for slot in slots.tolist() if slot in self._told}
 
     def slots_of(self, request_ids: Iterable[str], count: int) -> np.ndarray:
         """int64 ``[count]``: the slot of each of ``count`` sequences, 0 for unknown ones."""
@@ -158,12 +175,12 @@ class SequenceTable:
             return
         changed = np.fromiter(self._changed, dtype=np.int64, count=len(self._changed))
         self._changed.clear()
-        index = _to_device(changed, self.device)
+        index = to_device(changed, self.device)
         for name in np.unique(self.sampler[changed]):
             block = list(self.constants)[name]
             rows = changed[self.sampler[changed] == name]
             self.device_constants[block].index_copy_(
-                0, _to_device(rows, self.device), _to_device(self.constants[block][rows], self.device)
+                0, to_device(rows, self.device), to_device(self.constants[block][rows], self.device)
             )
         for array, mirror in (
             (self.base, self.device_base),
@@ -173,7 +190,7 @@ class SequenceTable:
             (self.allow_clarification, self.device_allow_clarification),
             (self.prompt_length, self.device_prompt_length),
         ):
-            mirror.index_copy_(0, index, _to_device(array[changed], self.device))
+            mirror.index_copy_(0, index, to_device(array[changed], self.device))
 
     def of_rows(self, sampler: str, slots: Tensor) -> Constants:
         """Each row's numbers for a sampler, its own where it has it; ``slots`` int64 ``[rows]`` on the device."""
@@ -206,6 +223,9 @@ class SequenceTable:
         self._mirror()
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device, without waiting for it."""
+    if device.type == "cpu":
+        return torch.from_numpy(array)
     # Pinned, so that the copy needn't wait for the device.
     return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)

@@ -25,6 +25,8 @@ from vllm_entropix.samplers import chain, chained
 from vllm_entropix.samplers.base import Sampler
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 from vllm_entropix.samplers.folder import classes_of
+from vllm_entropix.samplers.observed import VLLM as VLLM
+from vllm_entropix.samplers.observed import Observed
 from vllm_entropix.samplers.request import OF_SAMPLER, PREFIX, RequestSettings
 from vllm_entropix.settings.errors import QUOTED, ConfigError, cut, quoted
 from vllm_entropix.settings.section import Section, describe, refuse_truth_value
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GROUP = "vllm_entropix.samplers"
-# vLLM's own, which makes no plan.
-VLLM = "vllm"
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 
@@ -60,7 +60,8 @@ def registry() -> Registry:
     """What is found, once a process."""
     found = Registry()
     for sampler in classes_of(Sampler):
-        _add(found, sampler)
+        if sampler is not Observed:  # there without a plugin, too
+            _add(found, sampler)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         package = entry.dist.name if entry.dist is not None else entry.value
         try:
@@ -154,6 +155,16 @@ def instances(server: ServerSettings) -> dict[str, Sampler]:
     return {name: sampler(server) for name, sampler in registry().classes.items()}
 
 
+def instances_and_observed(server: ServerSettings) -> dict[str, Sampler]:
+    """The same with vLLM's own beside them, for rows that are only observed."""
+    return {**instances(server), VLLM: Observed(server)}
+
+
+def class_of(name: str) -> type[Sampler]:
+    """The class of a sampler that a request may have."""
+    return Observed if name == VLLM else registry().classes[name]
+
+
 def has_section(sampler: type[Sampler]) -> bool:
     """Whether a sampler has a section of its own: entropix's settings stand beside the common ones."""
     return not issubclass(EntropixConfig, sampler.Settings)
@@ -211,7 +222,9 @@ def load_server(wanted: Any) -> EntropixConfig:
         ConfigError: a setting is unknown or out of range, or there is no such sampler.
     """
     config = server_settings().from_dict({} if wanted is True else as_mapping(wanted))
-    check(config.sampler)
+    check(config.sampler, others=(VLLM,))
+    if config.sampler == VLLM and not config.signals:
+        raise ConfigError("the sampler vllm has no settings unless signals is true; set it, or leave entropix out")
     if sampler_of(RequestSettings(), config) == chained.NAME:
         chained.read(config.sampler, {}, config)
     return config
@@ -290,7 +303,7 @@ def is_off(extra_args: Mapping[str, Any] | None) -> bool:
 def _check_of_request(text: str) -> None:
     """ConfigError if a request's ``samplers`` is no sampler's name and no chain."""
     try:
-        check(text)
+        check(text, others=(VLLM,))
     except ConfigError:
         if chain.SEPARATOR in text:
             raise
@@ -316,8 +329,8 @@ def _class_of(text: str) -> str:
     Raises:
         ConfigError: it asks for none.
     """
-    name = check(text)
-    return name if name in registry().classes else chained.NAME
+    name = check(text, others=(VLLM,))
+    return name if name in (VLLM, *registry().classes) else chained.NAME
 
 
 def sampler_of(request: RequestSettings, server: Mapping[str, Any] | ServerSettings) -> str:
@@ -332,7 +345,7 @@ def _sampler_of_server(server: Mapping[str, Any] | ServerSettings) -> str:
 def part(server: EntropixConfig, extra_args: Any = None) -> SamplerPart:
     """What a line of a trace file tells of the sampler of a request with these ``extra_args``."""
     request = parse_request(extra_args, server)
-    return registry().classes[sampler_of(request, server)](server).described(request)
+    return class_of(sampler_of(request, server))(server).described(request)
 
 
 def _first_line(sampler: type[Sampler] | type[Stage]) -> str:

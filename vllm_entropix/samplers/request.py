@@ -12,8 +12,19 @@ from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from vllm_entropix.records.scores import Abstention, check_name
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import QUOTED, ConfigError, quoted
 from vllm_entropix.settings.rules import BaseSource, Fidelity
@@ -101,6 +112,18 @@ class RequestSettings(BaseModel):
         None, alias=f"{PREFIX}_clarification", description="on or off: may clarification tokens be forced into this request?"
     )
     trace: Switch | None = Field(None, alias=f"{PREFIX}_trace", description="on or off: return a record per generated token.")
+    scores: Switch | None = Field(None, alias=f"{PREFIX}_scores", description="on or off: return scores of the whole answer.")
+    abstain_score: Annotated[str, BeforeValidator(check_name)] | None = Field(
+        None,
+        alias=f"{PREFIX}_abstain_score",
+        description="Score beyond whose bound an answer is marked as abstaining.",
+    )
+    abstain_above: FiniteFloat | None = Field(
+        None, alias=f"{PREFIX}_abstain_above", description="The answer abstains if the score is greater."
+    )
+    abstain_below: FiniteFloat | None = Field(
+        None, alias=f"{PREFIX}_abstain_below", description="The answer abstains if the score is less."
+    )
     forks: int | None = _fork("branches", f"{PREFIX}_forks")
     fork_width: int | None = _fork("width")
     fork_entropy: float | None = _fork("entropy")
@@ -123,13 +146,39 @@ class RequestSettings(BaseModel):
         return copy
 
     @field_validator(
-        *("temperature", "top_p", "top_k", "min_p"),
+        *("temperature", "top_p", "top_k", "min_p", "abstain_above", "abstain_below"),
         *("forks", "fork_width", "fork_entropy", "fork_budget", "fork_horizon"),
         mode="before",
     )
     @classmethod
     def _no_truth_value_for_a_number(cls, value: Any) -> Any:
         return refuse_truth_value(value)
+
+    @model_validator(mode="after")
+    def _abstains_by_a_score_and_a_bound(self) -> Self:
+        bounds = [name for name in ("abstain_above", "abstain_below") if getattr(self, name) is not None]
+        if self.abstain_score is None and bounds:
+            raise ValueError(f"{PREFIX}_{bounds[0]} is given without {PREFIX}_abstain_score; name the score, or leave it out")
+        if self.abstain_score is not None and not bounds:
+            raise ValueError(
+                f"{PREFIX}_abstain_score is {quoted(self.abstain_score)} without a bound; add {PREFIX}_abstain_above or _below"
+            )
+        if self.abstain_score is not None and self.scores is False:
+            raise ValueError(f"{PREFIX}_abstain_score is given, but {PREFIX}_scores is off; leave one of them out")
+        return self
+
+    @property
+    def abstention(self) -> Abstention | None:
+        """When the answer is marked; None: never."""
+        if self.abstain_score is None:
+            return None
+        return Abstention(self.abstain_score, self.abstain_above, self.abstain_below)
+
+    def is_scored(self, default: bool) -> bool:
+        """Is the answer scored? ``default``: what the server does where a request doesn't say."""
+        if self.scores is not None:
+            return self.scores
+        return default or self.abstain_score is not None
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestSettings:

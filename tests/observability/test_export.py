@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from tests.support.traces import line, varied, written
 from vllm_entropix.cli.main import app
-from vllm_entropix.observability.export import columns, to_csv, to_pandas, to_parquet
+from vllm_entropix.observability.export import answer_columns, answers_to_pandas, columns, to_csv, to_pandas, to_parquet
+from vllm_entropix.records.scores import AnswerScores
 from vllm_entropix.settings.errors import ConfigError
 
 LINES = [
@@ -39,6 +40,23 @@ def test_a_row_per_record(traces):
     assert np.isnan(table[table.request_id == "second"].entropy).all()
     last = table[table.request_id == "more 69"]
     assert last.varentropy.tolist() == [np.float32(entry.varentropy) for entry in LINES[-1].records]
+
+
+def test_a_row_per_answer(traces, tmp_path):
+    table = answers_to_pandas(traces)
+    assert tuple(table.columns) == answer_columns()
+    assert len(table) == len(LINES)
+    first, second = table.iloc[0], table.iloc[1]
+    assert (first.request_id, first.text, first.tokens, first.finish_reason) == ("request", "a\né", 1, "stop"), "one is forced"
+    assert first.entropy_mean == pytest.approx(LINES[0].records[0].entropy)
+    assert (second["index"], np.isnan(second.entropy_mean), second.share_adaptive) == (3, True, 1)
+    # What a line says of all its tokens comes before what the records that were kept say.
+    told = LINES[0].model_copy(update={"scores": AnswerScores(tokens=3, entropy_mean=7)})
+    assert answers_to_pandas([told]).iloc[0].entropy_mean == 7
+    path = tmp_path / "answers.csv"
+    ended = CliRunner().invoke(app, ["export", str(traces), "--answers", "-o", str(path)])
+    assert (ended.exit_code, ended.output) == (0, f"wrote {path}: {len(LINES)} answers\n")
+    assert pd.read_csv(path).entropy_max.tolist() == pytest.approx(table.entropy_max.tolist(), nan_ok=True)
 
 
 def test_parquet_gives_the_table_back(traces, tmp_path):

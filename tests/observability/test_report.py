@@ -215,7 +215,7 @@ def test_tokens_are_tinted_by_their_probability(browser, tmp_path):
         for place, words in enumerate(said):
             pieces.nth(place).hover()
             assert words in page.locator("#details .why").inner_text()
-        page.get_by_role("button", name="probability").click()
+        page.get_by_role("button", name="probability", exact=True).click()
         assert page.evaluate("document.querySelector('.along').data.at(-1).y") == [0.9, 0.25, None, None]
 
 
@@ -326,6 +326,14 @@ def test_shares_of_the_regimes(page):
     # Bottom to top: all of file 2, all of file 1, right, left.
     assert dict(shares)["ADAPTIVE"] == [0, pytest.approx(100 * 2 / 12), 0, 20]
     assert dict(shares)["LELV"][2:] == [40, 20]
+
+
+def test_scores_of_the_answer_are_shown_and_ordered_by(page):
+    told = page.locator(".pane").first.locator(".scores > div").all_text_contents()
+    assert any(text.startswith("mean entropy") and text.endswith(" bits") for text in told)
+    assert not any(text.startswith("perplexity") for text in told), "these records tell no log-probabilities"
+    page.locator("#order").select_option("entropy_mean")
+    assert page.locator("#order option").evaluate_all("(all) => all.map((one) => one.value)").count("entropy_mean") == 1
 
 
 def test_sequences_are_found_and_ordered(page):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vllm_entropix._version import __version__
-from vllm_entropix.cli import bench, calibrate, demo, doctor, export, presets, report, samplers, schema, whatif
+from vllm_entropix.cli import bench, calibrate, demo, doctor, export, presets, report, samplers, schema, scores, whatif
 from vllm_entropix.observability.tracefile import TraceFileError
 from vllm_entropix.settings.errors import ConfigError
 
@@ -29,6 +29,7 @@ app.command("samplers")(samplers.samplers)
 app.command("report")(report.report)
 app.command("whatif")(whatif.whatif)
 app.command("export")(export.export)
+app.command("scores")(scores.scores)
 app.command("schema")(schema.schema)
 app.add_typer(bench.bench, name="bench")
 

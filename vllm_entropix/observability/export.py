@@ -1,9 +1,10 @@
-"""Traces as tables: one row per token, for pandas, Parquet and CSV."""
+"""Traces as tables, one row per token or one per answer, for pandas, Parquet and CSV."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.records.fields import all_fields, names
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.schema import TokenEntry
+from vllm_entropix.records.scores import SCORES, AnswerScores, scores_of_entries
 from vllm_entropix.records.trace import traces
 from vllm_entropix.settings.errors import ConfigError
 
@@ -72,29 +74,66 @@ def to_pandas(source: str | Path | TraceLine | Iterable[Any]) -> pandas.DataFram
     return table
 
 
-def to_parquet(source: str | Path | TraceLine | Iterable[Any], path: str | Path) -> int:
-    """Write the table of ``to_pandas`` as Parquet; returns the number of rows, errors as there and for pyarrow."""
+def answers_to_pandas(source: str | Path | TraceLine | Iterable[Any]) -> pandas.DataFrame:
+    """A DataFrame with a row per traced answer: which it is, its scores, its text and tokens' number (``answer_columns``).
+
+    Args:
+        source: see ``to_pandas``.
+
+    Raises:
+        ConfigError: pandas isn't installed.
+        TraceFileError: see ``read_traces``.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ConfigError(f"answers_to_pandas needs pandas ({error}); install vllm-entropix[report]") from None
+    rows = [{**answer.known, **answer.scores(), "text": answer.text} for answer in _answers(source)]
+    table = pd.DataFrame(rows, columns=list(answer_columns()))
+    for score in SCORES:
+        table[score.name] = table[score.name].astype("float64")
+    return table
+
+
+def answer_columns() -> tuple[str, ...]:
+    """The columns of a table of answers, in order."""
+    return (*SEQUENCE_COLUMNS, "finish_reason", "tokens", *(score.name for score in SCORES), "text")
+
+
+def to_parquet(source: str | Path | TraceLine | Iterable[Any], path: str | Path, answers: bool = False) -> int:
+    """Write the table of ``to_pandas`` as Parquet; returns the number of rows, errors as there and for pyarrow.
+
+    Args:
+        source: see ``to_pandas``.
+        path: of the table.
+        answers: write the table of ``answers_to_pandas`` instead.
+    """
     try:
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"Parquet needs pyarrow ({error}); install vllm-entropix[report]") from None
-    return _write(source, path, "to_parquet")
+    return _write(source, path, "to_parquet", answers)
 
 
-def to_csv(source: str | Path | TraceLine | Iterable[Any], path: str | Path) -> int:
+def to_csv(source: str | Path | TraceLine | Iterable[Any], path: str | Path, answers: bool = False) -> int:
     """Write the table of ``to_pandas`` as CSV; returns the number of rows, errors as there.
 
     A text that a spreadsheet would take for a formula gets an apostrophe in front, which makes it text there.
+
+    Args:
+        source: see ``to_pandas``.
+        path: of the table.
+        answers: write the table of ``answers_to_pandas`` instead.
     """
-    return _write(source, path, "to_csv")
+    return _write(source, path, "to_csv", answers)
 
 
 def _as_text(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULAS) else cell
 
 
-def _write(source: Any, path: str | Path, method: str) -> int:
-    table, options = to_pandas(source), {}
+def _write(source: Any, path: str | Path, method: str, answers: bool) -> int:
+    table, options = (answers_to_pandas if answers else to_pandas)(source), {}
     if method == "to_csv":
         for name in _TEXTS:
             table[name] = table[name].astype(object).map(_as_text)
@@ -114,8 +153,41 @@ def _frame(pd: Any, gathered: dict[str, list[Any]]) -> pandas.DataFrame:
     return frame
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """A sequence, whatever it came from.
+
+    Attributes:
+        known: of it as a whole, by column.
+        token_ids: generated tokens.
+        texts: of each token; None: not known.
+        entries: of the tokens that have a record.
+        told: its scores; None: they are those of the entries.
+    """
+
+    known: dict[str, Any]
+    token_ids: list[int]
+    texts: list[str] | list[None]
+    entries: list[TokenEntry]
+    told: AnswerScores | None
+
+    @property
+    def text(self) -> str | None:
+        """What was answered; None: not known."""
+        return None if None in self.texts else "".join(map(str, self.texts))
+
+    def scores(self) -> dict[str, Any]:
+        """The scores by name, and the number of tokens that they sum up."""
+        return (self.told or scores_of_entries(self.entries)).model_dump(exclude={"abstained"})
+
+
 def _sequences(source: Any) -> Iterator[Iterator[dict[str, Any]]]:
     """The rows of each sequence."""
+    for answer in _answers(source):
+        yield _rows({name: answer.known[name] for name in SEQUENCE_COLUMNS}, answer.token_ids, answer.texts, answer.entries)
+
+
+def _answers(source: Any) -> Iterator[_Answer]:
     if isinstance(source, (str, Path)):
         source = read_traces(source)
     elif isinstance(source, TraceLine):
@@ -124,7 +196,8 @@ def _sequences(source: Any) -> Iterator[Iterator[dict[str, Any]]]:
         if isinstance(item, TraceLine):
             told = {column: item.of_sampler(name, str) for column, name in _OF_SAMPLER.items()}
             known = {name: told[name] if name in told else getattr(item, name) for name in SEQUENCE_COLUMNS}
-            yield _rows(known, item.token_ids, item.texts, item.records)
+            known["finish_reason"] = item.finish_reason
+            yield _Answer(known, item.token_ids, item.texts, item.records, item.scores)
             continue
         for completion, trace in zip(item.outputs, traces(item), strict=True):
             if trace is not None:
@@ -132,10 +205,11 @@ def _sequences(source: Any) -> Iterator[Iterator[dict[str, Any]]]:
                     "request_id": item.request_id,
                     "index": completion.index,
                     "prompt_tokens": len(item.prompt_token_ids or ()),
+                    "finish_reason": completion.finish_reason,
                 }
                 ids = list(completion.token_ids)
-                entries = (TokenEntry.from_record(token, record) for token, record in zip(ids, trace, strict=False))
-                yield _rows(known, ids, [None] * len(ids), entries)
+                entries = [TokenEntry.from_record(token, record) for token, record in zip(ids, trace, strict=False)]
+                yield _Answer(known, ids, [None] * len(ids), entries, getattr(completion, "entropix_scores", None))
 
 
 def _rows(

@@ -28,6 +28,7 @@ from vllm_entropix.observability.tracefile import read_traces
 from vllm_entropix.records.fields import Field, metrics, parameters
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.regimes import Regime
+from vllm_entropix.records.scores import SCORES
 from vllm_entropix.settings.errors import ConfigError
 
 TEMPLATES = ("report.html.j2", "report.css", "report.js")
@@ -109,6 +110,7 @@ class _Payload:
                 "counts": [counts[kind] for kind in range(len(Regime) + 1)],
                 "forced": sum(entry.forced for entry in line.records),
                 "entropy": float(f"{fmean(entropies):.{DIGITS}g}") if entropies else None,
+                "scores": _scores(line),
                 "borders": self.borders.index(borders) if borders else None,
                 "vocabulary": list(self._vocabularies).index(line.model),
             }
@@ -206,6 +208,13 @@ def _described(fields: Iterable[Field]) -> list[dict[str, str]]:
     return [{"field": field.name, "name": field.label, "unit": field.unit, "description": field.described} for field in fields]
 
 
+def _scores(line: TraceLine) -> dict[str, float]:
+    """The scores of the answer that aren't null."""
+    told = line.answer_scores()
+    known = ((score.name, getattr(told, score.name)) for score in SCORES)
+    return {name: float(f"{value:.{DIGITS}g}") for name, value in known if value is not None}
+
+
 def _regimes(without: bool) -> list[dict[str, str]]:
     """The kinds of tokens, by number."""
     known = [{"name": regime.name, "meaning": regime.meaning, "light": regime.light, "dark": regime.dark} for regime in Regime]
@@ -243,6 +252,9 @@ def report(sources: Sequence[Source], title: str = "Traces") -> str:
         "regimes": _regimes(payload.without_regime),
         "metrics": _described(metrics()),
         "parameters": _described(parameters()),
+        "scores": [
+            {"field": score.name, "name": score.label, "unit": score.unit, "description": score.described} for score in SCORES
+        ],
         "histograms": payload.overview.histograms(),
         "uncertain": payload.overview.uncertain(),
     }

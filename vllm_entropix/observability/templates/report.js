@@ -4,7 +4,7 @@
   const report = JSON.parse(document.getElementById("data").textContent);
   const { sequences, files, regimes, metrics, parameters } = report;
   // What is worked out here from the alternatives of each token; charted as the others are.
-  const PROBABILITY = { field: "probability", name: "probability", unit: "", description: "Probability of the token before temperature and filters, where it is among the alternatives." };
+  const PROBABILITY = { field: "probability", name: "probability", unit: "", description: "Probability of the token before temperature and filters, where it is known." };
   const charted = [...metrics, ...parameters, PROBABILITY];
   const PAGE = 2000; // tokens shown at a time
   const PROMPT = 20000; // characters of a prompt that are shown
@@ -133,8 +133,8 @@
     /** A token's alternatives: [id, text, probability]. */
     data.alternatives = (token) => ids.slice(ends[token] - counts[token], ends[token]).map((id, place) =>
       [id, data.alternativeTexts[id] ?? vocabulary[id] ?? `id ${id}`, shares[ends[token] - counts[token] + place]]);
-    // The probability of each token before temperature and filters if it is among its alternatives; otherwise it is at most that
-    // of the least probable of these, which is its bound. Neither where no alternatives were recorded.
+    // The probability of each token before temperature and filters if it is among its alternatives, or was recorded; otherwise it
+    // is at most that of the least probable of the alternatives, which is its bound. Neither where there are none.
     data.probability = Array(records).fill(null);
     data.bound = Array(records).fill(null);
     for (let token = 0; token < records; token++) {
@@ -144,6 +144,7 @@
         if (ids[other] === data.ids[token]) data.probability[token] = shares[other];
         if (isNumber(shares[other])) bound = Math.min(bound ?? 1, shares[other]);
       }
+      if (data.probability[token] === null && isNumber(data.logprob[token])) data.probability[token] = Math.exp(data.logprob[token]);
       if (data.probability[token] === null) data.bound[token] = bound;
     }
     return data;
@@ -235,6 +236,7 @@
       this.chips = make("div", { className: "chips" });
       this.bar = make("div", { className: "bar", role: "img" });
       this.prompt = make("div");
+      this.scores = make("dl", { className: "scores", "aria-label": "Scores of the answer" });
       this.text = make("div", { className: "text", role: "listbox", "aria-label": "Tokens", "aria-orientation": "horizontal" });
       this.previous = make("button", { type: "button", textContent: "‹ previous" });
       this.next = make("button", { type: "button", textContent: "next ›" });
@@ -243,7 +245,7 @@
       this.plane = make("div", { className: "chart plane", role: "img" });
       this.lines = make("div", { className: "chart along", role: "img" });
       this.toggles = make("div", { className: "toggles", role: "group", "aria-label": "Metrics along the sequence" });
-      this.element = make("section", { className: "pane" }, make("div", { className: "head" }, this.title, this.chips, this.bar, this.prompt), this.text, this.pages,
+      this.element = make("section", { className: "pane" }, make("div", { className: "head" }, this.title, this.chips, this.bar, this.scores, this.prompt), this.text, this.pages,
         make("div", { className: "charts" }, make("div", {}, make("h3", { textContent: "Entropy × varentropy" }), this.plane),
           make("div", {}, make("h3", { textContent: "Along the sequence" }), this.toggles, this.lines)));
       this.previous.onclick = () => this.turn(this.page - 1);
@@ -287,6 +289,8 @@
       ];
       this.chips.replaceChildren(make("bdi", { className: "id" }, ...visible(sequence.id)), ...facts.filter(Boolean).map((fact) => make("bdi", {}, ...visible(String(fact)))));
       shareBar(this.bar, sequence.counts);
+      this.scores.replaceChildren(...report.scores.filter(({ field }) => field in sequence.scores).map(({ field, name, unit, description }) =>
+        make("div", { title: description }, make("dt", { textContent: name }), make("dd", { textContent: [shownNumber(sequence.scores[field]), unit].filter(Boolean).join(" ") }))));
       const { prompt } = this.data;
       if (prompt) {
         const text = make("div", { className: "prompt", tabIndex: 0, role: "region", "aria-label": "Prompt", dir: "auto" }, ...visible(prompt.slice(0, PROMPT), true));
@@ -827,7 +831,8 @@
     const wanted = byId("filter").value.toLowerCase();
     const order = byId("order").value;
     listed = sequences.map((_, place) => place).filter((place) => `${nameOf(sequences[place])} ${sequences[place].snippet} ${sequences[place].id}`.toLowerCase().includes(wanted));
-    if (order !== "file") listed.sort((a, b) => (sequences[b][order] ?? 0) - (sequences[a][order] ?? 0));
+    const sortedBy = (place) => sequences[place][order] ?? sequences[place].scores[order] ?? -Infinity;
+    if (order !== "file") listed.sort((a, b) => sortedBy(b) - sortedBy(a) || 0);
     const items = [];
     let file = -1;
     for (const place of listed) {
@@ -875,6 +880,8 @@
     event.preventDefault();
     choose(listed[Math.max(0, Math.min(target, listed.length - 1))]);
   };
+  const told = report.scores.filter(({ field }) => sequences.some(({ scores }) => field in scores));
+  byId("order").append(make("optgroup", { label: "highest first" }, ...told.map(({ field, name }) => make("option", { value: field, textContent: name }))));
   byId("filter").oninput = drawList;
   byId("order").onchange = drawList;
   byId("compare").onchange = (event) => { state.compare = event.target.value; update(); };

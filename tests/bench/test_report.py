@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from tests.support.browser import chromium, opened
 from vllm_entropix.bench.answers import Answer, Store
 from vllm_entropix.bench.report import FIGURES, PAGE, TABLES
+from vllm_entropix.bench.signals import ALL
 from vllm_entropix.bench.study import Study
 from vllm_entropix.bench.summary import summarise
 from vllm_entropix.cli.main import app
@@ -55,14 +56,16 @@ def results(tmp_path_factory):
             for item, correct in enumerate(right):
                 store.add(answer("warm", "sums", item, 0, correct, "t", "tuning", configuration))
         for item in range(20):
-            store.add(answer("greedy", "sums", item, 0, item < 10, f"greedy {item}"))
+            told = {"entropy_mean": 0.1 if item < 10 else 2.0, "margin_min": 0.9 if item < 10 else 0.1, "perplexity": 2.0}
+            store.add(answer("greedy", "sums", item, 0, item < 10, f"greedy {item}", signals=told))
             for draw in range(5):
                 signals = {"temperature_mean": 0.5, "share_lelv": 0.75, "share_argmax": 0.75}
                 text = "right" if draw == 0 else "wrong"
                 store.add(answer("warm", "sums", item, draw, draw == 0, text, signals=signals))
                 store.add(answer("copy", "sums", item, draw, item < 10, f"greedy {item}"))
         for item in range(10):
-            store.add(answer("greedy", "capitals", item, 0, True, "Rome"))
+            told = {"entropy_mean": 0.1, "margin_min": 0.9, "perplexity": 2.0}
+            store.add(answer("greedy", "capitals", item, 0, True, "Rome", signals=told))
             for draw in range(5):
                 store.add(answer("warm", "capitals", item, draw, True, "Rome"))
                 store.add(answer("copy", "capitals", item, draw, True, "Rome"))
@@ -108,6 +111,18 @@ def test_tuning_by_hand(results):
     [tuned] = summarise(results).models[0].tuned
     assert tuned.accuracies == {0: 0.0, 1: 0.5}
     assert tuned.best_of == [0.25, 0.5]
+
+
+def test_signals_by_hand(results):
+    """Of greedy's ten wrong and twenty right answers the mean entropy parts all, and the perplexity parts none."""
+    by_name = {(one.signal, one.task): one for one in summarise(results).models[0].signals}
+    assert by_name["entropy_mean", ALL].auroc.value == 1.0
+    assert by_name["margin_min", ALL].auroc.value == 1.0  # a small one speaks against an answer
+    assert by_name["perplexity", ALL].auroc.value == 0.5
+    assert by_name["perplexity", ALL].over_control is None
+    assert by_name["entropy_mean", ALL].over_control.value == 0.5
+    assert (by_name["entropy_mean", "sums"].wrong, by_name["entropy_mean", "sums"].answers) == (10, 20)
+    assert ("entropy_mean", "capitals") not in by_name  # all are right
 
 
 def test_the_command_writes_page_tables_and_figures(results, tmp_path):

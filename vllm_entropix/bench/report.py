@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_entropix._version import __version__
+from vllm_entropix.bench.signals import ALL
 from vllm_entropix.bench.statistics import Interval
 from vllm_entropix.bench.summary import ModelSummary, Summary, as_json
 from vllm_entropix.bench.tables import all_tables, interval, points
@@ -109,6 +110,18 @@ def _quality_and_diversity(model: ModelSummary) -> Chart | None:
     )
 
 
+def _signals(model: ModelSummary) -> list[Chart]:
+    return [
+        _intervals(
+            f"AUROC of signals on the answers of {sampler}, {model.model}",
+            "Over all tasks; 50 is chance, and perplexity is what plain log-probabilities tell.",
+            "AUROC, per cent",
+            [(one.signal, one.auroc) for one in model.signals if (one.sampler, one.task) == (sampler, ALL)],
+        )
+        for sampler in dict.fromkeys(one.sampler for one in model.signals)
+    ]
+
+
 def _regimes(model: ModelSummary) -> Chart | None:
     names = sorted({name for arm in model.arms for name in arm.signals if name.startswith("share_")} - {"share_argmax"})
     arms = [arm for arm in model.arms if any(name in arm.signals for name in names)]
@@ -153,7 +166,7 @@ def charts(summary: Summary) -> list[Chart]:
                     accuracies,
                 )
             )
-        found += [_quality_and_diversity(model), _regimes(model)]
+        found += [_quality_and_diversity(model), *_signals(model), _regimes(model)]
         if model.tuned:
             found.append(_best_of(model))
     return [chart for chart in found if chart is not None]

@@ -16,6 +16,7 @@ import numpy as np
 from vllm_entropix.bench import statistics
 from vllm_entropix.bench.answers import SESSIONS, STUDY, Answer, read
 from vllm_entropix.bench.choose import accuracies
+from vllm_entropix.bench.signals import Told, told
 from vllm_entropix.bench.statistics import Interval, McNemar
 from vllm_entropix.bench.study import Study, Value
 from vllm_entropix.settings.errors import ConfigError
@@ -116,6 +117,7 @@ class ModelSummary:
     arms: list[Arm]
     tuned: list[Tuned]
     too_hard: list[str]
+    signals: list[Told]
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,13 @@ def summarise(folder: Path) -> Summary:
             Tuned(name, by_configuration, statistics.expected_best(list(by_configuration.values())))
             for name, by_configuration in accuracies(one for one in own if one.phase == "tuning").items()
         ]
-        models.append(ModelSummary(model, arms, tuned, _too_hard(arms)))
+        signals = [
+            one
+            for name in study.compared_with
+            if name in scores.by_sampler
+            for one in told([answer for answer in scores.everything(name) if study.is_scored(answer.task)], name, study.seed)
+        ]
+        models.append(ModelSummary(model, arms, tuned, _too_hard(arms), signals))
         pairs += [(scores, model, sampler, against) for sampler, against in _pairs(study, scores)]
     compared = [_compare(*pair) for pair in pairs]
     corrected = statistics.holm([one.p for one in compared])

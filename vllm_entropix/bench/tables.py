@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vllm_entropix.bench.signals import ALL, Told
 from vllm_entropix.bench.statistics import Interval
 from vllm_entropix.bench.summary import Arm, Comparison, ModelSummary, Summary
 from vllm_entropix.bench.tasks import KINDS
@@ -191,6 +192,37 @@ def temperatures(model: ModelSummary) -> Table:
     return Table(f"Temperatures and regimes, {model.model}", head, rows, ("Means over answers, of tokens that aren't argmax.",))
 
 
+def signals(model: ModelSummary) -> Table:
+    """AUROC of every signal, over all tasks and on each."""
+    tasks = list(dict.fromkeys(one.task for one in model.signals))
+    rows = []
+    for sampler in dict.fromkeys(one.sampler for one in model.signals):
+        of_sampler = {(one.signal, one.task): one for one in model.signals if one.sampler == sampler}
+        for signal in dict.fromkeys(name for name, _ in of_sampler):
+            cells = [
+                interval(of_sampler[signal, task].auroc, decimals) if (signal, task) in of_sampler else UNKNOWN
+                for task in tasks
+            ]
+            rows.append((sampler, signal, *cells, _over(of_sampler.get((signal, ALL)))))
+    notes = (
+        "0.5 is chance. Last column: the difference to perplexity, which plain log-probabilities tell, on the same answers.",
+    )
+    head = ("answers of", "signal", *tasks, "over log-probabilities")
+    return Table(f"AUROC of signals, wrong against right answers, {model.model}", head, rows, notes)
+
+
+def decimals(value: float) -> str:
+    """A number with two decimals."""
+    return number(value)
+
+
+def _over(one: Told | None) -> str:
+    if one is None or one.over_control is None:
+        return UNKNOWN
+    better = "" if one.over_control.low > 0 or one.over_control.high < 0 else ": no better"
+    return f"{interval(one.over_control, '{:+.2f}'.format)}{better}"
+
+
 def tasks(summary: Summary) -> Table:
     """What was asked, and by which rule answers were taken out."""
     study = summary.study
@@ -217,5 +249,5 @@ def all_tables(summary: Summary) -> list[Table]:
     if summary.comparisons:
         found.append(differences_by_task(summary))
     for model in summary.models:
-        found += [one for one in (tuning(model), temperatures(model)) if one.rows]
+        found += [one for one in (signals(model), tuning(model), temperatures(model)) if one.rows]
     return [*found, tasks(summary)]

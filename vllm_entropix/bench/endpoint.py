@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_entropix.bench.study import PLAIN, REQUEST_PARAMETERS, ModelSettings, Value
+from vllm_entropix.bench.study import REQUEST_PARAMETERS, ModelSettings, Value
 from vllm_entropix.client import trace_of
 from vllm_entropix.records.schema import ChoiceTrace
-from vllm_entropix.samplers import registry
 from vllm_entropix.settings.errors import ConfigError, cut, quoted
 
 if TYPE_CHECKING:
     import openai
 
 _STANDARD = ("temperature", "top_p", "frequency_penalty", "presence_penalty")  # what the client's methods have arguments for
-_SCORES = "entropix_scores"
 _SERVE = (str(Path(sys.executable).with_name("vllm")), "serve")
 _PDEATHSIG = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
@@ -151,12 +149,7 @@ class Endpoint:
 
 def _asked(sampler: str, traced: bool) -> dict[str, str]:
     """What a request tells a server with this plugin: which sampler, and what to measure."""
-    asked = {"samplers": sampler}
-    if _SCORES in registry.request_settings().names():
-        asked[_SCORES] = "on"
-    elif sampler == PLAIN:
-        return {"entropix": "off"}
-    return {**asked, **({"entropix_trace": "on"} if traced else {})}
+    return {"samplers": sampler, "entropix_scores": "on", **({"entropix_trace": "on"} if traced else {})}
 
 
 def _message(error: openai.APIStatusError) -> str:

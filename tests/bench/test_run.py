@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,10 @@ def test_a_study_that_is_stopped_goes_on(tmp_path, stopped):
         path.write_text(tomli_w.dumps(described(url)))
         results = tmp_path / "results"
         command = [sys.executable, "-m", "vllm_entropix", "bench", str(path), "-o", str(results)]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "100"})
+        # A shell lets what it runs in the background ignore SIGINT, and whoever is started there inherits it.
+        heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        environment = {**os.environ, "COLUMNS": "100"}
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, preexec_fn=heeding)
         deadline = time.monotonic() + 60
         while len(asked) < 9:
             assert process.poll() is None

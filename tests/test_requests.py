@@ -24,7 +24,7 @@ def refusal(extra_args) -> str:
         parse_request(extra_args)
     message = str(caught.value)
     assert "\n" not in message
-    assert len(message) < 400
+    assert len(message) < 500
     return message
 
 

@@ -84,7 +84,7 @@ NUMBERS = st.floats(0, 8, width=32) | st.sampled_from([np.nan, np.inf])
 
 
 @given(
-    arrays(np.float32, (7, FIELDS), elements=NUMBERS),
+    arrays(np.float32, (7, FIELDS), elements=NUMBERS, fill=st.nothing()),
     st.lists(st.integers(0, 6), max_size=3),
     st.lists(st.booleans(), min_size=7, max_size=7),
 )

@@ -39,8 +39,10 @@ test: setup ## run all tests
 	exit $$status
 
 # test_routes.py installs vLLM and torch anew.
-test-fast: setup ## run the tests that start no engine and install nothing
-	@$(VENV)/bin/python -m pytest -m "not engine and not gpu" --ignore tests/test_routes.py $(side_by_side) $(ARGS)
+# Interpreting and compiling kernels for a GPU takes a core for minutes.
+test-fast: setup ## run the tests that start no engine, install nothing and compile nothing for a GPU
+	@$(VENV)/bin/python -m pytest -m "not engine and not gpu" --ignore tests/test_routes.py --ignore tests/kernels/test_triton.py \
+		--ignore-glob "tests/kernels/test_machine_code_*.py" $(side_by_side) $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

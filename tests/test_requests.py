@@ -24,7 +24,9 @@ def refusal(extra_args) -> str:
         parse_request(extra_args)
     message = str(caught.value)
     assert "\n" not in message
-    assert len(message) < 500
+    # A list of all keys takes the room that it takes; the rest of its message is held to less.
+    lists_all = all(known in message for known in KEYS)
+    assert len(message) - len(", ".join(KEYS)) < 150 if lists_all else len(message) < 400
     return message
 
 

@@ -213,7 +213,8 @@ def served(name: str, settings: ModelSettings, sampler_config: Mapping[str, Any]
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
+            # Not SIGINT, which a process ignores that a shell runs in the background, and so do those that it starts.
+            process.terminate()
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:

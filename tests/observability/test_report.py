@@ -68,6 +68,12 @@ def page(browser, plain):
         yield opened_page
 
 
+def shows(page, request):
+    """Wait until a request's first sequence is drawn to the end: its text is there before its charts."""
+    drawn = "'ready' in document.documentElement.dataset"
+    until(page, f"document.querySelector('.pane .id').textContent === '{request}' && {drawn}")
+
+
 def dots(page, pane=0):
     """The tokens that are dots in a pane's plane: (regime, token, x, y)."""
     return page.evaluate(
@@ -146,7 +152,7 @@ def test_numbers_and_texts_are_what_was_written(browser, tmp_path):
             assert page.locator("#details li").count() == (0 if place == 1 else 2)
         for place, texts in enumerate((["far", "seven"], ["far", "SEVEN"], [f"id {2**31 + 5}", "sept"])):
             page.locator(f"#sequence-{place}").click()
-            until(page, f"document.querySelector('.pane .id').textContent === '{('long', 'same', 'other')[place]}'")
+            shows(page, ("long", "same", "other")[place])
             pieces.first.hover()
             assert page.locator("#details li bdi").all_inner_texts() == texts
 
@@ -495,7 +501,7 @@ def test_the_command_reads_compressed_files_standard_input_and_responses(browser
         assert page.locator("#summary").inner_text().startswith("packed.jsonl.gz · standard input · response.json — 3 seq")
         assert page.locator("#left-out").inner_text() == "Left out, because they aren't traces: 1 line of packed.jsonl.gz."
         page.locator("#sequence-2").click()
-        until(page, "document.querySelector('.pane .id').textContent === 'cmpl-1'")
+        shows(page, "cmpl-1")
         assert page.locator(".pane h2").first.inner_text() == "Once upon"
         assert page.evaluate("document.querySelector('.plane').layout.shapes.length") == 1, "a response tells no borders"
     ended = CliRunner().invoke(app, [*command, "--terminal"], input=plain.read_bytes())
@@ -559,13 +565,13 @@ def test_tokens_without_a_regime_are_a_kind_of_their_own(browser, tmp_path):
     without = plain.model_copy(update={"records": records, "sampler": None, "request_id": "another", "prompt": "without"})
     with opened(browser, made(tmp_path / "report.html", without, plain)) as page:
         page.locator("#sequence-0").click()
-        until(page, "document.querySelector('.pane .id').textContent === 'another'")
+        shows(page, "another")
         assert page.locator(".text bdi.NONE").count() == len(WORDS)
         assert {name for name, *_ in dots(page)} == {"NONE"}
         page.locator(".text bdi").first.focus()
         assert "NONE a sampler without regimes" in page.locator("#details").inner_text()
         page.locator("#sequence-1").click()
-        until(page, "document.querySelector('.pane .id').textContent === 'entropix'")
+        shows(page, "entropix")
         assert page.locator(".text bdi.NONE").count() == 0
         page.get_by_role("link", name="All together").click()
         until(

@@ -583,6 +583,7 @@
 
   async function update() {
     const mine = ++turn;
+    delete document.documentElement.dataset.ready;
     const other = second();
     const places = other >= 0 && other !== state.first ? [state.first, other] : [state.first];
     const shown = await Promise.all(places.map((place) => new Pane().show(place)));

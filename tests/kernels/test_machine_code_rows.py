@@ -89,3 +89,21 @@ def test_the_page_says_what_steps_cost():
         for number, one, error in zip(said_of(label), want, (0.05, 0.05, 0.05, 0.0005, 0.0005), strict=False):
             assert abs(number - one) <= error * 1.01, (label, want)
         assert len(said_of(label)) == len(want)
+
+
+def test_the_page_says_what_a_whole_step_moves_at_least():
+    logits = ROWS * VOCABULARY * 4 / 1e6
+    metrics, filtered = said_of("metrics"), said_of("a `top_k` of 128")
+    # Reads and writes of vLLM 0.32's V2: the copy (sampler.py:242), its temperature (gumbel.py), the first and the last
+    # pass of topk_topp_triton.py, and the draw. A search that needs more passes only adds to them.
+    whole = {
+        "vLLM's own": ((1 + 1 + 2 + 1) * logits, (1 + 1 + 1) * logits, 0.0),
+        "with entropix": ((1 + 1) * logits + metrics[0] + filtered[0], logits + filtered[1], metrics[2] + filtered[2]),
+    }
+    times = []
+    for label, megabytes in whole.items():
+        times.append(sum(megabytes) * 1e6 / BANDWIDTH * 1e3)
+        for number, one, error in zip(said_of(label), (*megabytes, times[-1]), (0.051, 0.051, 0.1, 0.0005), strict=True):
+            assert abs(number - one) <= error * 1.01, (label, megabytes, times)
+    assert f"That is {times[1] / times[0]:.2f} of vLLM's own step" in PAGE.read_text()
+    assert f"the sampler's step {times[1] / times[0]:.2f} of vLLM's own" in PAGE.read_text()

@@ -1,5 +1,6 @@
 """What every test process needs before vLLM is imported, which tests run first, and which may start an engine."""
 
+import functools
 import os
 
 import hypothesis
@@ -33,8 +34,28 @@ hypothesis.settings.load_profile("beside_others")
 # Begun late they would keep one core busy when the others have nothing left to do.
 LONGEST = ("test_speculation.py", "test_serve.py")
 
+# Marks that a pass of `make test` selects, each in the file of its tests as pytest.mark.NAME.
+PASSES = ("alone", "both_runners")
+
+
+@functools.cache
+def names(path, mark):
+    """Does a file with tests name a mark?"""
+    return f"pytest.mark.{mark}" in path.read_text(encoding="utf-8")
+
+
+def pytest_ignore_collect(collection_path, config):
+    # To import the other files, too, would take each worker of the pass some 12 s of its core.
+    if config.option.markexpr in PASSES and collection_path.suffix == ".py":
+        return not names(collection_path, config.option.markexpr) or None
+    return None
+
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        unnamed = [mark for mark in PASSES if item.get_closest_marker(mark) and not names(item.path, mark)]
+        if unnamed:
+            raise pytest.UsageError(f"{item.nodeid} wouldn't run: its file doesn't say pytest.mark.{unnamed[0]}")
     # Files with engines are long; the others fill in at the end what is left of the cores.
     long = {item.path for item in items if fast.may_start_an_engine(item)}
     items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in long))

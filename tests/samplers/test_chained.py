@@ -8,6 +8,7 @@ import torch
 
 from tests.samplers.test_chain import DEFINED, parameters_of, random_chain, random_rows, random_settings
 from vllm_entropix import ConfigError
+from vllm_entropix.distribution import history
 from vllm_entropix.records.fields import names as field_names
 from vllm_entropix.rows import table
 from vllm_entropix.rows.batch import BatchSampler
@@ -429,6 +430,21 @@ def test_the_text_of_rows_is_what_was_kept_and_the_drafts():
     assert text.last(2).tolist() == [[6, 7], [7, 8], [8, 9], [-1, 1]]
     assert text.last(0).shape == (4, 0)
     assert text.select(torch.tensor([3, 2])).last(3).tolist() == [[-1, -1, 1], [7, 8, 9]]
+
+
+@pytest.mark.parametrize("together", [1, 20])
+def test_long_texts_are_looked_at_some_rows_at_a_time(monkeypatch, together):
+    """So the memory that they take meanwhile doesn't grow with the rows: here one row after the other, or two together."""
+    said = {"dry_multiplier": 1.5, "dry_allowed_length": 1, "frequency_penalty": 0.5, "repeat_last_n": -1}
+    rng = np.random.default_rng(0)
+    texts = [[rng.integers(0, 5, size=size).tolist()] for size in (9, 3, 8, 1, 7)]
+    logits = torch.tensor(random_rows(rng, len(texts), 5), dtype=torch.float32)
+    batch = Batch([("penalties;dry", said, (1.0, 1.0, 5.0, 0.0))] * len(texts))
+    expected = batch.distributions(logits, texts)
+    assert (expected != batch.distributions(logits, [[text[0][-1:]] for text in texts])).any(dim=-1).sum() > 1
+    monkeypatch.setattr(history, "TOGETHER", together)
+    assert len(list(history.parts(len(texts), 9))) == {1: 5, 20: 3}[together]
+    torch.testing.assert_close(batch.distributions(logits, texts), expected, rtol=0, atol=0)
 
 
 def test_each_stage_that_looks_at_text_says_how_much_of_it():

@@ -5,7 +5,7 @@ Tokens are int64 ``[rows, length]``, aligned to the right; -1 stands before a ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from vllm_entropix.kernels.backend import kernels_for
+
+# Tokens that are looked at together: what is computed of each takes some hundred bytes meanwhile, which no engine sets aside.
+TOGETHER = 2**20
 
 
 def aligned(histories: Sequence[Sequence[int] | None], device: torch.device | str = "cpu") -> Tensor:
@@ -23,6 +26,12 @@ def aligned(histories: Sequence[Sequence[int] | None], device: torch.device | st
         if row is not None and len(row):
             tokens[index, width - len(row) :] = torch.as_tensor(row, dtype=torch.int64)
     return tokens
+
+
+def parts(rows: int, length: int) -> Iterator[slice]:
+    """Rows that are looked at together, so that long texts of many rows take time and no memory; one slice at least."""
+    step = max(TOGETHER // max(length, 1), 1)
+    return (slice(first, first + step) for first in range(0, max(rows, 1), step))
 
 
 def window(tokens: Tensor, last: Tensor) -> Tensor:

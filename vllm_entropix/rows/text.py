@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vllm_entropix.distribution.history import parts
+
 
 @dataclass(frozen=True)
 class RowText:
@@ -44,10 +46,17 @@ class RowText:
         """The last ``count`` tokens at most, or all: int64 ``[rows, length]``, aligned to the right, -1 before the first."""
         length = min(self.longest, self.kept.shape[1])
         length = length if count is None else min(length, max(count, 0))
+        found = torch.empty(len(self.positions), length, dtype=torch.int64, device=self.positions.device)
+        for part in parts(*found.shape):
+            found[part] = self._of(part, length)
+        return found
+
+    def _of(self, part: slice, length: int) -> Tensor:
+        """The last ``length`` tokens of some rows."""
         age = torch.arange(length - 1, -1, -1, device=self.positions.device)
-        positions = self.positions.unsqueeze(-1) - age
-        old = self.kept[self.owners.unsqueeze(-1), positions.clamp(0, self.kept.shape[1] - 1)].to(torch.int64)
+        positions = self.positions[part].unsqueeze(-1) - age
+        old = self.kept[self.owners[part].unsqueeze(-1), positions.clamp(0, self.kept.shape[1] - 1)].to(torch.int64)
         # The row at this position, if it is one of the step's.
-        new = self.input_ids[(self.index.unsqueeze(-1) - age).clamp_min(0)]
-        of_step = age <= self.drafts.unsqueeze(-1)
+        new = self.input_ids[(self.index[part].unsqueeze(-1) - age).clamp_min(0)]
+        of_step = age <= self.drafts[part].unsqueeze(-1)
         return new.where(of_step, old).masked_fill(positions < 0, -1)

@@ -95,12 +95,21 @@ class Dry(Stage):
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """By each row's own tokens."""
-        penalised = self.penalties(rows, logits.shape[-1], logits.dtype)
-        if penalised is None:
+        import torch
+
+        from vllm_entropix.distribution.history import parts
+
+        if rows.tokens is None:
             return logits
-        places, penalties = penalised
-        # Of a token that followed several repetitions the longest counts.
-        return logits.scatter_reduce(-1, places, logits.gather(-1, places) - penalties, "amin")
+        found = []
+        for part in parts(*rows.tokens.shape):
+            penalised, left = self.penalties(rows.with_text_of(part), logits.shape[-1], logits.dtype), logits[part]
+            if penalised is None:
+                return logits
+            places, penalties = penalised
+            # Of a token that followed several repetitions the longest counts.
+            found.append(left.scatter_reduce(-1, places, left.gather(-1, places) - penalties, "amin"))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def penalties(self, rows: StageRows, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Tokens, int64 ``[rows, any]``, and what is taken off their logits, 0 for nothing; None if there is no text.

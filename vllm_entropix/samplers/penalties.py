@@ -40,13 +40,15 @@ class Penalties(Stage):
         """By the occurrences in each row's own tokens."""
         import torch
 
-        from vllm_entropix.distribution.history import window
+        from vllm_entropix.distribution.history import parts, window
 
         if rows.tokens is None:
             return logits
-        tokens = window(rows.tokens, rows["repeat_last_n"])
-        inside = (tokens >= 0) & (tokens < logits.shape[-1])
-        counts = torch.zeros_like(logits).scatter_add_(-1, tokens.where(inside, 0), inside.to(logits.dtype))
+        counts = torch.zeros_like(logits)
+        for part in parts(*rows.tokens.shape):
+            tokens = window(rows.tokens[part], rows["repeat_last_n"][part])
+            inside = (tokens >= 0) & (tokens < logits.shape[-1])
+            counts[part].scatter_add_(-1, tokens.where(inside, 0), inside.to(logits.dtype))
         repeat = rows["repeat_penalty"]
         scaled = (logits / repeat).where(logits > 0, logits * repeat)
         penalised = scaled - counts * rows["frequency_penalty"] - rows["presence_penalty"]

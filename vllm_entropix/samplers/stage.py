@@ -51,6 +51,11 @@ class StageRows:
     def __getitem__(self, name: str) -> Tensor:
         return self.numbers[name]
 
+    def with_text_of(self, part: slice) -> StageRows:
+        """Numbers and tokens of some of the rows."""
+        numbers = {name: values[part] for name, values in self.numbers.items()}
+        return StageRows(numbers, None if self.tokens is None else self.tokens[part])
+
 
 class Stage(ABC):
     """One stage of a chain.

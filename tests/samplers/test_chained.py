@@ -15,6 +15,7 @@ from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.text import RowText
 from vllm_entropix.samplers import Chain, chained, registry
+from vllm_entropix.samplers import chain as chain_module
 
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
 SERVER = {"sampler": "dry;top_n_sigma;xtc;min_p;temperature", "dry": {"dry_multiplier": 0.8}}
@@ -402,6 +403,25 @@ def test_a_record_tells_what_is_known_after_the_draw():
     # A request's own numbers where the chain has a sampler that reads them, and neutral ones elsewhere.
     assert told["temperature"].tolist() == [0.5, 1.0, 1.0, 0.5]
     assert told["top_p"].tolist() == pytest.approx([1.0, 1.0, 1.0, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    # By the kernel, and by PyTorch, where mirostat allows so much surprise that nothing is dropped.
+    [("penalties;dry;xtc;typ_p;temperature", {}), ("dry;xtc;temperature;mirostat_v2", {"mirostat_tau": 100})],
+)
+def test_what_is_off_in_all_rows_is_passed_over(monkeypatch, text, more):
+    """llama.cpp's default chain has most of its samplers off: no text is looked at, and the records tell of nothing."""
+    logits = torch.tensor(random_rows(np.random.default_rng(1), 2, 20), dtype=torch.float32)
+    batch = Batch([(text, {"dry_multiplier": 0, "xtc_probability": 0, **more}, (0.5, 1.0, 20.0, 0.0))] * 2, server="dry;min_p")
+    texts, said = [[[2, 0, 2, 0, 2]]] * 2, []
+    monkeypatch.setattr(RowText, "last", lambda *arguments: said.append(arguments))
+    monkeypatch.setattr(chain_module.stages()["xtc"], "branches", lambda *arguments: said.append(arguments))
+    found = batch.distributions(logits, texts)
+    torch.testing.assert_close(found, (logits.double() / 0.5).softmax(-1), rtol=1e-5, atol=1e-9)
+    assert not said
+    told = batch.drawn([0, 1])
+    assert told["dry_penalty"].tolist() == told["xtc_share"].tolist() == [0.0, 0.0]
 
 
 def test_a_line_tells_the_chain_and_its_settings():

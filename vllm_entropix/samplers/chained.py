@@ -175,7 +175,8 @@ class _Part:
         mine: bool ``[rows]``; None: all.
         index: int64, indices of its rows, where only they were computed.
         stages: the chain.
-        rows: what its stages were shown.
+        running: those of it that change anything in the step.
+        rows: what these were shown.
         found: what it made of the rows.
         greedy: bool ``[rows, 1]`` if some may be greedy.
     """
@@ -183,6 +184,7 @@ class _Part:
     mine: Tensor | None
     index: Tensor | None
     stages: tuple[Stage, ...]
+    running: tuple[Stage, ...]
     rows: StageRows
     found: chain.Outcome
     greedy: Tensor | None
@@ -213,12 +215,14 @@ class _Part:
     def drawn(self, tokens: Tensor) -> Drawn:
         """What the drawn tokens, int64 ``[rows]``, decide."""
         state = None
-        for stage in self.stages:
+        for stage in self.running:
             if isinstance(stage, StatefulStage):
                 state = chain.moved(
                     stage, self.found.states[stage.name], self.found.followed[stage.name], tokens, self.rows.numbers
                 ).squeeze(-1)
-        return Drawn(state, self.found.told(tokens.unsqueeze(-1)))
+        nothing = self.found.probabilities.new_zeros(tokens.shape)
+        of_others = {field.name: nothing for stage in self.stages if stage not in self.running for field in stage.fields}
+        return Drawn(state, {**of_others, **self.found.told(tokens.unsqueeze(-1))})
 
     def spread(self, values: Tensor, over: Tensor) -> Tensor:
         """``over``, with ``values`` in the part's rows."""
@@ -309,13 +313,15 @@ class Chained(Sampler):
             mine, index = rows.mine, None
             if mine is not None or len(present) > 1:
                 mine = number == one if mine is None else mine & (number == one)
-            if self._warmed_up and rows.backend.name == "numba" and KernelPart.runs(self._chains[one], sequences.host_numbers):
-                parts.append(KernelPart(self._chains[one], rows, mine, _text(self._chains[one], sequences)))
+            stages = self._chains[one]
+            running = tuple(stage for stage in stages if not _changes_nothing(stage, sequences.host_numbers))
+            if self._warmed_up and rows.backend.name == "numba" and KernelPart.runs(running):
+                parts.append(KernelPart(stages, running, rows, mine, _text(running, sequences)))
                 continue
             if mine is not None and rows.backend.asks_device:
                 # It pays to work on its rows alone, where asking for their indices costs nothing.
                 index = mine.nonzero().flatten()
-            parts.append(self._part(self._chains[one], rows, mine, index))
+            parts.append(self._part(stages, running, rows, mine, index))
         parameters = rows.base
         for part in parts:
             told = _told(rows.base, [stage.name for stage in part.stages])
@@ -327,7 +333,14 @@ class Chained(Sampler):
 
         return Plan(parameters, write=write, after_draw=_after_draw(parts))
 
-    def _part(self, stages: tuple[Stage, ...], rows: RowView, mine: Tensor | None, index: Tensor | None) -> _Part:
+    def _part(
+        self,
+        stages: tuple[Stage, ...],
+        running: tuple[Stage, ...],
+        rows: RowView,
+        mine: Tensor | None,
+        index: Tensor | None,
+    ) -> _Part:
         sequences = rows.sequences
         assert sequences is not None
 
@@ -335,21 +348,35 @@ class Chained(Sampler):
             return values if index is None else values[index]
 
         settings, logits = rows.settings, of(rows.logits)
-        read = {"temperature"}.union(*(stage.Settings.model_fields for stage in stages)) & _numeric().keys()
+        read = {"temperature"}.union(*(stage.Settings.model_fields for stage in running)) & _numeric().keys()
         numbers = {name: of(settings[name]).unsqueeze(-1) for name in sorted(read)}
-        tokens = _text(stages, sequences)
+        tokens = _text(running, sequences)
         tokens = None if tokens is None else of(tokens)
         states = None
-        if followed := [stage.name for stage in stages if isinstance(stage, StatefulStage)]:
+        if followed := [stage.name for stage in running if isinstance(stage, StatefulStage)]:
             states = {name: of(sequences.state()).unsqueeze(-1) for name in followed}
         drafts = None
         if sequences.draft_index is not None and sequences.draft_rows > 1:
             drafts = chain.Drafts(of(sequences.draft_index), sequences.draft_rows, of(sequences.input_ids))
-        constants = _constants_of_entropix(settings, index) if any(stage.name == _ENTROPIX for stage in stages) else None
+        constants = _constants_of_entropix(settings, index) if any(stage.name == _ENTROPIX for stage in running) else None
         shown = StageRows(numbers, tokens, None, constants, self.settings, _measured(rows, index))
-        found = chain.outcome(stages, logits, shown, states, drafts)
+        found = chain.outcome(running, logits, shown, states, drafts)
         some_greedy = bool((sequences.host_numbers("temperature") < GREEDY_BELOW).any())
-        return _Part(mine, index, stages, shown, found, numbers["temperature"] < GREEDY_BELOW if some_greedy else None)
+        return _Part(mine, index, stages, running, shown, found, numbers["temperature"] < GREEDY_BELOW if some_greedy else None)
+
+
+def _changes_nothing(stage: Stage, host_numbers: Callable[[str], np.ndarray]) -> bool:
+    """In any row of the step, as the host knows. A temperature is one, whatever else is switched off."""
+    return (
+        bool(stage.neutral)
+        and not isinstance(stage, StatefulStage)  # whose state goes on
+        and "temperature" not in stage.Settings.model_fields
+        and all(_are_within(host_numbers(name), low, high) for name, low, high in stage.neutral)
+    )
+
+
+def _are_within(values: np.ndarray, low: float, high: float) -> bool:
+    return bool(((values >= low) & (values <= high)).all())
 
 
 def _token_ids(breakers: Iterable[Any]) -> _Breakers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_entropix.distribution.plan import Drawn
@@ -11,7 +11,6 @@ from vllm_entropix.samplers.request import GREEDY_BELOW
 from vllm_entropix.samplers.stage import Stage, StageRows
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from vllm_entropix.samplers.base import RowView
@@ -25,6 +24,7 @@ class KernelPart:
 
     Args:
         stages: the chain.
+        running: those of it that change anything in the step.
         rows: all rows of the batch.
         mine: bool ``[rows]``, which are of the chain; None: all.
         tokens: of all rows, as :class:`StageRows` has them.
@@ -34,19 +34,21 @@ class KernelPart:
     follows = False
     index = None
 
-    def __init__(self, stages: Sequence[Stage], rows: RowView, mine: Tensor | None, tokens: Tensor | None) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], running: Sequence[Stage], rows: RowView, mine: Tensor | None, tokens: Tensor | None
+    ) -> None:
         import torch
 
         self.stages, self.mine = stages, mine
         count, vocabulary = rows.logits.shape
         settings = rows.settings
-        self._codes = torch.tensor([STAGES.index(stage.name) for stage in stages if stage.name in STAGES], dtype=torch.int64)
+        self._codes = torch.tensor([STAGES.index(stage.name) for stage in running], dtype=torch.int64)
         self._numbers = torch.stack([settings[name].double() for name in NUMBERS], dim=-1)
         self._greedy = settings["temperature"] < GREEDY_BELOW
         self._log_normaliser = rows.statistics.log_normaliser
         self._places, self._penalties = torch.zeros(count, 0, dtype=torch.int64), torch.zeros(count, 0)
         self._shares = torch.zeros(count)
-        dry: Any = next((stage for stage in stages if stage.name == "dry"), None)
+        dry: Any = next((stage for stage in running if stage.name == "dry"), None)
         if dry is not None:
             numbers = {name: settings[name].unsqueeze(-1) for name in dry.Settings.model_fields if name in settings.columns}
             found = dry.penalties(StageRows(numbers, tokens), vocabulary, torch.float32)
@@ -54,9 +56,9 @@ class KernelPart:
                 self._places, self._penalties = found
 
     @staticmethod
-    def runs(stages: Sequence[Stage], host_numbers: Callable[[str], np.ndarray]) -> bool:
-        """Does the kernel know these stages, but for those that change nothing in any row?"""
-        return all(stage.name in STAGES or _changes_nothing(stage, host_numbers) for stage in stages)
+    def runs(running: Sequence[Stage]) -> bool:
+        """Does the kernel know these stages?"""
+        return all(stage.name in STAGES for stage in running)
 
     def write(self, logits: Tensor, chosen: Tensor) -> None:
         """Overwrite those of its rows that are ``chosen``, bool ``[rows]``, of all logits."""
@@ -95,12 +97,3 @@ class KernelPart:
     def spread(self, values: Tensor, over: Tensor) -> Tensor:
         """``over``, with ``values`` in the part's rows."""
         return values.to(over.dtype) if self.mine is None else values.to(over.dtype).where(self.mine, over)
-
-
-def _changes_nothing(stage: Stage, host_numbers: Callable[[str], np.ndarray]) -> bool:
-    """In any row of the step. A temperature is one, whatever else is switched off."""
-    return (
-        bool(stage.neutral)
-        and "temperature" not in stage.Settings.model_fields
-        and all(((host_numbers(name) >= low) & (host_numbers(name) <= high)).all() for name, low, high in stage.neutral)
-    )

@@ -71,7 +71,7 @@ class Stage(ABC):
         last: does it end the chain, wherever it is named?
         neutral: (setting, least, greatest): the stage changes nothing if each of these settings lies between the two. Empty:
             no value switches it off.
-        fields: what it adds to a record.
+        fields: what it adds to a record, 0 where it is switched off.
 
     Args:
         breakers: token ids of each text that ends a repetition, for the stage that asks.

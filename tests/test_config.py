@@ -41,6 +41,7 @@ JAX_NUMBERS = {
     "hehv.temperature_offset": 2.0,  # hehv_attn_vent_offset
     "hehv.temperature_attention_varentropy": 0.5,  # hehv_attn_vent_coef
     "adaptive.samples": 5,  # n_adaptive_samples
+    "adaptive.temperature_offset": 1.0,  # the 1 that was added to the terms below
     "adaptive.temperature_logits": 0.3,  # ada_temp_logits
     "adaptive.temperature_attention": 0.2,  # ada_temp_attn
     "adaptive.temperature_agreement": 0.2,  # ada_temp_agree

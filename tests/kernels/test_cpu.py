@@ -70,9 +70,10 @@ def some_statistics(rows, seed, measured=True):
 
 
 def constants_of(rows):
-    """Rows of both presets in turn."""
-    presets = [EntropixConfig.preset(name) for name in EntropixConfig.preset_names()]
-    values = torch.tensor([[value for _, value in presets[row % 2].numbers()] for row in range(rows)])
+    """Rows of the published presets, and of one that moves ADAPTIVE around the base temperature, in turn."""
+    presets = [EntropixConfig.preset(name) for name in ("jax-2024-10", "torch-2024-10")]
+    presets.append(EntropixConfig.preset(adaptive={"temperature_offset": 0.5, "temperature_logits": 0.1}))
+    values = torch.tensor([[value for _, value in presets[row % 3].numbers()] for row in range(rows)])
     return Constants(values, Constants.from_config(presets[0], torch.float32, "cpu").columns)
 
 

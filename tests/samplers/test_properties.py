@@ -668,6 +668,23 @@ def test_parameters_are_those_of_the_table(preset, fidelity, rows):
         assert score[index].item() == pytest.approx(c + agreement * 0.5 + interaction * 0.6, rel=1e-11, abs=1e-11)
 
 
+@PROPERTY
+@given(st.floats(0, 10), st.lists(metric_rows, min_size=1, max_size=6))
+def test_adaptives_temperature_starts_at_its_offset(offset, rows):
+    config = EntropixConfig.preset(adaptive={"temperature_offset": offset, "temperature_max": 100})
+    statistics = AttentionStatistics(*torch.tensor([row[2:] for row in rows], dtype=torch.float64).T)
+    points = [row[:2] for row in rows]
+    chosen, regime, _ = decide_parameters(config, points, statistics)
+    published, _, _ = decide_parameters(EntropixConfig.preset(), points, statistics)
+    for index, (ent, vent, attn_ent, attn_vent, agreement, _) in enumerate(rows):
+        factor = offset + 0.3 * (ent + vent) + 0.2 * (attn_ent + attn_vent) - 0.2 * agreement
+        assume(abs(factor) > 1e-9)
+        expected = min(100, 0.666 * factor) if factor > 0 else 0.666
+        if regime[index] != Regime.ADAPTIVE:
+            expected = published.temperature[index].item()
+        assert chosen.temperature[index].item() == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize(("interaction", "top_k"), [(1.0, 2), (3.0, 2), (5.0, 4), (7.0, 4)])
 def test_adaptive_top_k_rounds_half_to_even(interaction, top_k):
     config = EntropixConfig.preset(base={"top_k": 1}, adaptive={"top_k_interaction": 0.5})

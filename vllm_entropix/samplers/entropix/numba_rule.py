@@ -110,7 +110,7 @@ def decide(
             p = np.maximum(c[COLUMN.hehv_top_p_min], p - c[COLUMN.hehv_top_p_attention_entropy] * ae)
         else:
             t = base * (
-                ONE
+                c[COLUMN.adaptive_temperature_offset]
                 + c[COLUMN.adaptive_temperature_logits] * logits_sum
                 + c[COLUMN.adaptive_temperature_attention] * (ae + av)
                 - c[COLUMN.adaptive_temperature_agreement] * agreement

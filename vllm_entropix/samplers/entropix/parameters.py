@@ -44,7 +44,7 @@ def parameters(
     logits_sum = logits.entropy + logits.varentropy
     # ADAPTIVE first; the other regimes are laid over it.
     temperature = base_temperature * (
-        1
+        constants["adaptive.temperature_offset"]
         + constants["adaptive.temperature_logits"] * logits_sum
         + constants["adaptive.temperature_attention"] * (entropy + varentropy)
         - constants["adaptive.temperature_agreement"] * agreement

@@ -101,6 +101,7 @@ class AdaptiveParameters(Section):
     """ADAPTIVE: every parameter follows the metrics, and the best of ``samples`` draws is kept (in closed form)."""
 
     samples: int = setting("Draws, of which the most probable is kept.", "draws", ge=1, le=64)
+    temperature_offset: float = setting("Factor on T0 at metrics of 0.", ge=0, le=10)
     temperature_logits: float = setting("Factor on T0 per bit of logits entropy and bit² of varentropy.", ge=-10, le=10)
     temperature_attention: float = setting("Factor on T0 per bit of attention entropy and bit² of varentropy.", ge=-10, le=10)
     temperature_agreement: float = setting("Drop of T0's factor per unit of agreement.", ge=-10, le=10)

@@ -114,7 +114,7 @@ def plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction,
     base_k, base_m = tl.load(numbers + COLUMN.base_top_k), tl.load(numbers + COLUMN.base_min_p)
     # ADAPTIVE first; the other regimes are laid over it.
     t = base * (
-        1
+        tl.load(numbers + COLUMN.adaptive_temperature_offset)
         + tl.load(numbers + COLUMN.adaptive_temperature_logits) * total
         + tl.load(numbers + COLUMN.adaptive_temperature_attention) * (ae + av)
         - tl.load(numbers + COLUMN.adaptive_temperature_agreement) * agreement

@@ -1,5 +1,6 @@
 """Per-request settings: spellings, values, what is refused and how."""
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from tests.support.odd_values import HUGE, LARGE, anything
 from vllm_entropix.records.scores import Abstention
 from vllm_entropix.samplers import chain
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
-from vllm_entropix.samplers.registry import parse_request, request_settings, sampler_of
+from vllm_entropix.samplers.registry import load_server, parse_request, request_settings, sampler_of
 from vllm_entropix.settings.errors import ConfigError
 
 KEYS = [str(field.alias) for field in request_settings().model_fields.values()]
@@ -103,6 +104,12 @@ def test_nothing_given_is_nothing_said():
         ({**ABSTAINS, "entropix_abstain_above": True}, ["entropix_abstain_above is True", "number"]),
         ({**ABSTAINS, "entropix_abstain_above": math.inf}, ["entropix_abstain_above is inf", "finite"]),
         ({**ABSTAINS, "entropix_abstain_above": "nan"}, ["entropix_abstain_above is 'nan'", "finite"]),
+        ({"entropix_constants": "{"}, ["entropix_constants is '{'", "isn't JSON"]),
+        ({"entropix_constants": [1]}, ["entropix_constants is [1]", "JSON object"]),
+        ({"entropix_constants": {"base": {"top_k": 1}}}, ["entropix_constants is", "unknown constant 'base'"]),
+        ({"entropix_constants": {HUGE: 1}}, ["unknown constant <a number of thousands of digits>"]),
+        ({"entropix_constants": {"base.temperature": 99}}, ["entropix_constants is", "base.temperature is 99", "10"]),
+        ({"entropix_constants": {"base.temperature": True}}, ["base.temperature is True", "number"]),
         ({**ABSTAINS, "entropix_scores": "off"}, ["entropix_abstain_score is given, but entropix_scores is off"]),
     ],
     ids=lambda value: str(type(value)) if isinstance(value, dict) else "",
@@ -153,6 +160,19 @@ def test_where_base_parameters_come_from():
     # The server says where they come from, whichever preset a request names; one that it gives itself comes first.
     assert base_of({"entropix_preset": "torch-2024-10"}, **by_request) == own
     assert base_of({"entropix_temperature": 2}, **by_request) == [2, *own[1:]]
+
+
+def test_constants_of_a_request_come_first_where_a_server_takes_them():
+    given = {"base.temperature": 0.25, "adaptive.temperature_offset": 0}
+    said = {"entropix_constants": json.dumps(given), "entropix_temperature": 2, "entropix_preset": "torch-2024-10"}
+    study = load_server({"experiments": {"constants": True}})
+    for server in (study, study.model_dump(mode="json", by_alias=True)):
+        request = parse_request(said, server)
+        numbers = dict(zip(dict(study.numbers()), request.constants(study, OWN), strict=True))
+        assert numbers == dict(EntropixConfig.preset("torch-2024-10").numbers()) | given
+    with pytest.raises(ConfigError, match="entropix_constants is given, but the server takes none"):
+        parse_request(said, load_server({}))
+    assert not parse_request({**said, "entropix": "off"}, load_server({})).enabled
 
 
 def test_which_answers_are_scored_and_by_what_they_abstain():

@@ -12,9 +12,9 @@ from vllm_entropix.samplers.entropix.settings import EntropixConfig
 VOCABULARY = 50
 
 
-def batch_of(*samplers):
+def batch_of(*samplers, **settings):
     """A batch with a row per sampler; None is a row of nobody's."""
-    batch = BatchSampler(EntropixConfig(), 8, None, "cpu")
+    batch = BatchSampler(EntropixConfig.from_dict(settings), 8, None, "cpu")
     for index, name in enumerate(samplers):
         if name is not None:
             numbers = [value for _, value in batch.samplers[name].numbers()]
@@ -52,3 +52,15 @@ def test_each_row_is_drawn_as_its_own_sampler_says():
         line = logits[index : index + 1].clone()
         alone.apply(line, its_rows, None)
         assert torch.equal(mixed[index], line[0]), name
+
+
+def test_rows_of_a_study_have_regimes_by_chance():
+    settings = {"experiments": {"random_regimes": True, "shares": {"lelv": 1.0}}}
+    batch, rows = batch_of("entropix", "min_p", "entropix", **settings)
+    written = logits_of(3)
+    best = written.argmax(-1)
+    batch.apply(written, rows, None)
+    kept = [line.isfinite().nonzero().flatten().tolist() for line in written]
+    # LELV, whatever the metrics are.
+    assert [kept[0], kept[2]] == [[best[0].item()], [best[2].item()]]
+    assert len(kept[1]) > 1

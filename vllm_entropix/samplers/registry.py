@@ -286,12 +286,23 @@ def parse_request(extra_args: Any, server: Mapping[str, Any] | ServerSettings | 
             found = found.with_chain(chained.read(text, of_chain, {} if server is None else server))
     if server is None:
         return found
+    if found.own_constants is not None and found.enabled and not _takes_constants(server):
+        raise ConfigError(
+            f"{PREFIX}_constants is given, but the server takes none; leave it out, or start the server of a study with "
+            "experiments.constants on"
+        )
     chosen = sampler_of(found, server)
     allowed = {chosen, *(found.chain.names if found.chain is not None else ())}
     for name in registry().classes:
         if name not in allowed and (keys := found.keys_of(name)):
             raise ConfigError(f"{keys[0]} is a setting of the sampler {name}, but this request's is {chosen}")
     return found
+
+
+def _takes_constants(server: Mapping[str, Any] | ServerSettings) -> bool:
+    if isinstance(server, Mapping):
+        return bool(server["experiments"]["constants"])
+    return isinstance(server, EntropixConfig) and server.experiments.constants
 
 
 def is_off(extra_args: Mapping[str, Any] | None) -> bool:

@@ -6,6 +6,7 @@ Hence flat names and tolerant booleans.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -27,6 +28,7 @@ from pydantic import (
 from vllm_entropix.records.scores import Abstention, check_name
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import QUOTED, ConfigError, quoted
+from vllm_entropix.settings.load import parse
 from vllm_entropix.settings.rules import BaseSource, Fidelity
 from vllm_entropix.settings.section import describe, refuse_truth_value
 from vllm_entropix.settings.server import BaseParameters, Forks
@@ -38,7 +40,7 @@ PREFIX = "entropix"
 # Stands between a sampler's name and its setting's in the name of a field, where no sampler's name has it.
 OF_SAMPLER = "__"
 # What no other sampler reads, though it stands in no section of the sampler's.
-_OF_ENTROPIX = ("preset", "base", *BaseParameters.model_fields)
+_OF_ENTROPIX = ("preset", "base", "own_constants", *BaseParameters.model_fields)
 # vLLM's own border: a temperature below is 0.
 GREEDY_BELOW = 1e-5
 
@@ -65,6 +67,16 @@ def _known_preset(value: Any) -> Any:
     if value not in EntropixConfig.preset_names():
         raise ValueError(f"there are {', '.join(EntropixConfig.preset_names())}")
     return value
+
+
+def _constants(value: Any) -> Any:
+    if isinstance(value, str):
+        value = parse(value, json.loads, "it should be a JSON object of constants, but isn't JSON")
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError('it should be a JSON object of constants, as in {"base.temperature": 0.7}')
+    return EntropixConfig.checked_constants(value)
 
 
 def _base(name: str) -> Any:
@@ -108,6 +120,11 @@ class RequestSettings(BaseModel):
     top_p: float | None = _base("top_p")
     top_k: int | None = _base("top_k")
     min_p: float | None = _base("min_p")
+    own_constants: Annotated[dict[str, float] | None, BeforeValidator(_constants)] = Field(
+        None,
+        alias=f"{PREFIX}_constants",
+        description="Constants of this request's own, as a JSON object by dotted name; only if experiments.constants is on.",
+    )
     clarification: Switch | None = Field(
         None, alias=f"{PREFIX}_clarification", description="on or off: may clarification tokens be forced into this request?"
     )
@@ -254,6 +271,7 @@ class RequestSettings(BaseModel):
                 numbers[f"base.{name}"] = float(value)
                 if name == "min_p":  # a request knows one min_p, which is ADAPTIVE's as well
                     numbers["adaptive.min_p"] = float(value)
+        numbers.update({name: value for name, value in (self.own_constants or {}).items() if name in numbers})
         return list(numbers.values())
 
 

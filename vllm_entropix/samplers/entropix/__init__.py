@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_entropix.distribution.attention import AttentionStatistics
+    from vllm_entropix.samplers.entropix.sampler import EntropixSampler
 
 
 class Entropix(Sampler):
@@ -30,42 +31,41 @@ class Entropix(Sampler):
     Part = EntropixPart
 
     def __init__(self, server: Any) -> None:
-        from vllm_entropix.samplers.entropix.sampler import EntropixSampler
-
         self.settings: EntropixConfig = server
-        self._rule = EntropixSampler(self.settings).rule
+        self._sampler = _sampler(self.settings)
 
     def plan(self, rows: RowView) -> Plan:
         """Classify, measure attention where a regime reads it, and follow the regime's rule."""
         from vllm_entropix.records.regimes import Regime
 
-        regime, attention, parameters, confidence = self._rule(
+        regime, attention, parameters, confidence = self._sampler.rule(
             rows.statistics, lambda regime: rows.attention(regime != Regime.LELV), rows.settings, rows.backend.name
         )
         return Plan(
             parameters,
             order=self.settings.fidelity,
-            forces=regime == Regime.HELV,
+            forces=self._sampler.asks(regime, rows.statistics, rows.settings),
             attention=attention,
             fields={"regime": regime, "confidence": confidence},
         )
 
     def kernel_rule(self, backend: str) -> KernelRule | None:
         """The rule in Triton."""
-        if backend != "triton":
+        if backend != "triton" or not self._sampler.uses_kernels:
             return None
         from vllm_entropix.samplers.entropix.triton_rule import plan, plan_without_regimes, reads_attention
 
         return KernelRule(reads_attention, plan if self.settings.regimes else plan_without_regimes, self.settings.fidelity)
 
     def numbers(self) -> list[tuple[str, float]]:
-        """All numbers of the configuration, by dotted name."""
-        return list(self.settings.numbers())
+        """All numbers of the configuration, by dotted name, and last those of experiments that are on."""
+        return [*self.settings.numbers(), *self.settings.experiments.numbers()]
 
     def numbers_of_request(self, request: Any, own: Mapping[str, float]) -> list[float]:
         """Those of the request's preset, around its own base parameters where it asks for them."""
-        numbers: list[float] = request.constants(self.settings, own)
-        return numbers
+        given = request.own_constants or {}
+        shares = (given.get(name, share) for name, share in self.settings.experiments.numbers())
+        return [*request.constants(self.settings, own), *shares]
 
     def described(self, request: Any) -> EntropixPart:
         """Preset, fidelity and thresholds of the request's draws."""
@@ -83,6 +83,14 @@ class Entropix(Sampler):
         lehv = max(numbers["lehv.top_k_min"], top_k * (1 + max(0.0, numbers["lehv.top_k_disagreement"])))
         drawn = numbers["adaptive.top_k_max"]
         return Bounds(math.ceil(max(top_k, lehv, drawn)), math.ceil(drawn))
+
+
+def _sampler(config: EntropixConfig) -> EntropixSampler:
+    """Decides for the rows of a server of these settings."""
+    from vllm_entropix.samplers.entropix.experiments import ExperimentalSampler
+    from vllm_entropix.samplers.entropix.sampler import EntropixSampler
+
+    return ExperimentalSampler(config) if config.experiments.change_rules else EntropixSampler(config)
 
 
 class EntropixStageSettings(Section):

@@ -17,6 +17,7 @@ from vllm_entropix.distribution.filters import Distribution
 from vllm_entropix.distribution.plan import Parameters
 from vllm_entropix.distribution.shape import shape
 from vllm_entropix.distribution.statistics import LogitsMetrics
+from vllm_entropix.records.regimes import Regime
 from vllm_entropix.samplers.entropix.parameters import base_parameters, confidence, parameters
 from vllm_entropix.samplers.entropix.regimes import classify
 
@@ -92,6 +93,9 @@ class EntropixSampler:
         ['ADAPTIVE', 'ADAPTIVE']
     """
 
+    # May a kernel decide what the methods below define?
+    uses_kernels = True
+
     def __init__(self, config: EntropixConfig, kernels: bool = False) -> None:
         """``kernels``: decide by kernels where there are some for the logits' device and type."""
         self.config = config
@@ -126,6 +130,19 @@ class EntropixSampler:
             _fidelity=self.config.fidelity,
         )
 
+    def classified(self, metrics: LogitsMetrics, constants: Constants) -> Tensor:
+        """The regime of each row, int64 ``[rows]``."""
+        return classify(metrics.entropy, metrics.varentropy, constants)
+
+    def attention(self, measured: AttentionStatistics | None) -> AttentionStatistics | None:
+        """The attention that each row's parameters follow, of what was measured."""
+        return measured
+
+    def asks(self, regime: Tensor, metrics: LogitsMetrics, constants: Constants) -> Tensor:
+        """Which rows ask for the clarification, bool ``[rows]``."""
+        del metrics, constants
+        return regime == Regime.HELV
+
     def rule(
         self,
         metrics: LogitsMetrics,
@@ -141,11 +158,11 @@ class EntropixSampler:
             constants: of each row.
             backend: name of the implementation that is at hand; ``numba``'s decides as PyTorch does, to the bit.
         """
-        if backend == "numba":
+        if backend == "numba" and self.uses_kernels:
             regime, attention, chosen, score = self._by_numba(metrics, statistics, constants)
         else:
-            regime = classify(metrics.entropy, metrics.varentropy, constants)
-            attention = statistics(regime) if callable(statistics) else statistics
+            regime = self.classified(metrics, constants)
+            attention = self.attention(statistics(regime) if callable(statistics) else statistics)
             chosen = parameters(regime, metrics, attention, constants)
             score = confidence(metrics, attention, constants)
         if not self.config.regimes:

@@ -14,7 +14,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from vllm_entropix.samplers.entropix.presets import preset_names, read_preset
-from vllm_entropix.settings.errors import ConfigError
+from vllm_entropix.settings.errors import ConfigError, cut, quoted
 from vllm_entropix.settings.load import as_table, merge, read_mapping
 from vllm_entropix.settings.rules import AttentionVarentropy, ClarificationRule, Fidelity
 from vllm_entropix.settings.section import Section, TokenId, describe, numbers_of, setting
@@ -151,6 +151,47 @@ class OriginalBehaviour(Section):
     clarification_token_ids: tuple[TokenId, ...] = setting("D11: the clarification of the Llama-3 vocabulary.", "token ids")
 
 
+# Regimes whose shares are given; the rest is ADAPTIVE's.
+SHARED = ("lelv", "helv", "lehv", "hehv")
+
+
+class RegimeShares(Section):
+    """Shares of the tokens, for regimes and clarifications by chance; what is left is ADAPTIVE's."""
+
+    lelv: float = setting("Share of LELV.", "share", default=0.0, ge=0, le=1)
+    helv: float = setting("Share of HELV, and of tokens that ask for a clarification.", "share", default=0.0, ge=0, le=1)
+    lehv: float = setting("Share of LEHV.", "share", default=0.0, ge=0, le=1)
+    hehv: float = setting("Share of HEHV.", "share", default=0.0, ge=0, le=1)
+
+
+class Experiments(Section):
+    """Controls of studies, for tests and studies alone; each costs the kernels, and none makes answers better."""
+
+    constants: bool = Field(
+        False, description="Take `entropix_constants` of requests: constants of their own.", json_schema_extra={"unit": ""}
+    )
+    random_regimes: bool = Field(
+        False, description="Draw each token's regime by chance, with the shares below.", json_schema_extra={"unit": ""}
+    )
+    shuffled_attention: bool = Field(
+        False, description="Give each row the attention of another row of the batch.", json_schema_extra={"unit": ""}
+    )
+    random_clarifications: bool = Field(
+        False, description="Ask for the clarification by chance, with HELV's share.", json_schema_extra={"unit": ""}
+    )
+    shares: RegimeShares = Field(default_factory=lambda: RegimeShares())
+
+    @property
+    def change_rules(self) -> bool:
+        """Is anything decided otherwise than by entropix's rule?"""
+        return self.random_regimes or self.shuffled_attention or self.random_clarifications
+
+    def numbers(self) -> Iterator[tuple[str, float]]:
+        """(dotted name, value) of the numbers that a step reads beside a configuration's own; none if no chance is in it."""
+        if self.random_regimes or self.random_clarifications:
+            yield from numbers_of("experiments.shares", self.shares)
+
+
 class EntropixConfig(ServerSettings):
     """All settings of a server that samples by entropix: a preset with some settings changed.
 
@@ -177,6 +218,7 @@ class EntropixConfig(ServerSettings):
     adaptive: AdaptiveParameters
     confidence: ConfidenceWeights
     original: OriginalBehaviour
+    experiments: Experiments = Field(default_factory=lambda: Experiments())
 
     @model_validator(mode="before")
     @classmethod
@@ -227,6 +269,22 @@ class EntropixConfig(ServerSettings):
                 if self.fidelity == "original" and name == "adaptive.temperature_max":
                     value = math.inf
                 yield name, value
+
+    @classmethod
+    def checked_constants(cls, given: Mapping[str, Any]) -> dict[str, float]:
+        """Constants by dotted name; ConfigError if one isn't known, or isn't in the range of the setting of this name."""
+        known = dict(cls.preset().numbers()) | {f"experiments.shares.{name}": 0.0 for name in SHARED}
+        table: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in known:
+                raise ConfigError(f"unknown constant {cut(quoted(name), 50)}; `vllm-entropix presets` lists them")
+            *sections, last = name.split(".")
+            inner = table
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[last] = value
+        cls.from_dict(table, source="constants")
+        return {name: float(value) for name, value in given.items()}
 
     @property
     def attention_varentropy(self) -> AttentionVarentropy:

@@ -10,6 +10,8 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,10 +42,13 @@ HALVES = {
     "adaptive.top_k_max": 50,
 }
 RULES = ("cooldown", "last-token", "ever")
-BATCHES = (
+BATCHES = (  # of samplers that have a rule for the kernel
     *(("min_p",), ("top_n_sigma",), ("entropix", "min_p"), ("min_p", "top_n_sigma"), ("entropix", "top_n_sigma", "min_p")),
     *(("vllm",), ("entropix", "vllm"), ("min_p", "vllm")),
 )
+EVERYBODY = ("entropix", "top_n_sigma", "min_p", "vllm")
+# Those of them that plan in PyTorch all the same, as other packages' do.
+WITHOUT_A_RULE = ((), (), ("min_p",), ("entropix",), ("top_n_sigma", "vllm"), ("entropix", "min_p", "top_n_sigma", "vllm"))
 SEQUENCES, DRAFTS, STEPS = 16, 3, 6
 
 
@@ -126,7 +131,20 @@ def decisions_equal_those_of_pytorch(seed, preset, kind, rule, drafts, counted, 
     compare_decisions(seed, preset, kind, rule, drafts, counted, regimes, tracing, ("entropix",))
 
 
-@settings(PROPERTY, max_examples=8)
+@triton.jit
+def _exp(values, results, BLOCK: tl.constexpr):  # noqa: N803
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(results + index, tl.exp(tl.load(values + index)))
+
+
+def exp_of_kernels(values):
+    """e to these powers as kernels compute it."""
+    values, results = values.contiguous(), torch.empty_like(values)
+    _exp[(values.numel(),)](values, results, 1)
+    return results
+
+
+@settings(PROPERTY, max_examples=12)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(KINDS),
@@ -135,19 +153,26 @@ def decisions_equal_those_of_pytorch(seed, preset, kind, rule, drafts, counted, 
     st.booleans(),
     st.booleans(),
     st.sampled_from(BATCHES),
+    st.sampled_from(WITHOUT_A_RULE),
 )
-def decisions_of_several_samplers(seed, kind, rule, drafts, counted, tracing, samplers):
-    """Samplers without a rule alone, with one another, and with one that has a rule."""
+def decisions_of_several_samplers(seed, kind, rule, drafts, counted, tracing, samplers, without):
+    """Samplers with a rule and without one: alone, and with one another."""
     # The same numbers for both, whose last bits PyTorch's would differ in.
-    with mock.patch.object(Backend, "spread", TritonBackend.spread):
-        compare_decisions(seed, EntropixConfig.preset_names()[0], kind, rule, drafts, counted, True, tracing, samplers)
+    spread, exp = (
+        mock.patch.object(Backend, "spread", TritonBackend.spread),
+        mock.patch.object(torch.Tensor, "exp", exp_of_kernels),
+    )
+    with spread, exp:
+        compare_decisions(seed, EntropixConfig.preset_names()[0], kind, rule, drafts, counted, True, tracing, samplers, without)
 
 
-def compare_decisions(seed, preset, kind, rule, drafts, counted, regimes, tracing, samplers):
+def compare_decisions(seed, preset, kind, rule, drafts, counted, regimes, tracing, samplers, without=()):
     device = torch.get_default_device()
     clarification = None if rule is None else (1, 2, 3)[: 1 + seed % 3]
     settings_of = (preset, clarification, rule, regimes, counted, device, samplers)
     batches = [batch_of(np.random.default_rng(seed), *settings_of) for _ in range(2)]
+    for name in without:
+        batches[1].samplers[name].kernel_rule = lambda backend: None
     present = [name for name in batches[0].samplers if name in samplers]
     rng, forced = np.random.default_rng(seed + 1), np.full(SEQUENCES, -1)
     for step in range(STEPS):
@@ -289,8 +314,8 @@ def a_step_takes_few_launches():
             (64, False, False, None, {}),
             (64, True, True, (1, 2, 3), {}),
             (64, False, True, None, {"top_k": 2000}),
-            # Two samplers at most: each of those without a rule plans in PyTorch.
-            *((64, False, True, None, {}, samplers) for samplers in BATCHES[:4]),
+            *((64, False, True, None, {}, samplers) for samplers in BATCHES),
+            *((64, True, True, (1, 2, 3), base, EVERYBODY) for base in ({}, {"top_k": 2000})),
         ):
             names = launches_of_a_step(*case)
             assert len(names) <= LAUNCHES, (case, names)

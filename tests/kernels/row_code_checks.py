@@ -16,6 +16,7 @@ import torch
 from tests.support.machine_code import compiling, specialising
 from vllm_entropix import EntropixConfig
 from vllm_entropix.distribution import backend
+from vllm_entropix.distribution.plan import Plan
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
@@ -31,26 +32,28 @@ def some_attention(rows, wanted):
     return AttentionStatistics(*torch.zeros(4, len(wanted)), measured=wanted)
 
 
-# A sampler that plans in PyTorch, alone and beside one with a rule for the kernel.
-OTHERS = (("top_n_sigma",), ("entropix", "min_p"))
+# One whose plan reads more of the logits; one that plans in PyTorch, beside one with a rule for the kernel.
+OTHERS = (("top_n_sigma",), ("entropix", "chain"))
 
 
-def step(rows, base, clarification=(1, 2, 3), samplers=("entropix",)):
+def step(rows, base, clarification=(1, 2, 3), samplers=("entropix",), measure=some_attention):
     """All kernels of a step; none of them is run."""
     config = EntropixConfig.from_dict({"base": base})
     batch = BatchSampler(config, rows, clarification, "cpu", counted=True)
+    batch.samplers["chain"].plan = lambda rows: Plan(rows.base)  # whatever it plans
+    own = (1.0, 1.0, float(config.base.top_k), 0.0)
     for row in range(rows):
         name = samplers[row % len(samplers)]
         numbers = [value for _, value in batch.samplers[name].numbers()]
         batch.add(
             str(row),
-            Sequence(numbers, sampled=True, traced=False, allow_clarification=True, prompt_length=1, sampler=name),
+            Sequence(numbers, sampled=True, traced=False, allow_clarification=True, prompt_length=1, sampler=name, base=own),
         )
     slots = batch.sequences.slots_of(map(str, range(rows)), rows)
     here = torch.arange(rows)
     described = Rows(torch.from_numpy(slots), slots, here + 10, here, here >= 0, here)
     # A row that all others share: nobody looks at it.
-    batch.apply(torch.empty(1, VOCABULARY).expand(rows, -1), described, some_attention)
+    batch.apply(torch.empty(1, VOCABULARY).expand(rows, -1), described, measure)
 
 
 def codes(capability=90):
@@ -75,11 +78,14 @@ def codes(capability=90):
 
 
 def variants():
-    """How many variants of each kernel all sizes of a step take."""
+    """How many variants of each kernel all sizes of a step take, whichever samplers it has, with and without attention."""
     with specialising() as found:
         for size in SIZES:
             step(size, BASES[-1])
             backend.TritonBackend("cpu").spread(torch.empty(1, VOCABULARY).expand(size, -1))
+        for samplers in (*OTHERS, ("chain",), ("min_p", "vllm")):
+            for measure in (some_attention, None):
+                step(SIZES[-1], BASES[-1], samplers=samplers, measure=measure)
     return {name: len(of_kernel) for name, of_kernel in found.items()}
 
 

@@ -54,7 +54,7 @@ CHECKS = (
     "heads_over_ranks_of_every_kind",
     "heads_over_ranks_in_parts",
     "the_sampler_decides_and_writes_by_them",
-    "samplers_without_a_rule_write_by_them",
+    "samplers_write_with_a_rule_and_without",
     "repetitions_equal_pytorch",
     "decisions_equal_those_of_pytorch",
     "decisions_of_several_samplers",

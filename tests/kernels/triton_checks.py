@@ -762,16 +762,18 @@ def the_sampler_decides_and_writes_by_them():
         assert_same_distribution(got[torch.from_numpy(sampled)], want[torch.from_numpy(sampled)].exp())
 
 
-def samplers_without_a_rule_write_by_them():
-    """Rows of samplers that plan with the requests' own parameters, columns of a table, are drawn from these."""
+def samplers_write_with_a_rule_and_without():
+    """Rows of samplers that plan with the requests' own parameters are drawn from these, by a kernel's rule and by a plan."""
     own = [(0.5 + 0.1 * row, 0.9, 40.0, 0.02 * (row % 3)) for row in range(9)]
     logits = mixed(9, 3000, 15)
     config, device = EntropixConfig(), logits.device
     for samplers in (["min_p"], ["top_n_sigma"], ["min_p", "top_n_sigma", "entropix"]):
         written = []
-        for kernels in (None, "triton"):
+        for kernels, without in ((None, []), ("triton", []), ("triton", samplers)):
             with mock.patch.object(backend, "kernels_for", return_value=kernels):
                 batch = BatchSampler(config, 9, None, device)
+            for name in without:
+                batch.samplers[name].kernel_rule = lambda backend: None
             for row in range(9):
                 name = samplers[row % len(samplers)]
                 numbers = [value for _, value in batch.samplers[name].numbers()]
@@ -793,10 +795,11 @@ def samplers_without_a_rule_write_by_them():
             drawn = logits.clone()
             batch.apply(drawn, Rows(torch.from_numpy(slots).to(device), slots, here + 10, here, here >= 0, here), None)
             written.append(drawn)
-        want, got = written
-        assert torch.equal(got[4], logits[4])
-        rest = here != 4
-        assert_same_distribution(got[rest], want[rest].exp())
+        want, *others = written
+        for got in others:
+            assert torch.equal(got[4], logits[4])
+            rest = here != 4
+            assert_same_distribution(got[rest], want[rest].exp())
 
 
 def repetitions_equal_pytorch():
@@ -849,7 +852,7 @@ CHECKS = (
     heads_over_ranks_of_every_kind,
     heads_over_ranks_in_parts,
     the_sampler_decides_and_writes_by_them,
-    samplers_without_a_rule_write_by_them,
+    samplers_write_with_a_rule_and_without,
     repetitions_equal_pytorch,
     *decision_checks.CHECKS,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -22,13 +22,12 @@ from vllm_entropix.rows.state import PositionRing
 from vllm_entropix.rows.table import Sequence, SequenceTable, to_device
 from vllm_entropix.rows.text import RowText
 from vllm_entropix.rows.undrawn import Undrawn
-from vllm_entropix.samplers.base import RowView, Sequences
+from vllm_entropix.samplers.base import KernelRule, RowView, Sampler, Sequences
 from vllm_entropix.samplers.observed import VLLM
 from vllm_entropix.samplers.registry import instances_and_observed, sampler_of
 from vllm_entropix.samplers.request import RequestSettings
 
 if TYPE_CHECKING:
-    from vllm_entropix.rows.decision import RuledRows
     from vllm_entropix.samplers.entropix.settings import EntropixConfig
     from vllm_entropix.settings.rules import Fidelity
 
@@ -64,6 +63,7 @@ class BatchSampler:
         # Engines hand in float32, which the kernels take.
         self.backend, self.other_types = backend_for(device), Backend(device)
         self.samplers = instances_and_observed(config)
+        self._rules = cache(partial(_rules, self.samplers))
         self.sequences = SequenceTable(self.samplers, sampler_of(RequestSettings(), config), slots + 1, device)
         self.clarification = (
             None if clarification is None else Clarification(clarification, config, slots + 1, draft_tokens, device, places)
@@ -231,15 +231,12 @@ class BatchSampler:
         measure: Measure | None,
         tracing: bool,
     ) -> Decisions:
-        """What :meth:`_decide` does, in a kernel: it follows one sampler's rule, and reads the plans of those without one."""
+        """What :meth:`_decide` does, in a kernel: it follows samplers' rules, and reads the plans of those without one."""
         from vllm_entropix.rows.decision import decide, rows_that_want_attention
 
-        table = self.sequences
-        ruled = next(filter(None, (self._ruled(backend, name) for name in present)), None)
-        others = [name for name in present if ruled is None or name != ruled.name]
-        measured = None
-        if ruled is not None and measure is not None:
-            measured = measure(rows, rows_that_want_attention(ruled.rule, ruled.name, table, rows, statistics))
+        table, rules = self.sequences, self._rules(backend.name)
+        ruled = [rules[name] for name in present if name in rules]
+        others = [name for name in present if name not in rules]
         plan: Plan | None = None
         plans: list[tuple[Tensor, Plan]] = []
         if others:
@@ -247,29 +244,27 @@ class BatchSampler:
             attention, alone = _attention(rows, measure, sampled, traced), len(present) == 1
             plans = self._plans(backend, others, logits, statistics, rows, attention, alone)
             plan = _mixed(plans, alone)
-            if plan.attention is not None:
+        measured = None if plan is None else plan.attention
+        read = any(rule.reads_attention is not None for rule in ruled)
+        if measure is not None and (read or (tracing and measured is None)):
+            theirs, measured = measured, measure(rows, rows_that_want_attention(rules, table, rows, statistics))
+            if measured is not None and theirs is not None:
                 # What another sampler's plan looked at.
-                theirs = torch.stack([mine for mine, one in plans if one.attention is not None]).any(dim=0)
-                measured = plan.attention if measured is None else measured.overlaid(theirs, plan.attention)
-            elif ruled is None and tracing:
-                measured = attention(torch.zeros_like(rows.valid))
-        decided = decide(
-            *(ruled, plan, table, rows, logits, statistics, measured, self.clarification), traced=tracing, counted=self.counted
+                looked = torch.stack([mine for mine, one in plans if one.attention is not None]).any(dim=0)
+                measured = measured.overlaid(looked, theirs)
+        spread = backend.spread(logits) if any(rule.reads_spread for rule in ruled) else None
+        parameters, forced, sampled, records = decide(
+            *(rules, present, plan, table, rows, logits, statistics, spread, measured, self.clarification),
+            traced=tracing,
+            counted=self.counted,
         )
-        orders = [(mine, one.order) for mine, one in plans]
-        if ruled is not None and plans:
-            orders.append((table.device_sampler[rows.slots] == table.number[ruled.name], ruled.rule.order))
-        (written,) = decided.written.values()
-        if len(orders) > 1:
-            decided = replace(decided, written=_by_order(written, orders))
-        return _with_distributions(decided, plans, written, len(present))
-
-    def _ruled(self, backend: Backend, name: str) -> RuledRows | None:
-        """The rows of a sampler, if it has a rule for this backend's kernel."""
-        from vllm_entropix.rows.decision import RuledRows
-
-        rule, fields = self.samplers[name].kernel_rule(backend.name), self.samplers[name].fields
-        return None if rule is None else RuledRows(rule, name, fields[0].name if fields else None)
+        orders = {name: rules[name].order for name in present if name in rules}
+        orders |= {name: one.order for name, (_, one) in zip(others, plans, strict=True)}
+        written = {orders[present[0]]: sampled}
+        if len(set(orders.values())) > 1:
+            samplers = table.device_sampler[rows.slots]
+            written = _by_order(sampled, [(samplers == table.number[name], order) for name, order in orders.items()])
+        return _with_distributions(Decisions(parameters, forced, written, records), plans, sampled, len(present))
 
     def _decide(
         self,
@@ -382,6 +377,12 @@ class BatchSampler:
                 margin = torch.where(self.sequences.device_traced[rows.slots], margin, torch.nan)
             records[:, 1 + place] = margin.to(records.dtype)
         return (token_ids[:, :count], probabilities[:, :count]) if count else None
+
+
+def _rules(samplers: Mapping[str, Sampler], backend: str) -> dict[str, KernelRule]:
+    """The rules for this backend's decision kernel, of the samplers that have one."""
+    found = {name: sampler.kernel_rule(backend) for name, sampler in samplers.items()}
+    return {name: rule for name, rule in found.items() if rule is not None}
 
 
 def _attention(rows: Rows, measure: Measure | None, sampled: Tensor, traced: Tensor) -> Attention:

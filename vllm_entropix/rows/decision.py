@@ -2,7 +2,8 @@
 
 What the kernel computes stands in PyTorch in ``batch``, ``forcing`` and ``state``. A plan is the sampler's: its rule for
 kernels (:class:`~vllm_entropix.samplers.base.KernelRule`) is a function that the kernel calls; without one the kernel reads the
-plan that the sampler has made in PyTorch. Rows of both kinds may stand in one batch. A block of rows takes a warp.
+plan that the sampler has made in PyTorch. Rows of both kinds may stand in one batch. The kernel has the rules of all samplers,
+whichever are in the batch: no mixture of requests waits for a compiler. A block of rows takes a warp.
 """
 
 # Triton's compiler looks at a kernel's annotations, and knows none of Python's.
@@ -11,7 +12,7 @@ plan that the sampler has made in PyTorch. Rows of both kinds may stand in one b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -23,9 +24,9 @@ from vllm_entropix.distribution.plan import Parameters, Plan
 from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.records.fields import COMMON, column, names
 from vllm_entropix.rows.forcing import EXCLUDED, INITIAL, Clarification
-from vllm_entropix.rows.rows import Decisions, Rows
-from vllm_entropix.rows.table import SequenceTable
-from vllm_entropix.samplers.base import KernelRule
+from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.table import BASE, SequenceTable
+from vllm_entropix.samplers.base import KernelRule, Sampler
 from vllm_entropix.samplers.observed import VLLM
 
 _BLOCK = 32
@@ -39,12 +40,13 @@ _FORCED = _COLUMN["forced"]
 _PENDING, _COUNT, _LAST = tl.constexpr(INITIAL[0]), tl.constexpr(INITIAL[2]), tl.constexpr(INITIAL[3])
 _FIELDS = tl.constexpr(len(INITIAL))
 _EXCLUDED = tl.constexpr(EXCLUDED)
+_BASE = tl.constexpr(len(BASE))
 _FORCING_RULES = {None: 0, "cooldown": 1, "last-token": 2, "ever": 3}
 
 
 # Nothing is specialised: no size of a batch compiles a variant.
 _WANTED = (
-    *("slots", "valid", "sampled", "traced", "samplers", "number", "numbers", "width"),
+    *("slots", "valid", "sampled", "traced", "samplers", "numbers", "width"),
     *("entropy", "varentropy", "wanted", "rows"),
 )
 
@@ -56,21 +58,25 @@ def _want_attention(
     sampled,
     traced,
     samplers,
-    number,
     numbers,
     width,
     entropy,
     varentropy,
     wanted,
     rows,
-    READS: tl.constexpr,  # noqa: N803
+    rules,
     BLOCK: tl.constexpr,  # noqa: N803
 ):
+    """``rules``: of the samplers that read attention: which rows do; number; first of their numbers."""
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.minimum(lane, rows - 1)
     slot = tl.load(slots + row)
-    reads = READS(numbers + slot * width, tl.load(entropy + row), tl.load(varentropy + row))
-    drawn = (tl.load(sampled + slot) != 0) & (tl.load(samplers + slot) == number) & reads
+    h, v, sampler = tl.load(entropy + row), tl.load(varentropy + row), tl.load(samplers + slot)
+    reads = tl.full((BLOCK,), 0, tl.int1)
+    for which in tl.static_range(len(rules)):
+        of_rule = rules[which][0](numbers + slot * width + rules[which][2], h, v)
+        reads = reads | ((sampler == rules[which][1]) & of_rule)
+    drawn = (tl.load(sampled + slot) != 0) & reads
     wants = (tl.load(valid + row) != 0) & ((tl.load(traced + slot) != 0) | drawn)
     tl.store(wanted + row, wants, mask=lane < rows)
 
@@ -83,13 +89,26 @@ def _index_in_ring(position, length):
 
 _ARGUMENTS = (
     *("slots", "positions", "input_ids", "valid", "draft_index", "drafts", "rows", "draft_rows"),
-    *("sampled", "traced", "may_force", "prompt_length", "samplers", "number", "observed", "numbers", "width"),
-    *("given_temperature", "given_top_p", "given_top_k", "given_min_p", "given_samples", "asking"),
-    *("logits", "row_stride", "entropy", "varentropy", "log_normaliser"),
-    *("attention_entropy", "attention_varentropy", "agreement", "interaction", "measured"),
+    *(
+        "sampled",
+        "traced",
+        "may_force",
+        "prompt_length",
+        "samplers",
+        "present",
+        "first",
+        "alone",
+        "observed",
+        "numbers",
+        "width",
+        "base",
+    ),
+    *("given", "given_temperature", "given_top_p", "given_top_k", "given_min_p", "given_samples", "asking"),
+    *("logits", "row_stride", "entropy", "varentropy", "log_normaliser", "spread"),
+    *("attention", "attention_entropy", "attention_varentropy", "agreement", "interaction", "measured"),
     *("ring_positions", "ring", "ring_length", "token_ids", "tokens", "cooldown", "most"),
     *("after", "vocabulary", "end_ids", "ends", "end_below"),
-    *("temperature", "top_p", "top_k", "min_p", "samples", "forced", "written", "records", "record_stride", "own", "tells"),
+    *("temperature", "top_p", "top_k", "min_p", "samples", "forced", "written", "records", "record_stride", "tells"),
 )
 
 
@@ -108,10 +127,14 @@ def _decide(
     may_force,
     prompt_length,
     samplers,
-    number,
+    present,
+    first,
+    alone,
     observed,
     numbers,
     width,
+    base,
+    given,
     given_temperature,
     given_top_p,
     given_top_k,
@@ -123,6 +146,8 @@ def _decide(
     entropy,
     varentropy,
     log_normaliser,
+    spread,
+    attention,
     attention_entropy,
     attention_varentropy,
     agreement,
@@ -149,18 +174,20 @@ def _decide(
     written,
     records,
     record_stride,
-    own,
     tells,
-    PLAN: tl.constexpr,  # noqa: N803
-    GIVEN: tl.constexpr,  # noqa: N803
-    ATTENTION: tl.constexpr,  # noqa: N803
-    MEASURED: tl.constexpr,  # noqa: N803
+    rules,
     FORCING: tl.constexpr,  # noqa: N803
     PLACED: tl.constexpr,  # noqa: N803
     BOUNDED: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
-    """A lane takes the rows of a sequence, which follow one another: what is forced at a draft depends on the row before it."""
+    """A lane takes the rows of a sequence, which follow one another: what is forced at a draft depends on the row before it.
+
+    ``rules`` are those of all samplers that have one: plan; number; first of their numbers; first column of their own fields.
+    The bits of ``present`` say which of them are followed. Rows of samplers that aren't in the batch, which nobody reads, are
+    planned as those of its ``first`` sampler. Of samplers without a rule there is no plan (0), a plan ``given`` (1), one that
+    says which rows are ``asking``, too (2). ``attention`` was measured of no row (0), of all (1), of those ``measured`` (2).
+    """
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     nan = float("nan")
     # The record that the lane wrote last, of which position.
@@ -179,38 +206,42 @@ def _decide(
         counts = tl.load(valid + row) != 0
         drawn = tl.load(sampled + slot) != 0
         told = ((tells > 0) & (tl.load(traced + slot) != 0)) | ((tells > 1) & drawn)
-        h, v = tl.load(entropy + row), tl.load(varentropy + row)
-        ae = tl.full((BLOCK,), 0.0, tl.float32)
-        av, ag, strength = ae, ae, ae
-        attended = tl.full((BLOCK,), ATTENTION, tl.int1)
-        if ATTENTION:
-            if MEASURED:
-                attended = tl.load(measured + row) != 0
-            ae = tl.where(attended, tl.load(attention_entropy + row), 0.0)
-            av = tl.where(attended, tl.load(attention_varentropy + row), 0.0)
-            ag = tl.where(attended, tl.load(agreement + row), 0.0)
-            strength = tl.where(attended, tl.load(interaction + row), 0.0)
+        h, v, sigma = tl.load(entropy + row), tl.load(varentropy + row), tl.load(spread + row)
+        attended = (attention == 1) | ((attention == 2) & (tl.load(measured + row) != 0))
+        ae = tl.where(attended, tl.load(attention_entropy + row), 0.0)
+        av = tl.where(attended, tl.load(attention_varentropy + row), 0.0)
+        ag = tl.where(attended, tl.load(agreement + row), 0.0)
+        strength = tl.where(attended, tl.load(interaction + row), 0.0)
 
         record = records + row * record_stride
         # Rows that nothing is told of have slot 0, and a record all the same.
         keeps = mine & (tells > 0)
-        by_rule = tl.full((BLOCK,), PLAN is not None, tl.int1)
-        if GIVEN:
-            t, p, m = tl.load(given_temperature + row), tl.load(given_top_p + row), tl.load(given_min_p + row)
-            k, n = tl.load(given_top_k + row), tl.load(given_samples + row)
-            asks = tl.load(asking + row) != 0
-        if PLAN is not None:
-            if GIVEN:
-                by_rule = tl.load(samplers + slot) == number
-            settings = numbers + slot * width
-            tr, pr, kr, mr, nr, ar = PLAN(settings, h, v, attended, ae, av, ag, strength, record + own, keeps & by_rule)
-            kr, nr = kr.to(tl.int64), nr.to(tl.int64)
-            if GIVEN:
-                t, p, m = tl.where(by_rule, tr, t), tl.where(by_rule, pr, p), tl.where(by_rule, mr, m)
-                k, n = tl.where(by_rule, kr, k), tl.where(by_rule, nr, n)
-                asks = (by_rule & ar) | ((by_rule == 0) & asks)
-            else:
-                t, p, k, m, n, asks = tr, pr, kr, mr, nr, ar
+        sampler = tl.load(samplers + slot)
+        planner = tl.where(alone != 0, first, sampler)
+        t, p, m = tl.load(given_temperature + row), tl.load(given_top_p + row), tl.load(given_min_p + row)
+        k, n = tl.load(given_top_k + row), tl.load(given_samples + row)
+        asks = (given == 2) & (tl.load(asking + row) != 0)
+        for which in tl.static_range(len(rules)):
+            number, own = rules[which][1], rules[which][3]
+            planned = (planner == number) & (((present >> which) & 1) != 0)
+            tr, pr, kr, mr, nr, ar = rules[which][0](
+                numbers + slot * width + rules[which][2],
+                base + slot * _BASE,
+                h,
+                v,
+                sigma,
+                attended,
+                ae,
+                av,
+                ag,
+                strength,
+                record + own,
+                keeps & planned,
+            )
+            by_rule = planned | (first == number)
+            t, p, m = tl.where(by_rule, tr, t), tl.where(by_rule, pr, p), tl.where(by_rule, mr, m)
+            k, n = tl.where(by_rule, kr.to(tl.int64), k), tl.where(by_rule, nr.to(tl.int64), n)
+            asks = tl.where(by_rule, ar, asks)
         tl.store(temperature + row, t, mask=mine)
         tl.store(top_p + row, p, mask=mine)
         tl.store(top_k + row, k, mask=mine)
@@ -278,9 +309,7 @@ def _decide(
         tl.store(forced + row, token, mask=mine)
 
         # A greedy row's parameters are those of argmax; what vLLM draws has the request's own.
-        of_plan = drawn
-        if GIVEN:
-            of_plan = of_plan | ((tl.load(samplers + slot) == observed) & (t > 0))
+        of_plan = drawn | ((sampler == observed) & (t > 0))
         tl.store(record, tl.where(told & counts, slot, 0).to(tl.float32), mask=keeps)
         tl.store(record + _ENTROPY, h, mask=keeps)
         tl.store(record + _VARENTROPY, v, mask=keeps)
@@ -295,17 +324,18 @@ def _decide(
         tl.store(record + _FORCED, (token >= 0).to(tl.float32), mask=keeps)
 
 
-def rows_that_want_attention(rule: KernelRule, name: str, table: SequenceTable, rows: Rows, metrics: LogitsMetrics) -> Tensor:
-    """bool ``[rows]``: rows of a sampler whose plan reads attention, and all that are traced.
+def rows_that_want_attention(
+    rules: Mapping[str, KernelRule], table: SequenceTable, rows: Rows, metrics: LogitsMetrics
+) -> Tensor:
+    """bool ``[rows]``: rows of samplers whose plan reads attention, and all that are traced.
 
     Args:
-        rule: of the sampler.
-        name: the sampler's.
+        rules: of all samplers that have one, by name.
         table: of the sequences.
         rows: of the step.
         metrics: of their logits.
     """
-    wanted, numbers = torch.empty_like(rows.valid), table.device_constants[name]
+    wanted = torch.empty_like(rows.valid)
     count = len(rows.slots)
     _want_attention[(triton.cdiv(count, _BLOCK),)](
         rows.slots,
@@ -313,60 +343,55 @@ def rows_that_want_attention(rule: KernelRule, name: str, table: SequenceTable, 
         table.device_sampled,
         table.device_traced,
         table.device_sampler,
-        table.number[name],
-        numbers,
-        numbers.stride(0),
+        table.device_numbers,
+        table.device_numbers.stride(0),
         metrics.entropy,
         metrics.varentropy,
         wanted,
         count,
-        rule.reads_attention,
+        tuple(
+            (rule.reads_attention, table.number[name], table.blocks[name].start)
+            for name, rule in rules.items()
+            if rule.reads_attention is not None
+        ),
         _BLOCK,
         num_warps=1,
     )
     return wanted
 
 
-@dataclass(frozen=True)
-class RuledRows:
-    """The rows of a sampler that has a rule for kernels.
-
-    Attributes:
-        rule: the sampler's.
-        name: the sampler's.
-        first_field: of its own fields in a record; None: it has none.
-    """
-
-    rule: KernelRule
-    name: str
-    first_field: str | None
-
-
 def decide(
-    ruled: RuledRows | None,
+    rules: Mapping[str, KernelRule],
+    present: Sequence[str],
     plan: Plan | None,
     table: SequenceTable,
     rows: Rows,
     logits: Tensor,
     metrics: LogitsMetrics,
+    spread: Tensor | None,
     attention: AttentionStatistics | None,
     clarification: Clarification | None,
     traced: bool,
     counted: bool,
-) -> Decisions:
-    """Plan rows that have a rule, force tokens, and make records, in one launch.
+) -> tuple[Parameters, Tensor, Tensor, Tensor | None]:
+    """Plan rows of samplers that have a rule, force tokens, and make records, in one launch.
 
     Args:
-        ruled: the rows that the kernel plans; None: there are none.
+        rules: of all samplers that have one, by name, whether they are in the batch or not.
+        present: names of the samplers that are.
         plan: of all other rows; None: there are none.
         table: of the sequences.
         rows: of the step; those of a sequence follow one another.
         logits: float32 ``[rows, vocab]``, masked.
         metrics: of the logits.
+        spread: of the logits; None: no rule that is followed reads it.
         attention: of the rows; None if none was measured.
         clarification: what may be forced, and what is remembered of it.
         traced: make records of traced rows.
         counted: make records of all sampled rows, too.
+
+    Returns:
+        Parameters; the token forced at each row; which rows are sampled; records. As of :class:`Decisions`.
     """
     count, device = len(rows.slots), logits.device
     temperature, top_p, min_p = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(3))
@@ -378,14 +403,10 @@ def decide(
     records = torch.full((count if tells else 0, columns), torch.nan, dtype=torch.float32, device=device)
     ring = None if clarification is None else clarification.state
     bounded = clarification is not None and clarification.end_below < math.inf
-    # Where there is nothing to point to, the kernel looks at nothing.
-    nothing = written
-    own = column(ruled.first_field) if ruled is not None and ruled.first_field is not None else None
-    numbers = None if ruled is None else table.device_constants[ruled.name]
-    given = None if plan is None else plan.parameters.packed()
-    asking = nothing
-    if plan is not None:
-        asking = torch.zeros_like(written) if plan.forces is None else plan.forces.contiguous()
+    # Where there is nothing to point to, the kernel looks at nothing; of the same type, so that it is the same kernel.
+    nothing, numbers = written, metrics.entropy
+    given = Parameters(numbers, numbers, rows.slots, numbers, rows.slots) if plan is None else plan.parameters.packed()
+    attended = AttentionStatistics(numbers, numbers, numbers, numbers) if attention is None else attention
     _decide[(triton.cdiv(count, _BLOCK),)](
         rows.slots,
         rows.positions,
@@ -400,28 +421,28 @@ def decide(
         table.device_allow_clarification,
         table.device_prompt_length,
         table.device_sampler,
-        0 if ruled is None else table.number[ruled.name],
-        table.number[VLLM],
-        nothing if numbers is None else numbers,
-        0 if numbers is None else numbers.stride(0),
-        *((nothing,) * 5 if given is None else (given.temperature, given.top_p, given.top_k, given.min_p, given.samples)),
-        asking,
+        sum((name in present) << index for index, name in enumerate(rules)),
+        table.number[present[0]] if plan is None else -1,
+        int(len(present) == 1),
+        table.number[VLLM] if VLLM in present else -1,
+        table.device_numbers,
+        table.device_numbers.stride(0),
+        table.device_base,
+        0 if plan is None else 1 if plan.forces is None else 2,
+        *(given.temperature, given.top_p, given.top_k, given.min_p, given.samples),
+        rows.valid if plan is None or plan.forces is None else plan.forces.contiguous(),
         logits,
         logits.stride(0),
         metrics.entropy,
         metrics.varentropy,
         metrics.log_normaliser,
-        *(
-            (nothing,) * 4
-            if attention is None
-            else (
-                attention.attention_entropy,
-                attention.attention_varentropy,
-                attention.agreement,
-                attention.interaction_strength,
-            )
-        ),
-        nothing if attention is None or attention.measured is None else attention.measured,
+        numbers if spread is None else spread,
+        0 if attention is None else 1 if attention.measured is None else 2,
+        attended.attention_entropy,
+        attended.attention_varentropy,
+        attended.agreement,
+        attended.interaction_strength,
+        rows.valid if attended.measured is None else attended.measured,
         nothing if ring is None else ring.positions,
         nothing if ring is None else ring.records,
         1 if ring is None else ring.length,
@@ -443,12 +464,11 @@ def decide(
         written,
         records,
         columns,
-        0 if own is None else 1 + own,
         2 if counted else int(traced),
-        PLAN=None if ruled is None else ruled.rule.plan,
-        GIVEN=plan is not None,
-        ATTENTION=attention is not None,
-        MEASURED=attention is not None and attention.measured is not None,
+        tuple(
+            (rule.plan, table.number[name], table.blocks[name].start, _first_field(table.samplers[name]))
+            for name, rule in rules.items()
+        ),
         FORCING=_FORCING_RULES[None if clarification is None else clarification.rule],
         PLACED=clarification is not None and clarification.after is not None,
         BOUNDED=bounded,
@@ -462,7 +482,10 @@ def decide(
             index = column(field)
             if index is not None:
                 records[:, 1 + index] = values
-    parameters = Parameters(temperature, top_p, top_k, min_p, samples)
-    planner = plan if ruled is None else ruled.rule
-    assert planner is not None
-    return Decisions(parameters, forced, {planner.order: written}, records if tells else None)
+    return Parameters(temperature, top_p, top_k, min_p, samples), forced, written, records if tells else None
+
+
+def _first_field(sampler: Sampler) -> int:
+    """The column of a record in which the sampler's own fields begin; 0, which is the slot's, if it has none."""
+    index = column(sampler.fields[0].name) if sampler.fields else None
+    return 0 if index is None else 1 + index

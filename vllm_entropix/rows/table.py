@@ -78,14 +78,15 @@ class SequenceTable:
         self.number = {name: number for number, name in enumerate(samplers)}
         numbers = {name: sampler.numbers() for name, sampler in samplers.items()}
         self.columns = {name: {key: column for column, (key, _) in enumerate(of)} for name, of in numbers.items()}
+        # Each sampler's block of the numbers of a sequence.
+        ends = np.cumsum([len(of) for of in numbers.values()]).tolist()
+        self.blocks = {name: slice(end - len(of), end) for end, (name, of) in zip(ends, numbers.items(), strict=True)}
         self._slot_of: dict[str, int] = {}
         self._told: dict[int, Told] = {}
         self._free: list[int] = []
         self._changed: set[int] = set()
         # On the CPU the device tensors below share the host arrays' memory, and flush() has nothing to do.
-        self.constants = {
-            name: np.tile(np.array([value for _, value in of], dtype=np.float32), (slots, 1)) for name, of in numbers.items()
-        }
+        self.numbers = np.tile(np.array([value for of in numbers.values() for _, value in of], dtype=np.float32), (slots, 1))
         self.base = np.tile(np.array(Sequence.base, dtype=np.float32), (slots, 1))
         self.sampler = np.full(slots, self.number[default], dtype=np.int64)
         self.sampled = np.zeros(slots, dtype=bool)
@@ -111,7 +112,7 @@ class SequenceTable:
         return len(self.sampled)
 
     def _mirror(self) -> None:
-        self.device_constants = {name: torch.from_numpy(block).to(self.device) for name, block in self.constants.items()}
+        self.device_numbers = torch.from_numpy(self.numbers).to(self.device)
         self.device_base = torch.from_numpy(self.base).to(self.device)
         self.device_sampler = torch.from_numpy(self.sampler).to(self.device)
         self.device_sampled = torch.from_numpy(self.sampled).to(self.device)
@@ -129,7 +130,7 @@ class SequenceTable:
         else:
             self._ends(slot)
         name = sequence.sampler or self.default
-        self.constants[name][slot] = sequence.constants
+        self.numbers[slot, self.blocks[name]] = sequence.constants
         self.base[slot] = sequence.base
         self.sampler[slot] = self.number[name]
         self.sampled[slot] = sequence.sampled
@@ -146,7 +147,8 @@ class SequenceTable:
 
     def _ends(self, slot: int) -> None:
         name = list(self.samplers)[self.sampler[slot]]
-        self.samplers[name].ends(dict(zip(self.columns[name], self.constants[name][slot].tolist(), strict=True)))
+        numbers = self.numbers[slot, self.blocks[name]].tolist()
+        self.samplers[name].ends(dict(zip(self.columns[name], numbers, strict=True)))
 
     def remove(self, request_id: str) -> int | None:
         """Free a sequence's slot; returns it, or None if the sequence isn't known."""
@@ -176,13 +178,8 @@ class SequenceTable:
         changed = np.fromiter(self._changed, dtype=np.int64, count=len(self._changed))
         self._changed.clear()
         index = to_device(changed, self.device)
-        for name in np.unique(self.sampler[changed]):
-            block = list(self.constants)[name]
-            rows = changed[self.sampler[changed] == name]
-            self.device_constants[block].index_copy_(
-                0, to_device(rows, self.device), to_device(self.constants[block][rows], self.device)
-            )
         for array, mirror in (
+            (self.numbers, self.device_numbers),
             (self.base, self.device_base),
             (self.sampler, self.device_sampler),
             (self.sampled, self.device_sampled),
@@ -194,12 +191,12 @@ class SequenceTable:
 
     def of_rows(self, sampler: str, slots: Tensor) -> Constants:
         """Each row's numbers for a sampler, its own where it has it; ``slots`` int64 ``[rows]`` on the device."""
-        return Constants(self.device_constants[sampler][slots], self.columns[sampler])
+        return Constants(self.device_numbers[slots, self.blocks[sampler]], self.columns[sampler])
 
     def host_numbers(self, sampler: str, slots: np.ndarray, name: str) -> np.ndarray:
         """One of a sampler's numbers, of those among ``slots`` that have it."""
         mine = slots[(self.sampler[slots] == self.number[sampler]) & (self.sampled[slots] | self.traced[slots])]
-        numbers: np.ndarray = self.constants[sampler][mine, self.columns[sampler][name]]
+        numbers: np.ndarray = self.numbers[mine, self.blocks[sampler].start + self.columns[sampler][name]]
         return numbers
 
     def base_of_rows(self, slots: Tensor) -> Parameters:
@@ -214,8 +211,9 @@ class SequenceTable:
 
     def _grow(self) -> None:
         old = self.slots
-        self.constants = {name: np.concatenate((block, np.tile(block[:1], (old, 1)))) for name, block in self.constants.items()}
-        self.base = np.concatenate((self.base, np.tile(self.base[:1], (old, 1))))
+        for name in ("numbers", "base"):
+            array = getattr(self, name)
+            setattr(self, name, np.concatenate((array, np.tile(array[:1], (old, 1)))))
         for name in ("sampler", "sampled", "traced", "allow_clarification", "prompt_length", "most_candidates", "most_drawn"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate((array, np.zeros_like(array))))

@@ -95,20 +95,23 @@ class RowView:
 
 @dataclass(frozen=True)
 class KernelRule:
-    """A plan as functions that Triton compiles into the step's decision kernel, ``rows/decision.py``: see entropix's.
+    """A plan as functions that Triton compiles into the step's decision kernel, ``rows/decision.py``.
 
-    It pays for a plan of many operations. Of samplers without one the kernel reads what :meth:`Sampler.plan` made.
+    It saves the launches of the plan's operations. Of samplers without one the kernel reads what :meth:`Sampler.plan` made.
 
     Attributes:
-        reads_attention: pointers to the rows' numbers, entropy, varentropy → the rows whose plan reads attention.
-        plan: the same, which rows' attention was measured, its four numbers, pointers to the sampler's own fields in the rows'
-            records, which rows have one → temperature, top_p, top_k, min_p, samples, and which rows ask for the clarification.
+        plan: pointers to the rows' numbers and to their own temperature, top_p, top_k and min_p, entropy, varentropy, spread,
+            which rows' attention was measured, its four numbers, pointers to the sampler's own fields in the rows' records,
+            which rows have one → temperature, top_p, top_k, min_p, samples, and which rows ask for the clarification.
         order: as of :class:`Plan`.
+        reads_attention: pointers to the rows' numbers, entropy, varentropy → the rows whose plan reads attention; None: none.
+        reads_spread: does the plan read :attr:`RowView.spread`? What stands in its place otherwise means nothing.
     """
 
-    reads_attention: Any
     plan: Any
-    order: Fidelity
+    order: Fidelity = "corrected"
+    reads_attention: Any = None
+    reads_spread: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vllm_entropix.samplers.base import Plan, RowView, Sampler
+from vllm_entropix.samplers.base import KernelRule, Plan, RowView, Sampler
 from vllm_entropix.samplers.stage import Stage, StageRows
 from vllm_entropix.settings.section import Section, setting
 
@@ -31,6 +31,14 @@ class MinP(Sampler, Stage):
         """min_p of the request, or else of the settings."""
         own = rows.base.min_p
         return Plan(replace(rows.base, min_p=own.where(own > 0, rows.settings["min_p"])))
+
+    def kernel_rule(self, backend: str) -> KernelRule | None:
+        """The same in Triton."""
+        if backend != "triton":
+            return None
+        from vllm_entropix.samplers.triton_.around_own import min_p
+
+        return KernelRule(min_p)
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """As a stage of a chain: keep p ≥ min_p · max p, of what is left."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vllm_entropix.samplers.base import Bounds, Plan, RowView, Sampler
+from vllm_entropix.samplers.base import Bounds, KernelRule, Plan, RowView, Sampler
 from vllm_entropix.settings.section import Section
 
 VLLM = "vllm"
@@ -23,6 +23,14 @@ class Observed(Sampler):
     def plan(self, rows: RowView) -> Plan:
         """The request's own parameters, which vLLM draws with itself."""
         return Plan(rows.base)
+
+    def kernel_rule(self, backend: str) -> KernelRule | None:
+        """The same in Triton."""
+        if backend != "triton":
+            return None
+        from vllm_entropix.samplers.triton_.around_own import own
+
+        return KernelRule(own)
 
     def bounds(self, numbers: Mapping[str, float], base: Mapping[str, float]) -> Bounds:
         """Nothing is written in its rows, so nothing of theirs widens what is done for others."""

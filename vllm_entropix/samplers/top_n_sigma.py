@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vllm_entropix.samplers.base import Plan, RowView, Sampler
+from vllm_entropix.samplers.base import KernelRule, Plan, RowView, Sampler
 from vllm_entropix.samplers.stage import Stage, StageRows
 from vllm_entropix.settings.section import Section, setting
 
@@ -45,6 +45,14 @@ class TopNSigma(Sampler, Stage):
         n = rows.settings["top_n_sigma"]
         floor = (-n * rows.spread / rows.base.temperature).exp().masked_fill(n <= 0, 0.0)
         return Plan(replace(rows.base, min_p=floor.maximum(rows.base.min_p)))
+
+    def kernel_rule(self, backend: str) -> KernelRule | None:
+        """The same in Triton."""
+        if backend != "triton":
+            return None
+        from vllm_entropix.samplers.triton_.around_own import top_n_sigma
+
+        return KernelRule(top_n_sigma, reads_spread=True)
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """As a stage of a chain: keep l ≥ max - n·σ, of what is left."""

@@ -55,7 +55,7 @@ class Entropix(Sampler):
             return None
         from vllm_entropix.samplers.entropix.triton_rule import plan, plan_without_regimes, reads_attention
 
-        return KernelRule(reads_attention, plan if self.settings.regimes else plan_without_regimes, self.settings.fidelity)
+        return KernelRule(plan if self.settings.regimes else plan_without_regimes, self.settings.fidelity, reads_attention)
 
     def numbers(self) -> list[tuple[str, float]]:
         """All numbers of the configuration, by dotted name, and last those of experiments that are on."""

@@ -80,19 +80,21 @@ def reads_attention(numbers, entropy, varentropy):
 
 
 @triton.jit
-def plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction, own, told):
+def plan(numbers, base, entropy, varentropy, spread, attended, ae, av, agreement, interaction, fields, told):
     """Parameters of each row, and whether it asks for the clarification, as ``parameters.parameters`` computes them.
 
     Args:
         numbers: pointers to the rows' settings.
+        base: pointers to the requests' own parameters, which the settings hold.
         entropy: of the logits.
         varentropy: of the logits.
+        spread: of the logits.
         attended: was the row's attention measured? If not, its four numbers are 0.
         ae: attention entropy.
         av: attention varentropy.
         agreement: of the heads.
         interaction: its strength.
-        own: pointers to the entropix fields of the rows' records: regime and confidence.
+        fields: pointers to the entropix fields of the rows' records: regime and confidence.
         told: the rows that have a record.
     """
     regime = classify(numbers, entropy, varentropy)
@@ -105,15 +107,15 @@ def plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction,
         + interaction * tl.load(numbers + COLUMN.confidence_interaction)
     )
     score = tl.where(attended, score + of_attention, score)
-    tl.store(own, regime.to(tl.float32), mask=told)
-    tl.store(own + 1, score, mask=told)
+    tl.store(fields, regime.to(tl.float32), mask=told)
+    tl.store(fields + 1, score, mask=told)
 
     total = entropy + varentropy
     disagreement = tl.where(attended, 1 - agreement, 0.0)
-    base, base_p = tl.load(numbers + COLUMN.base_temperature), tl.load(numbers + COLUMN.base_top_p)
+    base_t, base_p = tl.load(numbers + COLUMN.base_temperature), tl.load(numbers + COLUMN.base_top_p)
     base_k, base_m = tl.load(numbers + COLUMN.base_top_k), tl.load(numbers + COLUMN.base_min_p)
     # ADAPTIVE first; the other regimes are laid over it.
-    t = base * (
+    t = base_t * (
         tl.load(numbers + COLUMN.adaptive_temperature_offset)
         + tl.load(numbers + COLUMN.adaptive_temperature_logits) * total
         + tl.load(numbers + COLUMN.adaptive_temperature_attention) * (ae + av)
@@ -131,13 +133,13 @@ def plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction,
     m = tl.load(numbers + COLUMN.adaptive_min_p) * (1 - tl.load(numbers + COLUMN.adaptive_min_p_logits) * total)
     m = _clip(m, tl.load(numbers + COLUMN.adaptive_min_p_min), tl.load(numbers + COLUMN.adaptive_min_p_max))
 
-    helv = base * (
+    helv = base_t * (
         tl.load(numbers + COLUMN.helv_temperature_offset) + tl.load(numbers + COLUMN.helv_temperature_attention_entropy) * ae
     )
-    lehv = base * (
+    lehv = base_t * (
         tl.load(numbers + COLUMN.lehv_temperature_offset) + tl.load(numbers + COLUMN.lehv_temperature_interaction) * interaction
     )
-    hehv = base * (
+    hehv = base_t * (
         tl.load(numbers + COLUMN.hehv_temperature_offset) + tl.load(numbers + COLUMN.hehv_temperature_attention_varentropy) * av
     )
     t = tl.where(regime == 1, tl.minimum(helv, tl.load(numbers + COLUMN.helv_temperature_max), _NAN), t)
@@ -157,7 +159,7 @@ def plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction,
 
     usable = _is_finite(total) & (_is_finite(ae + av + agreement + interaction) | (regime == 0)) & (t > 0)
     argmax = regime == 0
-    t = tl.where(argmax, 0.0, tl.where(usable, t, base))
+    t = tl.where(argmax, 0.0, tl.where(usable, t, base_t))
     p = tl.where(argmax, 1.0, tl.where(usable, p, base_p))
     k = tl.where(argmax, 1.0, tl.where(usable, k, base_k))
     m = tl.where(argmax, 0.0, tl.where(usable, m, base_m))
@@ -166,9 +168,11 @@ def plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction,
 
 
 @triton.jit
-def plan_without_regimes(numbers, entropy, varentropy, attended, ae, av, agreement, interaction, own, told):
+def plan_without_regimes(numbers, base, entropy, varentropy, spread, attended, ae, av, agreement, interaction, fields, told):
     """The base parameters for every row; regimes are recorded, and HELV asks, all the same."""
-    _t, _p, _k, _m, n, asks = plan(numbers, entropy, varentropy, attended, ae, av, agreement, interaction, own, told)
+    _t, _p, _k, _m, n, asks = plan(
+        numbers, base, entropy, varentropy, spread, attended, ae, av, agreement, interaction, fields, told
+    )
     t, p = tl.load(numbers + COLUMN.base_temperature), tl.load(numbers + COLUMN.base_top_p)
     k, m = tl.load(numbers + COLUMN.base_top_k), tl.load(numbers + COLUMN.base_min_p)
     return t, p, k, m, tl.full(n.shape, 1.0, tl.float32), asks

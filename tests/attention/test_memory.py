@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
 
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import AttentionObserver, observer
+from vllm_entropix.distribution.backend import TritonBackend
 from vllm_entropix.kernels.ranks import RankGroup
 from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
 from vllm_entropix.rows.undrawn import room
@@ -81,10 +81,14 @@ def test_partial_sums_in_the_table():
     )
 
 
+def size_of(tensors):
+    """MiB of them together."""
+    return sum(one.nbytes for one in tensors) / MEBIBYTE
+
+
 def test_buffers_of_rows_without_a_top_k():
     kept = wide_filters.buffers(ROWS, VOCABULARY, "meta")
-    size = sum(one.numel() * one.itemsize for one in kept)
-    assert documented("more of them for rows of a greater `top_k` or none") == pytest.approx(size / MEBIBYTE, abs=0.05)
+    assert documented("more of them for rows of a greater `top_k` or none") == pytest.approx(size_of(kept), abs=0.05)
 
 
 def test_copied_logits_in_the_table():
@@ -93,20 +97,26 @@ def test_copied_logits_in_the_table():
 
 
 def test_buffers_of_logits():
-    tiles, group = -(-VOCABULARY // logits_metrics.TILE), logits_metrics.group_size(VOCABULARY)
-    groups = tiles * (logits_metrics.TILE // group)
-    measured = ROWS * 4 * (groups + 4 * tiles)
-    assert documented("largest logits of groups, and partial sums of the metrics") == pytest.approx(
-        measured / MEBIBYTE, abs=0.05
-    )
-    for label, capacity in zip(("buffers of the filters", "the same"), candidates._CAPACITIES, strict=True):
-        # Values, weights and ids of what is collected, and the groups chosen.
-        size = ROWS * 4 * (3 * capacity + triton.next_power_of_2(groups))
-        assert documented(f"{label}, `top_k`") == pytest.approx(size / MEBIBYTE, abs=0.05)
+    measured = size_of(logits_metrics.buffers(ROWS, VOCABULARY, "meta"))
+    assert documented("largest logits of groups, and partial sums of the metrics") == pytest.approx(measured, abs=0.05)
+    for label, capacity in zip(
+        ("in them, what rows of a `top_k`", "buffers of the filters"), candidates._CAPACITIES, strict=True
+    ):
+        kept = candidates.buffers(ROWS, VOCABULARY, "meta", capacity)
+        assert documented(label) == pytest.approx(size_of(kept), abs=0.05)
+
+
+def test_what_steps_would_allocate_is_reserved():
+    kernels = TritonBackend("meta")
+    kernels.reserve(ROWS, VOCABULARY, "meta")
+    reserved = kernels._buffers
+    parts = ("largest logits", "buffers of the filters", "more of them")
+    size = size_of((*reserved.metrics, *reserved.candidates, *reserved.wide))
+    assert size == pytest.approx(sum(map(documented, parts)), abs=0.15)
 
 
 def test_all_of_it():
-    everything = ("kept queries, all 32 layers", "workspace", "largest logits", "the same, `top_k`", "more of them")
+    everything = ("kept queries, all 32 layers", "workspace", "largest logits", "buffers of the filters", "more of them")
     total = sum(map(documented, everything))
     assert f"On one GPU that is {total:.0f} MiB at most." in PAGE.read_text()
     assert total <= 200

@@ -32,6 +32,7 @@ CHECKS = (
     "strange_rows",
     "early_rows",
     "rows_do_not_depend_on_the_batch",
+    "steps_in_reserved_memory",
     "metrics_of_random_strange_rows",
     "draws_of_random_strange_rows",
     "attention_layouts",

@@ -337,6 +337,38 @@ def first_row(parameters):
     return {field.name: getattr(parameters, field.name)[:1] for field in dataclasses.fields(parameters)}
 
 
+def steps_in_reserved_memory():
+    """The same bits as in memory of each step's own, whatever the step before left; steps of more rows take their own."""
+    device = torch.get_default_device()
+    with mock.patch.object(backend, "kernels_for", return_value="triton"):
+        fresh, reserving = backend.backend_for(device), backend.backend_for(device)
+    reserving.reserve(8, 5000, device)
+    buffers = reserving._buffers
+    for one in (*buffers.metrics, *buffers.candidates, *buffers.wide):
+        one.fill_(torch.nan if one.is_floating_point() else 77)
+    for rows in (8, 3, 8, 9):
+        logits, parameters = mixed(rows, 5000, rows), parameters_of(rows, samples=1)
+        parameters.top_k[::2] = 5000
+        forced, written = torch.full((rows,), -1), torch.ones(rows, dtype=torch.bool)
+        results = []
+        for kernels in (fresh, reserving):
+            drawn = logits.clone()
+            metrics = kernels.statistics(drawn, reserved=True)
+            # A sampler may measure other logits before the step's are written.
+            kernels.statistics(-logits)
+            kernels.write(
+                drawn,
+                backend.Draws(
+                    *(parameters, "corrected", forced, written, metrics.log_normaliser, 5000, 1, True),
+                    maxima=metrics.maxima,
+                ),
+            )
+            results.append(drawn)
+        assert torch.equal(*results)
+        is_reserved = metrics.maxima.data_ptr() == buffers.metrics[1].data_ptr()
+        assert is_reserved == (rows <= 8)
+
+
 def rows_do_not_depend_on_the_batch():
     logits = mixed(12, 5000, 10)
     parameters = parameters_of(12)
@@ -830,6 +862,7 @@ CHECKS = (
     strange_rows,
     early_rows,
     rows_do_not_depend_on_the_batch,
+    steps_in_reserved_memory,
     metrics_of_random_strange_rows,
     draws_of_random_strange_rows,
     attention_layouts,

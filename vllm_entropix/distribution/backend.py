@@ -18,6 +18,7 @@ from vllm_entropix.distribution.statistics import LogitsMetrics, spread
 from vllm_entropix.kernels.backend import kernels_for
 
 if TYPE_CHECKING:
+    from vllm_entropix.kernels.triton_.row_buffers import RowBuffers
     from vllm_entropix.settings.rules import Fidelity
 
 
@@ -63,8 +64,17 @@ class Backend:
     def __init__(self, device: torch.device | str) -> None:
         self.asks_device = torch.device(device).type == "cpu"
 
-    def statistics(self, logits: Tensor) -> LogitsMetrics:
-        """Entropy, varentropy and log-normaliser of ``logits [rows, vocab]``."""
+    def reserve(self, rows: int, vocabulary: int, device: torch.device | str) -> None:
+        """Allocate now what steps of at most so many rows would allocate, where that is much."""
+
+    def statistics(self, logits: Tensor, reserved: bool = False) -> LogitsMetrics:
+        """Entropy, varentropy and log-normaliser of ``logits [rows, vocab]``.
+
+        Args:
+            logits: of any rows.
+            reserved: use what :meth:`reserve` allocated. The maxima stay until the next call that does, so this is for the
+                logits that a step writes, and for no others.
+        """
         return LogitsMetrics.from_logits(logits)
 
     def spread(self, logits: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ class NumbaBackend(Backend):
 
     name = "numba"
 
-    def statistics(self, logits: Tensor) -> LogitsMetrics:
+    def statistics(self, logits: Tensor, reserved: bool = False) -> LogitsMetrics:
         """As :meth:`Backend.statistics`."""
         from vllm_entropix.kernels.numba_.metrics import metrics_of_rows
         from vllm_entropix.kernels.numba_.threads import share_rows
@@ -155,11 +165,25 @@ class TritonBackend(Backend):
     name = "triton"
     decides = True
 
-    def statistics(self, logits: Tensor) -> LogitsMetrics:
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__(device)
+        self._buffers: RowBuffers | None = None
+
+    def reserve(self, rows: int, vocabulary: int, device: torch.device | str) -> None:
+        """As :meth:`Backend.reserve`."""
+        from vllm_entropix.kernels.triton_.row_buffers import RowBuffers
+
+        self._buffers = RowBuffers.for_steps(rows, vocabulary, device)
+
+    def _room(self, logits: Tensor) -> RowBuffers | None:
+        return self._buffers if self._buffers is not None and self._buffers.fit(logits) else None
+
+    def statistics(self, logits: Tensor, reserved: bool = False) -> LogitsMetrics:
         """As :meth:`Backend.statistics`."""
         from vllm_entropix.kernels.triton_.logits_metrics import logits_metrics
 
-        return LogitsMetrics(*logits_metrics(logits))
+        room = self._room(logits) if reserved else None
+        return LogitsMetrics(*logits_metrics(logits, None if room is None else room.metrics))
 
     def spread(self, logits: Tensor) -> Tensor:
         """As :meth:`Backend.spread`."""
@@ -178,11 +202,12 @@ class TritonBackend(Backend):
         # A sampler may plan with columns of a table.
         p, forced, written = draws.parameters.packed(), draws.forced, draws.written
         assert draws.maxima is not None
+        room = self._room(logits)
         arguments = (p.temperature, p.top_p, p.top_k, p.min_p, p.samples, forced, written, draws.most_candidates)
-        distribute(logits, *arguments, draws.maxima)
+        distribute(logits, *arguments, draws.maxima, None if room is None else room.candidates)
         if draws.most_candidates > LIMIT:
             of_rows = (p.temperature, p.top_p, p.top_k, p.min_p, forced, written, draws.log_normaliser)
-            filter_wide_rows(logits, *of_rows, draws.maxima)
+            filter_wide_rows(logits, *of_rows, draws.maxima, None if room is None else room.wide)
 
 
 _BACKENDS: dict[str | None, type[Backend]] = {None: Backend, "numba": NumbaBackend, "triton": TritonBackend}

@@ -119,7 +119,9 @@ class RunnerAdapter(ABC):
             )
 
     def reserve(self) -> None:
-        """Allocate what statistics need, before vLLM measures how much memory is left for keys."""
+        """Allocate what a GPU's steps need, before vLLM measures how much memory is left for keys."""
+        if self.samples:
+            self.batch.backend.reserve(self.max_requests * self.rows_per_request, self.vocabulary, self.device)
         if not self.config.attention.enabled:
             return
         try:

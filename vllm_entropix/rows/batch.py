@@ -144,7 +144,7 @@ class BatchSampler:
     def _apply(self, logits: Tensor, rows: Rows, measure: Measure | None, tracing: bool, everywhere: bool) -> Tensor | None:
         table = self.sequences
         backend = self.backend if logits.dtype == torch.float32 else self.other_types
-        statistics = backend.statistics(logits)
+        statistics = backend.statistics(logits, reserved=True)
         # A row that is neither drawn nor traced needs no plan, whichever sampler its slot has.
         concerned = table.sampled[rows.host_slots] | table.traced[rows.host_slots]
         present = table.samplers_of(rows.host_slots[concerned])

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_entropix.kernels.triton_.logits_metrics import group_size
+from vllm_entropix.kernels.triton_.logits_metrics import TILE, group_size
 
 # Rows with a larger top_k are left to ``wide_filters``.
 LIMIT = 1024
@@ -300,6 +300,19 @@ def _distribute(
     tl.store(line + token_id, tl.log(tl.where(kept, weight, 1.0)), mask=kept)
 
 
+def buffers(
+    rows: int, vocabulary: int, device: torch.device | str, capacity: int = _CAPACITIES[-1]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernel keeps of each row: groups that are chosen; values, weights and ids of what is collected."""
+    groups = triton.cdiv(vocabulary, TILE) * (TILE // group_size(vocabulary))
+    return (
+        torch.empty(rows, triton.next_power_of_2(groups), dtype=torch.int32, device=device),
+        torch.empty(rows, capacity, dtype=torch.float32, device=device),
+        torch.empty(rows, capacity, dtype=torch.float32, device=device),
+        torch.empty(rows, capacity, dtype=torch.int32, device=device),
+    )
+
+
 def distribute(
     logits: Tensor,
     temperature: Tensor,
@@ -311,6 +324,7 @@ def distribute(
     sampled: Tensor,
     largest_top_k: int,
     maxima: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """Overwrite the sampled rows with the log-probabilities they are drawn from, but for rows of a ``top_k`` above ``LIMIT``.
 
@@ -325,16 +339,14 @@ def distribute(
         sampled: bool ``[rows]``; other rows are left alone.
         largest_top_k: an upper bound of ``top_k``, known to the host.
         maxima: of the logits' groups, as ``logits_metrics`` gives them.
+        kept: :func:`buffers` of as many rows or more, and of the larger capacity; None to allocate them.
     """
     rows, vocabulary = logits.shape
     if not rows:
         return
     capacity = _CAPACITIES[0] if 2 * largest_top_k <= _CAPACITIES[0] else _CAPACITIES[1]
-    groups = maxima.shape[1]
-    chosen = torch.empty(rows, triton.next_power_of_2(groups), dtype=torch.int32, device=logits.device)
-    values = torch.empty(rows, capacity, dtype=torch.float32, device=logits.device)
-    weights = torch.empty_like(values)
-    ids = torch.empty(rows, capacity, dtype=torch.int32, device=logits.device)
+    # The kernel takes a row's share by the capacity that it is launched with.
+    chosen, values, weights, ids = kept or buffers(rows, vocabulary, logits.device, capacity)
     _distribute[(rows,)](
         logits,
         logits.stride(0),
@@ -347,7 +359,7 @@ def distribute(
         forced,
         sampled,
         maxima,
-        groups,
+        maxima.shape[1],
         chosen,
         values,
         ids,

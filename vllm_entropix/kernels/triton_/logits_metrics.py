@@ -90,7 +90,16 @@ def group_size(vocabulary: int) -> int:
     return min(TILE, max(16, smallest))
 
 
-def logits_metrics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def buffers(rows: int, vocabulary: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """What is kept of each row between the kernels, and for those that write it: its tiles' metrics, its groups' maxima."""
+    tiles = triton.cdiv(vocabulary, TILE)
+    return (
+        torch.empty(rows, tiles, 4, dtype=torch.float32, device=device),
+        torch.empty(rows, tiles * (TILE // group_size(vocabulary)), dtype=torch.float32, device=device),
+    )
+
+
+def logits_metrics(logits: Tensor, kept: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Entropy (bits), varentropy (bits²) and log-normaliser of ``logits [rows, vocab]``, each float32 ``[rows]``, and maxima.
 
     The maxima ``[rows, groups]`` are those of :func:`group_size` logits each: +inf for a group with NaN, -inf beyond the end.
@@ -98,12 +107,13 @@ def logits_metrics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Args:
         logits: float32, bfloat16 or float16, last dimension contiguous. -inf counts 0; a row with NaN, +inf or nothing but
             -inf gives NaN.
+        kept: :func:`buffers` of as many rows or more, in which the maxima then are; None to allocate them.
     """
     rows, vocabulary = logits.shape
     tiles, group = triton.cdiv(vocabulary, TILE), group_size(vocabulary)
-    partial = torch.empty(rows, tiles, 4, dtype=torch.float32, device=logits.device)
+    partial, maxima = buffers(rows, vocabulary, logits.device) if kept is None else kept
+    maxima = maxima[:rows]
     results = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
-    maxima = torch.empty(rows, tiles * (TILE // group), dtype=torch.float32, device=logits.device)
     if rows:
         _measure_tile[(rows, tiles)](
             *(logits, logits.stride(0), vocabulary, partial, tiles, maxima, maxima.stride(0)),

@@ -379,13 +379,16 @@ def _write(
     tl.store(line + token, tl.where(kept, (x - largest) / t - log_total, -float("inf")), mask=token < vocabulary)
 
 
-def buffers(rows: int, vocabulary: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+Buffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def buffers(rows: int, vocabulary: int, device: torch.device | str) -> Buffers:
     """What is kept of each row and tile between the kernels: state, largest logit, sums by digit, counts, tokens before."""
     tiles = triton.cdiv(vocabulary, _BLOCK)
     return (
         torch.empty(rows, _FIELDS.value, dtype=torch.int64, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
-        torch.zeros(rows, _BINS, dtype=torch.int64, device=device),
+        torch.empty(rows, _BINS, dtype=torch.int64, device=device),
         torch.empty(rows, tiles, _VALUES, dtype=torch.int16, device=device),
         torch.empty(rows, tiles, dtype=torch.int32, device=device),
     )
@@ -401,6 +404,7 @@ def filter_wide_rows(
     sampled: Tensor,
     log_normaliser: Tensor,
     maxima: Tensor,
+    kept: Buffers | None = None,
 ) -> None:
     """Overwrite the sampled rows of a ``top_k`` above ``candidates.LIMIT`` with the log-probabilities they are drawn from.
 
@@ -414,11 +418,13 @@ def filter_wide_rows(
         sampled: bool ``[rows]``; other rows are left alone.
         log_normaliser: float32 ``[rows]``.
         maxima: of the logits' groups, as ``logits_metrics`` gives them.
+        kept: :func:`buffers` of as many rows or more; None to allocate them.
     """
     rows, vocabulary = logits.shape
     if not rows or vocabulary <= LIMIT:
         return
-    state, largest, tallies, counts, before = buffers(rows, vocabulary, logits.device)
+    state, largest, tallies, counts, before = kept or buffers(rows, vocabulary, logits.device)
+    tallies[:rows].zero_()
     tiles, groups = before.shape[1], maxima.shape[1]
     # The weight of a vocabulary of equal tokens is less than 2**62.
     scale = float(2 ** (62 - vocabulary.bit_length()))

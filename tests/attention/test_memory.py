@@ -86,14 +86,47 @@ def size_of(tensors):
     return sum(one.nbytes for one in tensors) / MEBIBYTE
 
 
+def tensors_of(buffers):
+    """Of all kernels for rows."""
+    return (*buffers.metrics, *buffers.candidates, *buffers.wide)
+
+
 def test_buffers_of_rows_without_a_top_k():
     kept = wide_filters.buffers(ROWS, VOCABULARY, "meta")
     assert documented("more of them for rows of a greater `top_k` or none") == pytest.approx(size_of(kept), abs=0.05)
 
 
-def test_copied_logits_in_the_table():
-    copied = room(ROWS, VOCABULARY, "meta")
-    assert documented("copied logits") == pytest.approx(copied.nbytes / MEBIBYTE, abs=0.05)
+@pytest.mark.parametrize(
+    ("layers", "label"),
+    [(LAYERS, "beside what all 32 layers lend"), (1, "beside what the last layer lends"), (0, "copied logits")],
+)
+def test_copied_logits_lie_where_attention_was_measured(monkeypatch, layers, label):
+    lent = reserved(monkeypatch, layers).idle_memory() if layers else ()
+    assert all(one.dtype == torch.float32 for one in lent)
+    assert sum(one.nbytes for one in lent) == (sum(allocated(monkeypatch, layers)) if layers else 0)
+    size = size_of([room(ROWS, VOCABULARY, "meta", lent)])
+    assert documented(label) == pytest.approx(size, abs=0.05)
+    kernels = TritonBackend("meta")
+    kernels.reserve(ROWS, VOCABULARY, "meta")
+    assert size + size_of([*lent, *tensors_of(kernels._buffers)]) <= 200
+
+
+def test_what_is_lent_is_what_was_allocated(monkeypatch):
+    """Also of queries that take a byte each, and of what ranks exchange."""
+    monkeypatch.setattr(observer, "kernels_for", lambda device: "triton")
+    for quant, width in ((None, 2), ("fp8", 1)):
+        layer = SimpleNamespace(
+            num_heads=3, head_size=5, query_quant=quant, attn_backend=SimpleNamespace(get_name=lambda: "FLASH_ATTN")
+        )
+        ranks = RankGroup(2, 0, all_gather=None, complete=None)
+        one = AttentionObserver({0: layer, 1: layer}, EntropixConfig(), max_requests=1, ranks=ranks)
+        assert one.idle_memory() == ()
+        one.reserve(torch.bfloat16, torch.device("cpu"), 64)
+        workspace, queries, exchange = one.idle_memory()
+        assert workspace.data_ptr() == one._workspace.buffer.data_ptr()
+        assert queries.data_ptr() == one._queries[0].data_ptr()
+        assert len(queries) == 2 * 3 * 5 * width // 4
+        assert exchange.data_ptr() == one._exchange.data_ptr()
 
 
 def test_buffers_of_logits():
@@ -109,9 +142,8 @@ def test_buffers_of_logits():
 def test_what_steps_would_allocate_is_reserved():
     kernels = TritonBackend("meta")
     kernels.reserve(ROWS, VOCABULARY, "meta")
-    reserved = kernels._buffers
     parts = ("largest logits", "buffers of the filters", "more of them")
-    size = size_of((*reserved.metrics, *reserved.candidates, *reserved.wide))
+    size = size_of(tensors_of(kernels._buffers))
     assert size == pytest.approx(sum(map(documented, parts)), abs=0.15)
 
 

@@ -8,6 +8,7 @@ from vllm_entropix.records.fields import column, names
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
+from vllm_entropix.rows.undrawn import room
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.samplers.observed import VLLM
 
@@ -15,10 +16,11 @@ VOCABULARY = 40
 BASE = (0.7, 0.9, float(VOCABULARY), 0.0)
 
 
-def step(*sequences, alternatives=3, counted=False):
+def step(*sequences, alternatives=3, counted=False, lent=()):
     """Logits before and after a step with a row for each of these settings of a sequence, its records, and the batch."""
     config = EntropixConfig.from_dict({"trace": {"alternatives": alternatives}})
     batch = BatchSampler(config, 8, None, "cpu", counted=counted)
+    batch.lent = tuple(lent)
     for index, settings in enumerate(sequences):
         name = settings.get("sampler", "entropix")
         numbers = [value for _, value in batch.samplers[name].numbers()]
@@ -73,13 +75,40 @@ def test_a_row_without_a_token_is_told_nothing(token):
 def test_rows_that_are_only_counted_have_neither_and_nothing_is_kept_of_them():
     _, _, records, batch = step({"traced": False}, {}, {"traced": False}, {"traced": False, "scored": True}, counted=True)
     [(_, undrawn)] = batch._waiting[0].after_draw
-    assert len(undrawn.logits) == 2
+    assert [len(part) for part in undrawn.logits] == [2]
     tell(batch, torch.tensor([1, 2, 3, 4]))
     for name in ("logprob", "margin"):
         assert np.isfinite(told(records, name)).tolist() == [False, True, False, True]
     _, _, records, batch = step({"traced": False}, counted=True)
     assert not batch.waits_for_draw
     assert records is not None
+
+
+@pytest.mark.parametrize("untraced", [set(), {1, 3}])
+@pytest.mark.parametrize(
+    ("sizes", "lengths"),
+    [
+        ((VOCABULARY,), [1, 4]),
+        ((VOCABULARY + 1, VOCABULARY - 1, 3 * VOCABULARY - 1), [1, 2, 2]),
+        ((2 * VOCABULARY, 9 * VOCABULARY), [2, 3]),
+        ((9 * VOCABULARY, VOCABULARY), [5]),
+        ((VOCABULARY - 1,), [5]),
+    ],
+)
+def test_kept_logits_lie_in_lent_memory_as_far_as_there_is_room(sizes, lengths, untraced):
+    lent = [torch.full((size,), torch.nan) for size in sizes]
+    rows = [{"traced": row not in untraced} for row in range(5 + len(untraced))]
+    logits, _, records, batch = step(*rows, lent=lent)
+    [(_, undrawn)] = batch._waiting[0].after_draw
+    assert [len(part) for part in undrawn.logits] == lengths
+    beside = len(room(sum(lengths), VOCABULARY, "cpu", lent))
+    owners = {memory.untyped_storage().data_ptr() for memory in lent}
+    own = [part for part in undrawn.logits if part.untyped_storage().data_ptr() not in owners]
+    assert sum(map(len, own)) == beside, "what is measured beforehand is what is allocated"
+    tell(batch, torch.arange(len(rows)))
+    expected = logits.double().log_softmax(dim=-1)
+    for row, got in enumerate(told(records, "logprob")):
+        assert np.isnan(got) if row in untraced else got == pytest.approx(float(expected[row, row]), abs=1e-5)
 
 
 def test_rows_of_nobody_stand_between():

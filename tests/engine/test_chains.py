@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.engine.test_speculation import NGRAM, Speculation, assert_distributed, params, tokens
-from tests.support.engine import close_engine, engine, generate
+from tests.support.engine import adapter_of, close_engine, engine, generate
 from tests.support.models import tiny_llama
 from tests.support.runners import is_v2
 from tests.support.server import serve
@@ -82,6 +82,13 @@ def joint(model_rows, text, settings):
         found[answer] = probability
     assert math.isclose(sum(found.values()), 1.0, abs_tol=1e-6)
     return found
+
+
+def test_there_is_room_for_texts_before_requests_wait(llm):
+    """The server's own chain looks at them. Model Runner V2 keeps all texts itself."""
+    if not is_v2():
+        kept = adapter_of(llm)._text
+        assert (len(kept), kept.shape[1]) == (adapter_of(llm).batch.sequences.slots, 512)
 
 
 @pytest.mark.parametrize("text", CHAINS)

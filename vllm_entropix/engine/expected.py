@@ -132,11 +132,12 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.sequence": ("IntermediateTensors",),
     "vllm.tokenizers": ("cached_tokenizer_from_config",),
     "vllm.utils.argparse_utils": ("FlexibleArgumentParser",),
+    "vllm.utils.platform_utils": ("is_uva_available",),
     "vllm.v1.attention.selector": ("get_attn_backend",),
     "vllm.v1.engine": ("FinishReason",),
     "vllm.v1.engine.async_llm": ("AsyncLLM",),
     "vllm.v1.engine.llm_engine": ("LLMEngine",),
-    "vllm.v1.worker.gpu.buffer_utils": ("UvaBackedTensor",),
+    "vllm.v1.worker.gpu.buffer_utils": ("UvaBackedTensor", "UvaBuffer"),
     "vllm.v1.worker.gpu.sample.logits_processor": ("LogitsContext", "LogitsProcessor"),
 }
 
@@ -408,6 +409,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "vllm.v1.worker.gpu.buffer_utils": {
         "StagedWriteTensor": ("gpu",),
         "UvaBackedTensor": ("np", "gpu", "copy_to_uva"),
+        "UvaBuffer": ("uva",),
     },
     "vllm.v1.worker.gpu.sample.sampler": {
         "Sampler": ("logits_processors", "apply_sampling_params"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.utils.platform_utils import is_uva_available
 
 from vllm_entropix.engine.adapter import RunnerAdapter
 from vllm_entropix.rows.rows import Rows
@@ -40,6 +41,13 @@ class RunnerV1(RunnerAdapter):
 
         sampler.sample = sample
 
+    def reserve(self) -> None:
+        """See the base class; and take room for texts, where the server's own sampler looks at them, before requests wait."""
+        super().reserve()
+        default = self.batch.samplers[self.batch.sequences.default]
+        if self.samples and default.reads_text(dict(default.numbers())):
+            self._text = self._grown_text()
+
     def keep_prompt(self, request: Any) -> None:
         """See the base class."""
         [slot] = self.batch.sequences.slots_of([request.req_id], 1).tolist()
@@ -55,8 +63,16 @@ class RunnerV1(RunnerAdapter):
         slots, before = self.batch.sequences.slots, self._text
         if before is not None and len(before) >= slots:
             return before
-        # Nothing is read that wasn't written, so that memory is taken by texts alone.
-        grown = torch.empty(slots, self.vllm_config.model_config.max_model_len, dtype=torch.int32, device=self.device)
+        size = (slots, self.vllm_config.model_config.max_model_len)
+        if self.device.type == "cuda" and is_uva_available():
+            from vllm.v1.worker.gpu.buffer_utils import UvaBuffer  # which a CPU's runner never loads
+
+            # As Model Runner V2 keeps its own: in the host's memory, which the device reads. It may be gigabytes, and what the
+            # device has left is the KV cache's by the time a request asks for a chain.
+            grown: Tensor = UvaBuffer(size, torch.int32).uva()
+        else:
+            # Nothing is read that wasn't written, so that a CPU's memory is taken by texts alone.
+            grown = torch.empty(*size, dtype=torch.int32, device=self.device)
         if before is not None:
             grown[: len(before)] = before
         return grown

@@ -81,7 +81,7 @@ class StreamTraces:
         if part is not None:
             known = self._traces[index]
             known.tokens.extend(part.tokens)
-            known.not_kept, known.bound = part.not_kept, part.bound
+            known.sampler, known.not_kept, known.bound = part.sampler, part.not_kept, part.bound
             known.scores = part.scores or known.scores
 
     def __getitem__(self, index: int) -> ChoiceTrace:

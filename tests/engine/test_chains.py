@@ -220,11 +220,13 @@ def test_a_body_of_llama_cpps_clients_is_taken(url, stream):
     trace = {"vllm_xargs": {"entropix_trace": "on"}}
     status, answer = post(url, **SILLYTAVERN, xtc_probability=0.5, dry_multiplier=0.9, **trace)
     assert status == 200
+    assert answer["choices"][0]["entropix"]["sampler"] == "dry;top_n_sigma;xtc;min_p;temperature"
     records = answer["choices"][0]["entropix"]["tokens"]
     assert {record["xtc_share"] for record in records} <= {0.0, 0.5}
     status, answer = post(url, samplers=["mirostat_v2"], mirostat_tau=2, **trace)
     assert status == 200
-    assert answer["choices"][0]["entropix"]["tokens"][0]["mu"] == 4.0
+    [choice] = answer["choices"]
+    assert (choice["entropix"]["sampler"], choice["entropix"]["tokens"][0]["mu"]) == ("mirostat_v2", 4.0)
 
 
 @pytest.mark.parametrize(

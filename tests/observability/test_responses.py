@@ -51,6 +51,25 @@ def test_a_completion(tmp_path, indent):
     assert lines[1].texts == PIECES
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("min_p", {"name": "min_p"}),
+        ("vllm", {"name": "vllm"}),
+        ("dry;min_p", {"name": "chain", "samplers": "dry;min_p"}),
+        ("", {"name": "chain", "samplers": ""}),
+        ("entropix", {"name": "entropix", "preset": None, "fidelity": None, "thresholds": None}),
+    ],
+)
+def test_the_sampler_is_read(tmp_path, name, told):
+    [line] = read(tmp_path, completion(choice(entropix=trace(sampler=name))))
+    assert line.sampler.model_dump() == told
+    assert line.drawn_by == name
+    part = completion({"index": 0, "text": "", "finish_reason": None, "entropix": trace(ENTRIES[:1], sampler=name)}, usage=None)
+    [streamed] = read(tmp_path, chunks([part, part]))
+    assert streamed.drawn_by == name
+
+
 def test_a_chat_answer(tmp_path):
     message = {"role": "assistant", "content": " 4", "reasoning": "It is", "tool_calls": []}
     content = [{"token": piece, "logprob": -1.0, "bytes": None, "top_logprobs": []} for piece in PIECES]

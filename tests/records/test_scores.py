@@ -159,10 +159,10 @@ def test_scores_of_entries_are_those_of_their_records():
 
 def test_a_choice_tells_them():
     values = scored(records(2, entropy=[1, 2]), Abstention("entropy_mean", 1))
-    told = json.loads(b"".join(choice_json([], TokenTrace(), None, values)))
-    assert told == choice_values([], TokenTrace(), None, values)
+    told = json.loads(b"".join(choice_json([], TokenTrace(), None, values, "dry;min_p")))
+    assert told == choice_values([], TokenTrace(), None, values, "dry;min_p")
     read = ChoiceTrace.model_validate(told)
-    assert (read.tokens, read.scores.entropy_mean, read.scores.abstained) == ([], 1.5, True)
+    assert (read.tokens, read.scores.entropy_mean, read.scores.abstained, read.sampler) == ([], 1.5, True, "dry;min_p")
     assert read.model_dump(mode="json") == told
     assert pickle.loads(pickle.dumps(read.scores)) == read.scores
 

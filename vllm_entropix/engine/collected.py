@@ -22,20 +22,22 @@ class Part:
         trace: their records; its ``not_kept`` counts tokens so far that have none.
         bound: the setting that left those out.
         scores: of the whole answer, as JSON values; None: they are told elsewhere, or weren't asked for.
+        sampler: that drew the tokens, as a request names it.
     """
 
     token_ids: list[int]
     trace: TokenTrace
     bound: Bound | None
     scores: dict[str, Any] | None = None
+    sampler: str | None = None
 
     def values(self) -> dict[str, Any]:
         """As JSON values."""
-        return choice_values(self.token_ids, self.trace, self.bound, self.scores)
+        return choice_values(self.token_ids, self.trace, self.bound, self.scores, self.sampler)
 
     def json(self) -> Iterator[bytes]:
         """As JSON, some at a time; other threads run in between."""
-        return choice_json(self.token_ids, self.trace, self.bound, self.scores)
+        return choice_json(self.token_ids, self.trace, self.bound, self.scores, self.sampler)
 
 
 @dataclass
@@ -55,13 +57,15 @@ class Collected:
     Args:
         choices: that each call of the engine gives: the request's ``n``.
         bound: records that the response may hold, all choices together.
+        sampler: that draws the request's tokens, as a request names it.
     """
 
-    def __init__(self, choices: int, bound: int) -> None:
+    def __init__(self, choices: int, bound: int, sampler: str | None = None) -> None:
         self._choices: dict[int, _Choice] = {}
         self._per_call = choices
         self._calls = 0
         self._left = bound
+        self._sampler = sampler
 
     def noting(self, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
         """The outputs of a call of the engine as they are, noted on their way; calls come in the order of the prompts."""
@@ -120,7 +124,7 @@ class Collected:
             choice.bound = "trace.max_tokens"
         trace = waiting[:told]
         trace.not_kept = choice.not_kept
-        return Part(token_ids[:told], trace, choice.bound, choice.scores if ended else None)
+        return Part(token_ids[:told], trace, choice.bound, choice.scores if ended else None, self._sampler)
 
     def take_all(self, ended: bool = True) -> Part | None:
         """The same of all choices, one after the other, for a response that has none: each is a turn of a conversation.
@@ -135,7 +139,7 @@ class Collected:
             trace.join(part.trace)
         bounds = [part.bound for part in parts if part.bound is not None]
         token_ids = [token for part in parts for token in part.token_ids]
-        return Part(token_ids, trace, bounds[-1] if bounds else None, parts[-1].scores)
+        return Part(token_ids, trace, bounds[-1] if bounds else None, parts[-1].scores, self._sampler)
 
 
 def _none_of(trace: TokenTrace) -> TokenTrace:

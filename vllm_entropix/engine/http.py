@@ -19,7 +19,7 @@ from vllm_entropix.engine.internal import wrap_internal
 from vllm_entropix.engine.placement import is_ours, misplaced, refusal
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.samplers import chained
-from vllm_entropix.samplers.registry import names_for_samplers, parse_request, sampler_of
+from vllm_entropix.samplers.registry import name_of_sampler, names_for_samplers, parse_request, sampler_of
 from vllm_entropix.samplers.request import PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError
 
@@ -54,13 +54,13 @@ def wrap_handler(original: Callable[..., Any], endpoint: Endpoint) -> Callable[.
         resolved = _resolved(self)
         try:
             body = _with_settings_of_chain(request, await _body(request, raw_request), endpoint, resolved)
-            told = _is_told(request, body, endpoint, resolved)
+            sampler = _sampler_told_of(request, body, endpoint, resolved)
         except ConfigError as error:
             return await _refuse(self, error, request, raw_request)
-        if not told:
+        if sampler is None:
             return await original(self, *args, **kwargs)
         assert resolved is not None
-        collected = Collected(getattr(request, "n", None) or 1, resolved["config"]["trace"]["response_tokens"])
+        collected = Collected(getattr(request, "n", None) or 1, resolved["config"]["trace"]["response_tokens"], sampler)
         with _collecting(collected):
             answer = await original(self, *args, **kwargs)
         if isinstance(answer, AsyncGenerator):
@@ -150,8 +150,8 @@ def _with_settings_of_chain(
     return {**{name: value for name, value in body.items() if name not in top}, place: moved}
 
 
-def _is_told(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: Any) -> bool:
-    """Does a request ask for its trace, or for scores?
+def _sampler_told_of(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: Any) -> str | None:
+    """The sampler of a request that asks for its trace, or for scores; None if it asks for neither.
 
     Raises:
         ConfigError: it has a setting that is wrong, or that nobody would read.
@@ -166,7 +166,7 @@ def _is_told(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved
     given = _table(body, endpoint.place)
     ours = [name for name in given if is_ours(name) or (resolved is not None and name in names_for_samplers())]
     if not ours:
-        return False
+        return None
     read = _table(request, endpoint.place)
     lost = next((name for name in ours if name not in read), None)
     if lost is not None:  # the body was of another kind than the request that was made of it
@@ -177,7 +177,7 @@ def _is_told(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved
     if not settings.enabled:
         if asked is not None:
             raise ConfigError(f"{asked} is on, but {PREFIX} is off for this request; leave one of them out")
-        return False
+        return None
     if resolved is None:
         raise ConfigError(f"{ours[0]!r} can't be had: this server doesn't run entropix; start it with --sampler entropix")
     if getattr(request, "use_beam_search", False):
@@ -186,7 +186,7 @@ def _is_told(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved
         raise ConfigError(f"{asked} can't be had on this endpoint, whose answers have no place for it; leave it out")
     if asked is not None and getattr(request, "background", False):
         raise ConfigError(f"{asked} can't be had with background, since nobody waits for the answer; leave one of them out")
-    return asked is not None
+    return None if asked is None else name_of_sampler(settings, resolved["config"])
 
 
 def _table(source: Any, place: str | None) -> Mapping[str, Any]:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import pandas
 
 # Columns of a table, in order: of the sequence, of the token; then the fields of a record, then its alternatives.
-_OF_SAMPLER = {"sampler": "name", "preset": "preset", "fidelity": "fidelity"}
-SEQUENCE_COLUMNS = ("request_id", "index", "model", *_OF_SAMPLER, "prompt_hash", "prompt_tokens")
+_OF_SAMPLER = ("preset", "fidelity")
+SEQUENCE_COLUMNS = ("request_id", "index", "model", "sampler", *_OF_SAMPLER, "prompt_hash", "prompt_tokens")
 TOKEN_COLUMNS = ("position", "token_id", "text")
 _ALTERNATIVES = ("alternative_ids", "alternative_probabilities")
 # What is repeated over and over is stored once.
-_CATEGORIES = ("request_id", "model", *_OF_SAMPLER, "prompt_hash")
+_CATEGORIES = ("request_id", "model", "sampler", *_OF_SAMPLER, "prompt_hash")
 # Columns that hold what clients and models wrote, and how a cell begins that spreadsheets compute (also in full width).
 _TEXTS = (*_CATEGORIES, "text")
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -194,7 +194,7 @@ def _answers(source: Any) -> Iterator[_Answer]:
         source = (source,)
     for item in source:
         if isinstance(item, TraceLine):
-            told = {column: item.of_sampler(name, str) for column, name in _OF_SAMPLER.items()}
+            told = {"sampler": item.drawn_by, **{name: item.of_sampler(name, str) for name in _OF_SAMPLER}}
             known = {name: told[name] if name in told else getattr(item, name) for name in SEQUENCE_COLUMNS}
             known["finish_reason"] = item.finish_reason
             yield _Answer(known, item.token_ids, item.texts, item.records, item.scores)

@@ -98,7 +98,7 @@ class _Payload:
                 # Below a title made of the answer the answer would stand twice.
                 "snippet": answer_start(line, SNIPPET_CHARACTERS) if line.prompt else line.request_id,
                 "model": line.model,
-                "sampler": line.of_sampler("name", str),
+                "sampler": line.drawn_by,
                 "preset": line.of_sampler("preset", str),
                 "fidelity": line.of_sampler("fidelity", str),
                 "created": line.created,

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vllm_entropix.client import FIELD, trace_of
+from vllm_entropix.records.line import SamplerPart, named
+from vllm_entropix.samplers import chained
 
 _END = "[DONE]"
 
@@ -93,12 +95,12 @@ class Chunks:
         if trace is None and key not in self._choices:
             return
         known = self._choices.setdefault(
-            key, {"entries": [], "texts": [], "not_kept": 0, "body": body, "finish": None, "scores": None}
+            key, {"entries": [], "texts": [], "not_kept": 0, "body": body, "finish": None, "scores": None, "sampler": None}
         )
         text = _text(choice)
         if trace is not None:
             known["entries"] += trace.tokens
-            known["not_kept"] = trace.not_kept
+            known["not_kept"], known["sampler"] = trace.not_kept, trace.sampler
             known["scores"] = trace.scores or known["scores"]
             pieces = _pieces(choice, len(trace.tokens))
             # As in tokens.token_texts: what belongs to several tokens stands with the last of them.
@@ -118,6 +120,7 @@ class Chunks:
                 "index": index,
                 "model": body.get("model"),
                 "created": _time(body.get("created")),
+                "sampler": _sampler(known["sampler"]),
                 "prompt_tokens": self._prompt_tokens.get(name, 0),
                 "token_ids": [entry.token_id for entry in known["entries"]],
                 "texts": known["texts"],
@@ -135,6 +138,13 @@ def event(line: bytes) -> bytes | None:
         return None
     data = data.strip()
     return data if name == b"data" and data != _END.encode() else b""
+
+
+def _sampler(name: str | None) -> SamplerPart | None:
+    """What a line tells of the sampler that a response names; a response doesn't tell its settings."""
+    if name is None:
+        return None
+    return named(chained.NAME, samplers=name) if chained.is_chain(name) else named(name)
 
 
 def _text(choice: Mapping[str, Any]) -> str:

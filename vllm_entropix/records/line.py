@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self, TextIO, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from vllm_entropix.records import fields
@@ -141,6 +141,12 @@ class TraceLine(BaseModel):
         """The scores of the answer: those that the line tells, or else those of the tokens that have records."""
         return self.scores if self.scores is not None else scores_of_entries(self.records)
 
+    @property
+    def drawn_by(self) -> str | None:
+        """The sampler as a request's ``samplers`` names it, a chain by those in it; None: not known."""
+        chain = self.of_sampler("samplers", str)
+        return self.of_sampler("name", str) if chain is None else chain
+
     def of_sampler(self, name: str, kind: type[_T]) -> _T | None:
         """Something that the line tells of the sampler; None if it doesn't, or if it isn't of this kind."""
         value = getattr(self.sampler, name, None)
@@ -158,6 +164,14 @@ def register_part(name: str, part: type[SamplerPart]) -> None:
     """
     _parts[name] = part
     _rebuild()
+
+
+def named(name: str, **told: Any) -> SamplerPart | None:
+    """What a line tells of a sampler of which no more than this is known; None if the sampler tells more in any line."""
+    try:
+        return _parts.get(name, SamplerPart).model_validate({"name": name, **told})
+    except ValidationError:
+        return None
 
 
 def _rebuild() -> None:

@@ -51,6 +51,9 @@ class ChoiceTrace(BaseModel):
     model_config = _CONFIG
 
     version: Annotated[int, Field(description="Version of this format.")] = VERSION
+    sampler: str | None = Field(
+        None, description="The sampler that drew the tokens, as a request's samplers names it; null: not known."
+    )
     tokens: list[TokenEntry] = Field(default_factory=list, description="One entry per token, in order.")
     not_kept: Count = Field(0, description="Tokens so far that a bound of the server left without an entry.")
     bound: Bound | None = Field(None, description="Setting of the server that left tokens without an entry.")

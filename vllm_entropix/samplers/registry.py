@@ -349,6 +349,11 @@ def sampler_of(request: RequestSettings, server: Mapping[str, Any] | ServerSetti
     return _class_of(_sampler_of_server(server) if request.sampler is None else request.sampler)
 
 
+def name_of_sampler(request: RequestSettings, server: Mapping[str, Any] | ServerSettings) -> str:
+    """What draws a request's tokens, as a request's ``samplers`` names it: a sampler, or a chain by those in it."""
+    return sampler_of(request, server) if request.chain is None else request.chain.text
+
+
 def _sampler_of_server(server: Mapping[str, Any] | ServerSettings) -> str:
     return str(server["sampler"] if isinstance(server, Mapping) else server.sampler)
 

@@ -237,6 +237,7 @@ def test_a_body_of_llama_cpps_clients_is_taken(url, stream):
         ({"samplers": "dry;nope"}, "unknown sampler 'nope'"),
         ({"vllm_xargs": {"samplers": "mirostat;adaptive_p"}}, "can't stand in one chain"),
         ({"vllm_xargs": {"dry_multipler": 1}}, "did you mean 'dry_multiplier'"),
+        ({"dry_multiplyer": 1}, "unknown setting 'dry_multiplyer'; did you mean 'dry_multiplier'?"),
     ],
 )
 def test_what_a_body_may_not_say_is_answered_400(url, body, reason):

@@ -146,6 +146,34 @@ def test_a_body_of_a_client_that_sends_all_it_knows():
         chained.of_body({"dry_sequence_breakers": "[oops"}, {}, config)
 
 
+# What clients send beside settings of chains: SillyTavern to text-generation-webui, koboldcpp and llama.cpp, and these
+# servers' own pages.
+OF_OTHERS = (
+    *("prompt", "max_new_tokens", "max_tokens_second", "sampler_seed", "skew", "add_bos_token", "dynamic_temperature"),
+    *("dynatemp_low", "dynatemp_high", "sampler_priority", "sampler_order", "stopping_strings", "stop_sequence", "max_length"),
+    *("max_context_length", "truncation_length", "ban_eos_token", "custom_token_bans", "banned_strings", "banned_tokens"),
+    *("api_type", "api_server", "min_keep", "rep_pen_slope", "rep_pen_size", "encoder_repetition_penalty", "penalty_alpha"),
+    *("no_repeat_ngram_size", "num_beams", "temperature_last", "guidance_scale", "negative_prompt", "grammar_string"),
+    *("grammar", "grammar_retain_state", "memory", "genkey", "trim_stop", "use_default_badwordsids", "bypass_eos", "do_sample"),
+    *("cfg_scale", "n_predict", "n_keep", "n_probs", "n_indent", "cache_prompt", "id_slot", "t_max_predict_ms", "penalize_nl"),
+    *("penalty_prompt", "ignore_eos", "post_sampling_probs", "timings_per_token", "backend_sampling", "preset", "mode"),
+    *("character", "instruction_template", "continue_", "seed", "temp", "frmtadsnsp", "quiet", "singleline", "smoothing"),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *[("dry_multiplyer", "dry_multiplier"), ("xtc-probability", "xtc_probability"), ("top_nsigma", "top_n_sigma")],
+        *[("DRY_base", "dry_base"), ("sampler", "samplers"), ("mirostat_taus", "mirostat_tau")],
+    ],
+)
+def test_what_is_nearly_a_setting_is_no_others(name, meant):
+    registry.refuse_misspelt_of_chain([*OF_OTHERS, *registry.names_for_samplers()])
+    with pytest.raises(ConfigError, match=f"^unknown setting {name!r}; did you mean {meant!r}\\?$"):
+        registry.refuse_misspelt_of_chain([*OF_OTHERS, name])
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,13 @@ from vllm_entropix.engine.internal import wrap_internal
 from vllm_entropix.engine.placement import is_ours, misplaced, refusal
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.samplers import chained
-from vllm_entropix.samplers.registry import name_of_sampler, names_for_samplers, parse_request, sampler_of
+from vllm_entropix.samplers.registry import (
+    name_of_sampler,
+    names_for_samplers,
+    parse_request,
+    refuse_misspelt_of_chain,
+    sampler_of,
+)
 from vllm_entropix.samplers.request import PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError
 
@@ -131,7 +137,7 @@ def _with_settings_of_chain(
     """The body with what clients of llama.cpp and koboldcpp write at its top level in ``vllm_xargs``, as in the request.
 
     Raises:
-        ConfigError: a value is out of range, or of a sampler that isn't in the chain.
+        ConfigError: a value is out of range, or of a sampler that isn't in the chain; or a name is nearly one of these.
     """
     place = endpoint.place
     if place is None or "." in place or resolved is None or not hasattr(request, place):
@@ -141,7 +147,9 @@ def _with_settings_of_chain(
         return body
     # What OpenAI's or vLLM's own request has means what it means there.
     of_vllm = type(request).model_fields
-    top = {name: body[name] for name in body if name in names_for_samplers() and name not in of_vllm}
+    others = [name for name in body if name not in of_vllm]
+    refuse_misspelt_of_chain(others)
+    top = {name: body[name] for name in others if name in names_for_samplers()}
     if not top:
         return body
     given = _table(body, place)

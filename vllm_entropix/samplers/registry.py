@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -281,7 +281,7 @@ def parse_request(extra_args: Any, server: Mapping[str, Any] | ServerSettings | 
             raise ConfigError(f"{stray} is a setting of chains, but this request's sampler is {text}; name a chain in samplers")
     else:
         found = request_settings().parse({key: said[key] for key in said if key not in of_chain})
-        _refuse_misspelt_of_chain(said)
+        refuse_misspelt_of_chain(said)
         if server is not None or "samplers" in said:
             found = found.with_chain(chained.read(text, of_chain, {} if server is None else server))
     if server is None:
@@ -324,12 +324,16 @@ def _check_of_request(text: str) -> None:
         ) from None
 
 
-def _refuse_misspelt_of_chain(said: Mapping[str, Any]) -> None:
-    """ConfigError for a key that is nearly a setting of a chain's sampler: nothing would read it."""
-    ours = request_settings().names().keys() | chained.request_names()
-    for key in said:
-        if isinstance(key, str) and key not in ours:
-            close = get_close_matches(key[:QUOTED].lower().replace("-", "_"), sorted(chained.request_names()), n=1, cutoff=0.9)
+def refuse_misspelt_of_chain(keys: Iterable[Any]) -> None:
+    """Refuse a key that is nearly a setting of a chain's sampler: nothing would read it.
+
+    Raises:
+        ConfigError: one is.
+    """
+    known = names_for_samplers()
+    for key in keys:
+        if isinstance(key, str) and key not in known and key not in request_settings().names():
+            close = get_close_matches(key[:QUOTED].lower().replace("-", "_"), sorted(known), n=1, cutoff=0.9)
             if close:
                 raise ConfigError(f"unknown setting {quoted(key)}; did you mean {close[0]!r}?")
 

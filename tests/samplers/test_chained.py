@@ -130,7 +130,8 @@ def test_a_body_of_a_client_that_sends_all_it_knows():
     }
     assert sent.keys() <= chained.request_names()
     given = chained.of_body(sent, {}, config)
-    chain = registry.parse_request(given, config).chain
+    parsed = registry.parse_request(given, config)
+    chain = parsed.chain
     assert chain.names == ("dry", "top_n_sigma", "xtc", "min_p", "temperature")
     assert (chain.values["dry_multiplier"], chain.values["xtc_probability"], chain.breakers) == (0.7, 0.5, ("\n", ":"))
     assert registry.parse_request(chained.of_body({**sent, "mirostat_mode": 2}, {}, config), config).chain.names == (
@@ -142,6 +143,11 @@ def test_a_body_of_a_client_that_sends_all_it_knows():
         registry.parse_request(chained.of_body({**sent, "typical_p": 0.9, "typical": 0.9}, {}, config), config)
     taken = chained.of_body({"samplers": ["typ_p", "temperature"], "typical_p": 0.9, "xtc_probability": 0}, {}, config)
     assert registry.parse_request(taken, config).chain.values == {"typ_p": 0.9}
+    # vLLM's own field penalises repetitions, and not the chain once more.
+    penalised = {"rep_pen": 1.1, "repeat_penalty": 1.1, "rep_pen_range": 64}
+    assert registry.parse_request(chained.of_body(sent | penalised, {}, config, 1.1), config) == parsed
+    with pytest.raises(ConfigError, match=r"^rep_pen is a setting of penalties, which isn't in the chain"):
+        registry.parse_request(chained.of_body(sent | penalised, {}, config), config)
     with pytest.raises(ConfigError, match="which is no JSON list of texts"):
         chained.of_body({"dry_sequence_breakers": "[oops"}, {}, config)
 
@@ -153,7 +159,19 @@ OF_OTHERS = (
     *("dynatemp_low", "dynatemp_high", "sampler_priority", "sampler_order", "stopping_strings", "stop_sequence", "max_length"),
     *("max_context_length", "truncation_length", "ban_eos_token", "custom_token_bans", "banned_strings", "banned_tokens"),
     *("api_type", "api_server", "min_keep", "rep_pen_slope", "rep_pen_size", "encoder_repetition_penalty", "penalty_alpha"),
-    *("no_repeat_ngram_size", "num_beams", "temperature_last", "guidance_scale", "negative_prompt", "grammar_string"),
+    *(
+        "no_repeat_ngram_size",
+        "repetition_decay",
+        "num_ctx",
+        "num_predict",
+        "dynatemp_min",
+        "dynatemp_max",
+        "num_beams",
+        "temperature_last",
+        "guidance_scale",
+        "negative_prompt",
+        "grammar_string",
+    ),
     *("grammar", "grammar_retain_state", "memory", "genkey", "trim_stop", "use_default_badwordsids", "bypass_eos", "do_sample"),
     *("cfg_scale", "n_predict", "n_keep", "n_probs", "n_indent", "cache_prompt", "id_slot", "t_max_predict_ms", "penalize_nl"),
     *("penalty_prompt", "ignore_eos", "post_sampling_probs", "timings_per_token", "backend_sampling", "preset", "mode"),

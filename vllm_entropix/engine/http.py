@@ -153,7 +153,7 @@ def _with_settings_of_chain(
     if not top:
         return body
     given = _table(body, place)
-    moved = {**chained.of_body(top, given, config), **given}
+    moved = {**chained.of_body(top, given, config, getattr(request, "repetition_penalty", None)), **given}
     setattr(request, place, moved)
     return {**{name: value for name, value in body.items() if name not in top}, place: moved}
 

@@ -40,6 +40,7 @@ DEFAULT = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p"
 OF_REQUEST = frozenset(BaseParameters.model_fields)
 _ENTROPIX = "entropix"
 _BREAKERS = "dry_sequence_breakers"
+_REPEAT = "repeat_penalty"
 # Token ids of each of DRY's breakers.
 _Breakers = tuple[tuple[int, ...], ...]
 
@@ -108,20 +109,25 @@ def read(text: Any, given: Mapping[str, Any], server: Mapping[str, Any] | Server
     return chain.ChainRequest(found, values, _BREAKERS in said)
 
 
-def of_body(top: Mapping[str, Any], given: Mapping[str, Any], server: Mapping[str, Any]) -> dict[str, Any]:
+def of_body(
+    top: Mapping[str, Any], given: Mapping[str, Any], server: Mapping[str, Any], repetition_penalty: float | None = None
+) -> dict[str, Any]:
     """What the top level of a request's body says of its chain, without what doesn't matter to it.
 
     Args:
         top: settings of chains, and ``samplers``, that stand there.
         given: what the request says of samplers elsewhere, which comes before it.
         server: the server's settings as plain values.
+        repetition_penalty: the request's own, which vLLM takes.
 
     Raises:
         ConfigError: a value is out of range, or ``samplers`` is no chain.
     """
     said: dict[str, Any] = {}
     for name, value in top.items():
-        # Some clients send one value under each name that a setting has somewhere.
+        # Some clients send one value under each name that a setting has somewhere; one of these may be vLLM's.
+        if chain.proper_name(name) == _REPEAT and value == repetition_penalty:
+            continue
         known = (said[other] for other in said if chain.proper_name(other) == chain.proper_name(name) is not None)
         if value is not None and name not in given and value not in known:
             said[name] = value

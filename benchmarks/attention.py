@@ -111,7 +111,7 @@ def gpu_actions(batch: Layers) -> tuple[dict[str, Callable[[], object]], str]:
     from vllm_entropix.attention.launches import Kept, measure_layers
     from vllm_entropix.attention.layers import LayerRows
     from vllm_entropix.attention.paged_keys import PlainKeys
-    from vllm_entropix.kernels.triton_.attention_statistics import Workspace
+    from vllm_entropix.kernels.triton_.attention.workspace import Workspace
 
     layers = [
         LayerRows(LayerAttention(PlainKeys(cache, batch.head_dim), batch.scale), queries, batch.table)

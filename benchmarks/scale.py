@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.common import add_out, finish, integers
 from vllm_entropix.attention.ranks import WORTH_WAITING
-from vllm_entropix.kernels.triton_.attention_statistics import EXCHANGE, exchanged_together
+from vllm_entropix.kernels.triton_.attention.workspace import EXCHANGE, exchanged_together
 
 FLOAT = 4
 # float32 a row in a message between pipeline stages: position and four sums.

@@ -106,7 +106,7 @@ def _of_sampler(rows: int, vocabulary: int, device: torch.device) -> dict[str, A
 
 def _of_attention(rows: int, context: int, layers: int, device: torch.device, dry: bool) -> dict[str, Any]:
     """Costs of the statistics, and of a copy of as many bytes as the keys have."""
-    from vllm_entropix.kernels.triton_.attention_statistics import rows_together, workspace_size
+    from vllm_entropix.kernels.triton_.attention.workspace import rows_together, workspace_size
 
     shape = _DRY_SHAPE if dry else ()
     batch = attention.Layers(

@@ -12,7 +12,8 @@ from vllm_entropix.attention import AttentionObserver, observer
 from vllm_entropix.distribution.backend import TritonBackend
 from vllm_entropix.engine import runner_v1
 from vllm_entropix.kernels.ranks import RankGroup
-from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, wide_filters
+from vllm_entropix.kernels.triton_ import candidates, logits_metrics, wide_filters
+from vllm_entropix.kernels.triton_.attention import shares, workspace
 from vllm_entropix.rows.undrawn import room
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -64,19 +65,19 @@ def test_what_ranks_exchange_is_allocated_beforehand(monkeypatch, size):
 
 def test_exchanges_fit_what_is_allocated():
     for layers, rows, longest, ranks in ((1, 1, 10, 2), (32, 256, 131072, 8), (80, 1024, 1000, 4), (1, 4, 10**7, 8)):
-        room = attention_statistics.exchange_size(layers, rows, longest, ranks)
-        assert room <= max(attention_statistics.EXCHANGE, ranks * (longest + 1))
+        room = workspace.exchange_size(layers, rows, longest, ranks)
+        assert room <= max(workspace.EXCHANGE, ranks * (longest + 1))
         for total in (1, rows, rows * longest // 3, rows * longest):
-            number, many = attention_statistics.exchanged_together(layers, rows, 4, total, longest, ranks, room)
+            number, many = workspace.exchanged_together(layers, rows, 4, total, longest, ranks, room)
             assert 1 <= number <= layers
             assert 1 <= many <= rows
             assert ranks * number * (min(total, many * longest) + many) <= room, (layers, rows, total)
 
 
 def test_partial_sums_in_the_table():
-    sizes = attention_statistics._sizes(LAYERS, ROWS, HEADS, attention_statistics.splits_of(1024))
+    sizes = workspace.sizes_of(LAYERS, ROWS, HEADS, shares.splits_of(1024))
     assert documented("in it, partial sums at context 1024") == pytest.approx(4 * sum(sizes.values()) / MEBIBYTE, abs=0.05)
-    sizes = attention_statistics._sizes(LAYERS, ROWS, HEADS, attention_statistics.splits_of(3841))
+    sizes = workspace.sizes_of(LAYERS, ROWS, HEADS, shares.splits_of(3841))
     assert documented("in it, partial sums from 3841 positions on") == pytest.approx(
         4 * sum(sizes.values()) / MEBIBYTE, abs=0.05
     )

@@ -19,7 +19,7 @@ from vllm_entropix.attention.layers import LayerRows
 from vllm_entropix.attention.paged_keys import PlainKeys
 from vllm_entropix.attention.ranks import measure_over_ranks_by_triton
 from vllm_entropix.kernels.ranks import RankGroup
-from vllm_entropix.kernels.triton_ import attention_statistics
+from vllm_entropix.kernels.triton_.attention import shares, workspace
 from vllm_entropix.kernels.triton_.kept_queries import keep_queries
 
 BFLOAT16, FP8, FLOAT32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
@@ -65,8 +65,8 @@ def step(layers, ranks=1):
 
 def without_room(shape, rows=64):
     """Some rows find no room for their scores."""
-    size = sum(attention_statistics._sizes(1, rows, shape[0], attention_statistics.SPLITS).values()) + 64 * 64
-    return mock.patch.object(attention_statistics, "WORKSPACE", size)
+    size = sum(workspace.sizes_of(1, rows, shape[0], shares.SPLITS).values()) + 64 * 64
+    return mock.patch.object(workspace, "WORKSPACE", size)
 
 
 def codes(capability=90):
@@ -94,12 +94,12 @@ def codes(capability=90):
 
 def variants():
     """How many variants of each kernel all sizes of a step and all numbers of layers take."""
-    with specialising() as found, mock.patch.object(attention_statistics, "WORKSPACE", 1 << 22):
+    with specialising() as found, mock.patch.object(workspace, "WORKSPACE", 1 << 22):
         for layers in LAYERS:
             for size in SIZES if layers == 1 else SIZES[::3]:
                 # As steps take rows, and none of them whole.
-                for fewest in (attention_statistics.FEWEST, attention_statistics.PROGRAMS + 1):
-                    with mock.patch.object(attention_statistics, "FEWEST", fewest):
+                for fewest in (workspace.FEWEST, workspace.PROGRAMS + 1):
+                    with mock.patch.object(workspace, "FEWEST", fewest):
                         step(layers_of(layers, size, 4, 2, 16, BFLOAT16, BFLOAT16, {}))
     return {name: len(of_kernel) for name, of_kernel in found.items()}
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.kernels.test_triton import result_of
 from tests.support.machine_code import SHARED
-from vllm_entropix.kernels.triton_.attention_statistics import (
+from vllm_entropix.kernels.triton_.attention.workspace import (
     PROGRAMS,
     WORKSPACE,
     programs_for_whole_rows,

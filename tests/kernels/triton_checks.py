@@ -32,7 +32,9 @@ from vllm_entropix.distribution import backend, filters
 from vllm_entropix.distribution import statistics as statistics_of_logits
 from vllm_entropix.distribution.best_of_n import best_of_n
 from vllm_entropix.distribution.history import repetitions_by_torch
-from vllm_entropix.kernels.triton_ import attention_statistics, candidates, logits_metrics, repetitions, wide_filters
+from vllm_entropix.kernels.triton_ import candidates, logits_metrics, repetitions, wide_filters
+from vllm_entropix.kernels.triton_.attention import shares, workspace
+from vllm_entropix.kernels.triton_.attention import statistics as attention_statistics
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
@@ -554,11 +556,11 @@ def attention_without_room_in_the_scratch():
         number, heads = len(layers), layers[0].queries.shape[1]
         for rows, tiles in ((3, 0), (3, 5), (2, 0), (1, 0)):
             # The rows of a launch, and room for tiles of a layer.
-            sizes = attention_statistics._sizes(number, rows, heads, attention_statistics.splits_of(320))
-            size = sum(sizes.values()) + number * heads * attention_statistics.TILE * tiles
+            sizes = workspace.sizes_of(number, rows, heads, shares.splits_of(320))
+            size = sum(sizes.values()) + number * heads * shares.TILE * tiles
             with (
-                mock.patch.object(attention_statistics, "WORKSPACE", size),
-                mock.patch.object(attention_statistics, "_Launches", side_effect=attention_statistics._Launches) as launched,
+                mock.patch.object(workspace, "WORKSPACE", size),
+                mock.patch.object(attention_statistics, "Launch", side_effect=attention_statistics.Launch) as launched,
             ):
                 without = by_kernels(layers, requests, lengths, wanted, config)
             assert launched.call_count == -(-3 // rows)
@@ -583,15 +585,15 @@ def attention_of_whole_rows():
         block_table = layers[0].block_table
         longest = block_table.shape[1] * case.get("size", 16)
         with (
-            mock.patch.object(attention_statistics, "PROGRAMS", programs),
-            mock.patch.object(attention_statistics, "FEWEST", programs),
-            mock.patch.object(attention_statistics, "ROWS_EACH", 1),
+            mock.patch.object(workspace, "PROGRAMS", programs),
+            mock.patch.object(workspace, "FEWEST", programs),
+            mock.patch.object(workspace, "ROWS_EACH", 1),
         ):
-            sizes = attention_statistics._sizes(number, len(lengths), heads, attention_statistics.splits_of(longest))
-            size = sum(sizes.values()) + (programs + 1) * heads * (longest + attention_statistics.TILE)
+            sizes = workspace.sizes_of(number, len(lengths), heads, shares.splits_of(longest))
+            size = sum(sizes.values()) + (programs + 1) * heads * (longest + shares.TILE)
             with (
-                mock.patch.object(attention_statistics, "WORKSPACE", size),
-                mock.patch.object(attention_statistics._Launches, "attend", side_effect=AssertionError("they are shared")),
+                mock.patch.object(workspace, "WORKSPACE", size),
+                mock.patch.object(attention_statistics, "attend", side_effect=AssertionError("they are shared")),
             ):
                 whole = by_kernels(*arguments, wanted, config)
         assert torch.equal(whole.nan_to_num(7.0), shared.nan_to_num(7.0)), case
@@ -677,11 +679,11 @@ def heads_over_ranks_in_parts():
     longest = block_table.shape[1] * 16
     # A number for each position, and one for each row's padded slots; bounds are 3 too high.
     of_all, of_wanted = 130 + 5 + 70 + 3 * 3 + 3, 130 + 70 + 3
-    without_room = sum(attention_statistics._sizes(1, 3, 2, 1).values())
+    without_room = sum(workspace.sizes_of(1, 3, 2, 1).values())
     for module, name, value, each, exchanges in (
-        (attention_statistics, "EXCHANGE", 2 * of_all, of_all, 2),  # a layer at a time
-        (attention_statistics, "EXCHANGE", 1, longest + 1, 6),  # a row at a time
-        (attention_statistics, "WORKSPACE", without_room, of_all, 2),  # scores are computed again
+        (workspace, "EXCHANGE", 2 * of_all, of_all, 2),  # a layer at a time
+        (workspace, "EXCHANGE", 1, longest + 1, 6),  # a row at a time
+        (workspace, "WORKSPACE", without_room, of_all, 2),  # scores are computed again
         (ranks, "WORTH_WAITING", 0, 2 * of_wanted, 1),
     ):
         with mock.patch.object(module, name, value):

@@ -20,7 +20,8 @@ from vllm_entropix.kernels.backend import kernels_for
 from vllm_entropix.kernels.rules import VARIANCE_RULES
 
 if TYPE_CHECKING:
-    from vllm_entropix.kernels.triton_.attention_statistics import PagedLayers, PagedRows, Workspace
+    from vllm_entropix.kernels.triton_.attention.paged import PagedLayers, PagedRows
+    from vllm_entropix.kernels.triton_.attention.workspace import Workspace
     from vllm_entropix.settings.server import AttentionRules
 
 
@@ -48,7 +49,7 @@ def measured_by_triton(layers: Sequence[LayerAttention], device: torch.device) -
     """Can :func:`measure_layers` measure all of these layers on ``device``?"""
     if kernels_for(device) != "triton":
         return False
-    from vllm_entropix.kernels.triton_.attention_statistics import supports
+    from vllm_entropix.kernels.triton_.attention.launch import supports
 
     return all(isinstance(layer.keys, PlainKeys) and supports(layer.keys.cache.dtype) for layer in layers)
 
@@ -71,7 +72,7 @@ def measure_layers(
         config: how statistics are taken.
         kept: where their queries are, and what they are measured with.
     """
-    from vllm_entropix.kernels.triton_.attention_statistics import attention_statistics
+    from vllm_entropix.kernels.triton_.attention.statistics import attention_statistics
 
     padded, rule = config.padded_positions or 0, VARIANCE_RULES[config.attention_varentropy]
     found: dict[int, Tensor] = {}
@@ -99,7 +100,7 @@ def launches(
     Raises:
         ValueError: a layer's keys aren't plain.
     """
-    from vllm_entropix.kernels.triton_.attention_statistics import PagedRows
+    from vllm_entropix.kernels.triton_.attention.paged import PagedRows
 
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for index, one in enumerate(layers):
@@ -153,7 +154,7 @@ _PAGED: WeakKeyDictionary[LayerAttention, tuple[tuple[LayerAttention, ...], Page
 
 
 def _paged_layers(layers: tuple[LayerAttention, ...]) -> PagedLayers:
-    from vllm_entropix.kernels.triton_.attention_statistics import PagedLayers
+    from vllm_entropix.kernels.triton_.attention.paged import PagedLayers
 
     first, others = layers[0], layers[1:]
     known = _PAGED.get(first)

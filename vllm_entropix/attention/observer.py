@@ -25,7 +25,7 @@ from vllm_entropix.kernels.backend import kernels_for
 from vllm_entropix.kernels.ranks import RankGroup
 
 if TYPE_CHECKING:
-    from vllm_entropix.kernels.triton_.attention_statistics import Workspace
+    from vllm_entropix.kernels.triton_.attention.workspace import Workspace
     from vllm_entropix.settings.server import AttentionRules
 
 
@@ -87,7 +87,7 @@ class AttentionObserver:
         readable = all(layer.attn_backend.get_name() in READERS for layer in self.layers.values())
         if kernels_for(device) != "triton" or not self.layers or not readable:
             return
-        from vllm_entropix.kernels.triton_.attention_statistics import Workspace, exchange_size
+        from vllm_entropix.kernels.triton_.attention.workspace import Workspace, exchange_size
 
         kinds: dict[tuple[int, int, torch.dtype], list[int]] = {}
         for index, layer in self.layers.items():

@@ -128,7 +128,7 @@ def measure_over_ranks_by_triton(
         ranks: that have the other heads.
         kept: where the rows' queries are, and what they are measured with.
     """
-    from vllm_entropix.kernels.triton_.attention_statistics import head_shares
+    from vllm_entropix.kernels.triton_.attention.over_ranks import head_shares
 
     padded = config.padded_positions or 0
     found: dict[int, tuple[Tensor, Tensor]] = {}

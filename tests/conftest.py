@@ -6,11 +6,12 @@ import os
 import hypothesis
 import pytest
 
-from tests.support import fast, runners
+from tests.support import collector, fast, runners
 
 # Model Runner V2 with ENTROPIX_TEST_RUNNER=v2.
 runners.choose()
 fast.prepare()
+collector.prepare()
 
 # In process: the tests look into the engine, and three imports less per engine.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -4,20 +4,20 @@ An entry point of vLLM's, in a folder on every process's path, makes a start fai
 """
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import every_process
+
 MARKS = ("engine", "gpu")
 SWITCH = "ENTROPIX_TEST_NO_ENGINE"
-FOLDER = str(Path(__file__).with_name("no_engine"))
+FOLDER = Path(__file__).with_name("no_engine")
 
 
 def prepare() -> None:
     """Put the entry point on the path of this process, and of those it will start."""
-    sys.path.append(FOLDER)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), FOLDER]))
+    every_process.has(FOLDER)
 
 
 def may_start_an_engine(item: pytest.Item) -> bool:

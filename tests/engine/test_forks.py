@@ -181,6 +181,32 @@ def test_a_chooser_that_fails_harms_nobody(llm, monkeypatch):
     assert len(output.outputs[0].entropix_forks.branches) > 1
 
 
+def test_a_branch_that_the_engine_gives_up_is_pruned(llm, branches, monkeypatch):
+    # As vLLM says it of a sequence whose KV cache couldn't be loaded.
+    from vllm.v1.engine import FinishReason
+
+    processor, core = llm.llm_engine.output_processor, llm.llm_engine.engine_core
+    process, failed = processor.process_outputs, []
+
+    def process_outputs(outputs, *args, **kwargs):
+        for output in outputs:
+            if output.request_id.endswith("-1") and not failed:
+                output.finish_reason = FinishReason.ERROR
+                failed.append(output.request_id)
+                core.abort_requests(failed)
+        return process(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(processor, "process_outputs", process_outputs)
+    [output] = generate(llm, [PROMPT], [params()])
+    [(_, tree)] = branches
+    assert failed
+    assert tree[1].pruned_at is not None
+    assert len(tree) > 2
+    assert output.outputs[0].finish_reason == "length"
+    assert not output.outputs[0].entropix_forks.branches[1].chosen
+    assert_nothing_left(llm)
+
+
 def test_a_server_may_let_all_fork_that_can(tiny):
     server = {"forks": {**SERVER["forks"], "branches": 3, "entropy": 0.5}}
     llm = engine(tiny, sampler="entropix", sampler_config=server)

@@ -181,6 +181,27 @@ def test_branches_of_an_earlier_fork_have_no_part_in_a_later_one():
     assert tree.settle() == [2]
 
 
+def test_a_branch_that_the_engine_gives_up_competes_no_more():
+    tree, asked = scripted({0: 9.0, 1: 1.0})
+    tree.feed(0, [4], [record_after([])], ended=False)
+    go_on(tree, 0, [3], ended=True)
+    tree.fail(0)
+    assert tree.branches[0].pruned_at == 2
+    assert tree.choose() is None
+    go_on(tree, 1, [3], ended=True)
+    assert tree.choose() == 1
+    assert asked == []
+
+
+def test_the_last_branch_that_the_engine_gives_up_is_the_answer():
+    tree, _ = scripted({})
+    tree.feed(0, [4], [record_after([])], ended=False)
+    for number in (1, 0):
+        go_on(tree, number, [3], ended=True)
+        tree.fail(number)
+    assert tree.choose() == 0
+
+
 def test_of_equals_the_earliest_is_kept():
     tree, _ = scripted({0: 1.0, 1: 1.0})
     tree.feed(0, [4], [record_after([])], ended=True)

@@ -281,7 +281,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "resumable",
             "sampling_params",
         ),
-        "FinishReason": ("LENGTH", "STOP"),
+        "FinishReason": ("ERROR", "LENGTH", "STOP"),
     },
     "vllm.v1.engine.detokenizer": {
         "IncrementalDetokenizer": ("output_token_ids", "update"),

@@ -39,6 +39,8 @@ from vllm_entropix.settings.server import Forks
 logger = init_logger("vllm.plugins.entropix")
 
 _TRACE = f"{PREFIX}_trace"
+# What vLLM says of a sequence that it can't go on with, as when its KV cache couldn't be loaded.
+_FAILED = str(FinishReason.ERROR)
 
 
 def let_fork(engine: Any) -> None:
@@ -232,6 +234,8 @@ class _Answer:
         for birth in self.tree.feed(sequence.number, token_ids, records, ended):
             self._begin_branch(birth)
         sequence.noted += len(token_ids)
+        if ended and sequence.output.outputs[0].finish_reason == _FAILED:
+            self.tree.fail(sequence.number)
 
     def advance(self, result: Any) -> None:
         """Give up branches that have lost, and hand the answer out once it is there; ``result``: of vLLM's process_outputs."""

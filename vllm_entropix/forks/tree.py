@@ -161,6 +161,13 @@ class Tree:
         """A branch has run to its end with the token that it parted with."""
         self.branches[number].finished = True
 
+    def fail(self, number: int) -> None:
+        """The engine gave a branch up: it competes no more, unless it is all that there is."""
+        branch = self.branches[number]
+        branch.finished = True
+        if len(self._kept()) > 1:
+            self._prune([branch])
+
     def _fork(self, branch: Branch, token: int, record: TokenRecord | None) -> list[Birth]:
         """New branches beside the branch's next token."""
         settings, position = self.settings, len(branch.token_ids)

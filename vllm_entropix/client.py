@@ -83,6 +83,7 @@ class StreamTraces:
             known.tokens.extend(part.tokens)
             known.sampler, known.not_kept, known.bound = part.sampler, part.not_kept, part.bound
             known.scores = part.scores or known.scores
+            known.forks = part.forks or known.forks
 
     def __getitem__(self, index: int) -> ChoiceTrace:
         """The trace so far of a choice; of endpoints without choices, 0 is the answer's."""

@@ -18,7 +18,9 @@ from vllm_entropix.engine.carrier import ABSTAINS, COUNTED, OURS, RECORDS, SCORE
 from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.frontend import merge_traces, receive_records
 from vllm_entropix.engine.scheduler import EntropixSchedulerMixin
+from vllm_entropix.engine.usage import PRUNED, count_pruned, count_pruned_in
 from vllm_entropix.observability import disk
+from vllm_entropix.records.branches import Branch, ForkTree
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.schema import ChoiceTrace
 from vllm_entropix.records.scores import AnswerScores
@@ -280,6 +282,91 @@ def test_events_have_the_scores_of_the_last_turn_at_their_end():
     told = [json.loads(chunk_with_traces(f'data: {{"type":"{kind}"}}\n\n', found).partition("data: ")[2]) for kind in kinds]
     assert "entropix" not in told[0]
     assert told[1]["entropix"]["scores"]["entropy_mean"] == 2
+
+
+def forked(index, token_ids, trace=None):
+    """A completion of three tokens more than it holds, on a branch that was given up."""
+    made = completion(index, token_ids, trace)
+    lost = Branch(id=1, parent=0, position=1, token=9, tokens=3, score=-2.5, pruned_at=4)
+    made.entropix_forks = ForkTree(branches=[Branch(id=0, tokens=len(token_ids), score=-1.0, chosen=True), lost])
+    return made
+
+
+def test_branches_are_told_with_the_answers_end_and_count_in_its_usage():
+    found = collected([forked(0, [1, 2])])
+    usage = {"prompt_tokens": 5, "total_tokens": 7, "completion_tokens": 2}
+    chunks = [
+        {"choices": [{"index": 0, "finish_reason": None}]},
+        {"choices": [{"index": 0, "finish_reason": "length"}]},
+        {"choices": [], "usage": usage},
+    ]
+    told = [json.loads(chunk_with_traces(f"data: {json.dumps(chunk)}\n\n", found).removeprefix("data: ")) for chunk in chunks]
+    assert told[0] == chunks[0]
+    trace = ChoiceTrace.model_validate(told[1]["choices"][0]["entropix"])
+    assert (trace.tokens, trace.scores) == ([], None)
+    assert [(branch.id, branch.tokens, branch.chosen) for branch in trace.forks] == [(0, 2, True), (1, 3, False)]
+    assert told[2]["usage"] == {
+        "prompt_tokens": 5,
+        "total_tokens": 10,
+        "completion_tokens": 5,
+        "completion_tokens_details": {"entropix_pruned_tokens": 3},
+    }
+
+
+def test_what_a_server_traces_by_itself_is_not_told_with_branches():
+    trace = TokenTrace(WIDTH)
+    trace.extend(record(1), 1)
+
+    async def note():
+        async def engine():
+            yield SimpleNamespace(outputs=[forked(0, [1], trace)])
+
+        async for _ in found.noting(engine()):
+            pass
+
+    found = Collected(1, 100, traces=False)
+    asyncio.run(note())
+    told = found.take(0)
+    assert (told.token_ids, len(told.forks)) == ([], 2)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        (
+            {"input_tokens": 5, "output_tokens": 2, "total_tokens": 7, "output_tokens_details": {"reasoning_tokens": 1}},
+            {
+                "input_tokens": 5,
+                "output_tokens": 6,
+                "total_tokens": 11,
+                "output_tokens_details": {"reasoning_tokens": 1, "entropix_pruned_tokens": 4},
+            },
+        ),
+        (
+            {"input_tokens": 5, "output_tokens": 2},
+            {"input_tokens": 5, "output_tokens": 6, "output_tokens_details": {PRUNED: 4}},
+        ),
+        ({"prompt_tokens": 5, "completion_tokens": None}, {"prompt_tokens": 5, "completion_tokens": None}),
+    ],
+)
+def test_usage_of_other_endpoints(usage, counted):
+    for data in ({"usage": dict(usage)}, {"response": {"usage": dict(usage)}}):
+        assert count_pruned_in(data, 4)
+        assert data.get("response", data)["usage"] == counted
+        assert not count_pruned_in(data, None)
+    assert not count_pruned_in({"choices": []}, 4)
+
+
+def test_usage_in_vllms_objects():
+    from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+    answer = SimpleNamespace(usage=UsageInfo(prompt_tokens=5, completion_tokens=2, total_tokens=7))
+    count_pruned(answer, None)
+    assert answer.usage.completion_tokens == 2
+    count_pruned(answer, 4)
+    told = answer.usage.model_dump()
+    assert (told["completion_tokens"], told["total_tokens"]) == (6, 11)
+    assert told["completion_tokens_details"] == {"reasoning_tokens": 0, PRUNED: 4}
 
 
 @pytest.mark.parametrize(("abstained", "header"), [(None, None), (False, b"false"), (True, b"true")])

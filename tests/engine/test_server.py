@@ -227,7 +227,17 @@ def test_answers_that_fork_and_clients_that_leave(client, url):
     forked = {**ask, "extra_body": {"vllm_xargs": FORKS}}
     whole = client.completions.create(**forked)
     [choice] = whole.choices
-    assert choice.text == "".join(chunk.choices[0].text for chunk in client.completions.create(**forked, stream=True))
+    *chunks, last = client.completions.create(**forked, stream=True, stream_options={"include_usage": True})
+    assert choice.text == "".join(chunk.choices[0].text for chunk in chunks)
+    # The branches are told, and all their tokens counted.
+    told = trace_of(choice).forks
+    assert len(told) > 1
+    assert [branch.position + branch.tokens for branch in told if branch.chosen] == [60]
+    assert trace_of(chunks[-1].choices[0]).forks == told
+    for usage in (whole.usage, last.usage):
+        assert usage.completion_tokens == sum(branch.tokens for branch in told)
+        assert usage.completion_tokens_details.entropix_pruned_tokens == usage.completion_tokens - 60
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     # All at once, beside others.
     plain = {**ask, "extra_body": {"vllm_xargs": {"entropix_clarification": "off"}}}
     alone = client.completions.create(**plain).choices[0].text

@@ -16,6 +16,7 @@ from uuid import uuid4
 from fastapi.responses import JSONResponse
 
 from vllm_entropix.engine.collected import Collected, Part
+from vllm_entropix.engine.usage import count_pruned, count_pruned_in
 
 FIELD = "entropix"
 # Tells a router that reads no body whether any choice abstains, where the request says when.
@@ -40,6 +41,7 @@ async def with_traces(answer: Any, collected: Collected, of_server: bool) -> Any
         return answer
     for target, part in _places(answer, getattr(answer, "choices", None), lambda choice: choice.index, collected):
         setattr(target, FIELD, await asyncio.to_thread(part.values))
+    count_pruned(answer, collected.pruned)
     return answer
 
 
@@ -54,6 +56,8 @@ def chunk_with_traces(chunk: Any, collected: Collected) -> Any:
         part = _of_event(chunk.type, collected)
         if part is not None:
             setattr(chunk, FIELD, part.values())
+        if chunk.type in _LAST:
+            count_pruned(getattr(chunk, "response", chunk), collected.pruned)
         return chunk
     name, _, body = chunk.partition(_DATA)
     if not body.startswith("{"):
@@ -70,6 +74,8 @@ def chunk_with_traces(chunk: Any, collected: Collected) -> Any:
         if part is not None:
             data[FIELD] = part.values()
             found = True
+    if "choices" in data or data.get("type") in _LAST:
+        found = count_pruned_in(data, collected.pruned) or found
     return f"{name}{_DATA}{json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n" if found else chunk
 
 
@@ -92,6 +98,7 @@ def wrap_json_response(original: Callable[..., Any]) -> Callable[..., Any]:
         for target, part in _places(content, content.get("choices"), lambda choice: choice["index"], collected):
             target[FIELD] = mark = uuid4().hex
             parts[mark] = part
+        count_pruned_in(content, collected.pruned)
         plain = original(content, *args, **kwargs)
         if collected.abstains is not None:
             plain.headers[HEADER] = "true" if collected.abstains else "false"

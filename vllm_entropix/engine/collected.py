@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_entropix.records.branches import ForkTree
 from vllm_entropix.records.choice import choice_json, choice_values
 from vllm_entropix.records.schema import Bound
 from vllm_entropix.records.scores import AnswerScores
@@ -23,6 +24,7 @@ class Part:
         bound: the setting that left those out.
         scores: of the whole answer, as JSON values; None: they are told elsewhere, or weren't asked for.
         sampler: that drew the tokens, as a request names it.
+        forks: the whole answer's branches, as JSON values; None: they are told elsewhere, or it couldn't fork.
     """
 
     token_ids: list[int]
@@ -30,14 +32,15 @@ class Part:
     bound: Bound | None
     scores: dict[str, Any] | None = None
     sampler: str | None = None
+    forks: list[dict[str, Any]] | None = None
 
     def values(self) -> dict[str, Any]:
         """As JSON values."""
-        return choice_values(self.token_ids, self.trace, self.bound, self.scores, self.sampler)
+        return choice_values(self.token_ids, self.trace, self.bound, self.scores, self.sampler, self.forks)
 
     def json(self) -> Iterator[bytes]:
         """As JSON, some at a time; other threads run in between."""
-        return choice_json(self.token_ids, self.trace, self.bound, self.scores, self.sampler)
+        return choice_json(self.token_ids, self.trace, self.bound, self.scores, self.sampler, self.forks)
 
 
 @dataclass
@@ -49,6 +52,12 @@ class _Choice:
     not_kept: int = 0
     bound: Bound | None = None
     scores: dict[str, Any] | None = None
+    tree: ForkTree | None = None
+
+    @property
+    def forks(self) -> list[dict[str, Any]] | None:
+        """Its branches as JSON values."""
+        return None if self.tree is None else [branch.model_dump(mode="json") for branch in self.tree.branches]
 
 
 class Collected:
@@ -58,14 +67,16 @@ class Collected:
         choices: that each call of the engine gives: the request's ``n``.
         bound: records that the response may hold, all choices together.
         sampler: that draws the request's tokens, as a request names it.
+        traces: are records told? Those that the server traces by itself aren't, unless the request asks for them.
     """
 
-    def __init__(self, choices: int, bound: int, sampler: str | None = None) -> None:
+    def __init__(self, choices: int, bound: int, sampler: str | None = None, traces: bool = True) -> None:
         self._choices: dict[int, _Choice] = {}
         self._per_call = choices
         self._calls = 0
         self._left = bound
         self._sampler = sampler
+        self._traces = traces
 
     def noting(self, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
         """The outputs of a call of the engine as they are, noted on their way; calls come in the order of the prompts."""
@@ -81,15 +92,18 @@ class Collected:
                 yield output
 
     def _add(self, number: int, completion: Any) -> None:
-        trace: TokenTrace | None = getattr(completion, "entropix_trace", None)
+        trace: TokenTrace | None = getattr(completion, "entropix_trace", None) if self._traces else None
         scores: AnswerScores | None = getattr(completion, "entropix_scores", None)
-        if trace is None and scores is None:
+        tree: ForkTree | None = getattr(completion, "entropix_forks", None)
+        if trace is None and scores is None and tree is None:
             return
         choice = self._choices.get(number)
         if choice is None:
             choice = self._choices[number] = _Choice(TokenTrace() if trace is None else _none_of(trace))
         if scores is not None:
             choice.scores = scores.model_dump(mode="json")
+        if tree is not None:
+            choice.tree = tree
         if trace is None:
             return
         # The last tokens have no record where the server's cap is reached.
@@ -102,12 +116,18 @@ class Collected:
         asked = [choice.scores["abstained"] for choice in self._choices.values() if choice.scores is not None]
         return None if None in asked or not asked else any(asked)
 
+    @property
+    def pruned(self) -> int | None:
+        """Tokens that were generated beside the answers; None: no answer has told its branches."""
+        trees = [choice.tree for choice in self._choices.values() if choice.tree is not None]
+        return sum(tree.pruned for tree in trees) if trees else None
+
     def take(self, number: int, ended: bool = True) -> Part | None:
-        """What hasn't been told of a choice, as far as the bound goes; None if nothing of it was traced or scored.
+        """What hasn't been told of a choice, as far as the bound goes; None if nothing of it is told.
 
         Args:
             number: of the choice.
-            ended: may its scores be told? In a stream they come with the answer's end.
+            ended: may its scores and its branches be told? In a stream they come with the answer's end.
         """
         choice = self._choices.get(number)
         if choice is None:
@@ -124,12 +144,13 @@ class Collected:
             choice.bound = "trace.max_tokens"
         trace = waiting[:told]
         trace.not_kept = choice.not_kept
-        return Part(token_ids[:told], trace, choice.bound, choice.scores if ended else None, self._sampler)
+        scores, forks = (choice.scores, choice.forks) if ended else (None, None)
+        return Part(token_ids[:told], trace, choice.bound, scores, self._sampler, forks)
 
     def take_all(self, ended: bool = True) -> Part | None:
         """The same of all choices, one after the other, for a response that has none: each is a turn of a conversation.
 
-        The scores are the last turn's, which is the answer.
+        The scores and the branches are the last turn's, which is the answer.
         """
         parts = [part for number in sorted(self._choices) if (part := self.take(number, ended)) is not None]
         if not parts:
@@ -139,7 +160,7 @@ class Collected:
             trace.join(part.trace)
         bounds = [part.bound for part in parts if part.bound is not None]
         token_ids = [token for part in parts for token in part.token_ids]
-        return Part(token_ids, trace, bounds[-1] if bounds else None, parts[-1].scores, self._sampler)
+        return Part(token_ids, trace, bounds[-1] if bounds else None, parts[-1].scores, self._sampler, parts[-1].forks)
 
 
 def _none_of(trace: TokenTrace) -> TokenTrace:

@@ -28,6 +28,7 @@ from vllm_entropix.samplers.registry import (
 )
 from vllm_entropix.samplers.request import PREFIX, RequestSettings
 from vllm_entropix.settings.errors import ConfigError
+from vllm_entropix.settings.server import Forks
 
 # The request that is being handled, for what the engine is asked meanwhile.
 _COLLECTING: ContextVar[Collected | None] = ContextVar("entropix_collecting", default=None)
@@ -60,13 +61,13 @@ def wrap_handler(original: Callable[..., Any], endpoint: Endpoint) -> Callable[.
         resolved = _resolved(self)
         try:
             body = _with_settings_of_chain(request, await _body(request, raw_request), endpoint, resolved)
-            sampler = _sampler_told_of(request, body, endpoint, resolved)
+            told = _told(request, body, endpoint, resolved)
         except ConfigError as error:
             return await _refuse(self, error, request, raw_request)
-        if sampler is None:
+        if told is None:
             return await original(self, *args, **kwargs)
         assert resolved is not None
-        collected = Collected(getattr(request, "n", None) or 1, resolved["config"]["trace"]["response_tokens"], sampler)
+        collected = Collected(getattr(request, "n", None) or 1, resolved["config"]["trace"]["response_tokens"], *told)
         with _collecting(collected):
             answer = await original(self, *args, **kwargs)
         if isinstance(answer, AsyncGenerator):
@@ -158,8 +159,11 @@ def _with_settings_of_chain(
     return {**{name: value for name, value in body.items() if name not in top}, place: moved}
 
 
-def _sampler_told_of(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: Any) -> str | None:
-    """The sampler of a request that asks for its trace, or for scores; None if it asks for neither.
+def _told(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: Any) -> tuple[str, bool] | None:
+    """Whether a request's answer tells more than vLLM's own, be it the trace, scores or branches.
+
+    Returns:
+        The sampler that draws its tokens, and whether their records are told, too; None: it tells no more.
 
     Raises:
         ConfigError: it has a setting that is wrong, or that nobody would read.
@@ -174,7 +178,9 @@ def _sampler_told_of(request: Any, body: Mapping[str, Any], endpoint: Endpoint, 
     given = _table(body, endpoint.place)
     ours = [name for name in given if is_ours(name) or (resolved is not None and name in names_for_samplers())]
     if not ours:
-        return None
+        settings = RequestSettings()
+        forks = _tells_branches(settings, request, endpoint, resolved)
+        return (name_of_sampler(settings, resolved["config"]), False) if forks else None
     read = _table(request, endpoint.place)
     lost = next((name for name in ours if name not in read), None)
     if lost is not None:  # the body was of another kind than the request that was made of it
@@ -194,7 +200,23 @@ def _sampler_told_of(request: Any, body: Mapping[str, Any], endpoint: Endpoint, 
         raise ConfigError(f"{asked} can't be had on this endpoint, whose answers have no place for it; leave it out")
     if asked is not None and getattr(request, "background", False):
         raise ConfigError(f"{asked} can't be had with background, since nobody waits for the answer; leave one of them out")
-    return None if asked is None else name_of_sampler(settings, resolved["config"])
+    if asked is None and not _tells_branches(settings, request, endpoint, resolved):
+        return None
+    return name_of_sampler(settings, resolved["config"]), asked is not None
+
+
+def _tells_branches(settings: RequestSettings, request: Any, endpoint: Endpoint, resolved: Mapping[str, Any] | None) -> bool:
+    """Does an answer tell its branches? None is refused for want of a place for them: the answer is what was asked for.
+
+    Args:
+        settings: of the request.
+        request: vLLM's.
+        endpoint: that it came to.
+        resolved: our settings in the engine's configuration; None: it doesn't run entropix.
+    """
+    if resolved is None or not endpoint.carries_traces or getattr(request, "background", False):
+        return False
+    return settings.forks_of(Forks.model_validate(resolved["config"]["forks"])).branches > 1
 
 
 def _table(source: Any, place: str | None) -> Mapping[str, Any]:

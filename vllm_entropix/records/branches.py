@@ -11,7 +11,7 @@ class Branch(BaseModel):
     Its tokens are its parent's up to ``position``, then ``token`` and what was drawn after it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", json_schema_serialization_defaults_required=True)
 
     id: int = Field(ge=0, description="Number of the branch; 0 is the one that the request began.")
     parent: int | None = Field(None, description="Branch that it parted from; null: none.")
@@ -34,6 +34,16 @@ class ForkTree(BaseModel):
     def generated(self) -> int:
         """Tokens of all branches together."""
         return sum(branch.tokens for branch in self.branches)
+
+    @property
+    def answered(self) -> int:
+        """Tokens of the answer; 0 if no branch is."""
+        return 0 if self.chosen is None else self.chosen.position + self.chosen.tokens
+
+    @property
+    def pruned(self) -> int:
+        """Tokens that were generated beside the answer."""
+        return self.generated - self.answered
 
     @property
     def chosen(self) -> Branch | None:

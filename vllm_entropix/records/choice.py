@@ -11,6 +11,9 @@ from vllm_entropix.records.encoding import entries_json, entry_values
 from vllm_entropix.records.fields import VERSION
 from vllm_entropix.records.trace import TokenTrace
 
+# An answer's branches as JSON values, as :class:`~.branches.Branch` describes them.
+Forks = Sequence[Mapping[str, Any]]
+
 
 def choice_values(
     token_ids: Sequence[int],
@@ -18,6 +21,7 @@ def choice_values(
     bound: str | None = None,
     scores: Mapping[str, Any] | None = None,
     sampler: str | None = None,
+    forks: Forks | None = None,
 ) -> dict[str, Any]:
     """What :class:`~.schema.ChoiceTrace` describes, as JSON values.
 
@@ -27,6 +31,7 @@ def choice_values(
         bound: the setting that left tokens out.
         scores: of the answer, as JSON values.
         sampler: that drew the tokens.
+        forks: the branches of the answer; None if it can't have forked.
     """
     tokens = entry_values(token_ids[: len(trace)], trace.values())
     return {
@@ -36,6 +41,7 @@ def choice_values(
         "not_kept": trace.not_kept,
         "bound": bound,
         "scores": scores,
+        "forks": forks,
     }
 
 
@@ -45,6 +51,7 @@ def choice_json(
     bound: str | None = None,
     scores: Mapping[str, Any] | None = None,
     sampler: str | None = None,
+    forks: Forks | None = None,
 ) -> Iterator[bytes]:
     """The same as parts of JSON; other threads run in between.
 
@@ -54,7 +61,9 @@ def choice_json(
         bound: see :func:`choice_values`.
         scores: see :func:`choice_values`.
         sampler: see :func:`choice_values`.
+        forks: see :func:`choice_values`.
     """
     yield b'{"version":%d,"sampler":%b,"tokens":[' % (VERSION, to_json(sampler))
     yield from entries_json(token_ids[: len(trace)], trace.values())
-    yield b'],"not_kept":%d,"bound":%b,"scores":%b}' % (trace.not_kept, to_json(bound), to_json(scores))
+    told = trace.not_kept, to_json(bound), to_json(scores), to_json(forks)
+    yield b'],"not_kept":%d,"bound":%b,"scores":%b,"forks":%b}' % told

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from vllm_entropix.records import fields
+from vllm_entropix.records.branches import Branch
 from vllm_entropix.records.fields import ALTERNATIVES, MAX_FLOAT32, VERSION
 from vllm_entropix.records.scores import AnswerScores
 from vllm_entropix.records.trace import TokenRecord, TokenTrace
@@ -59,6 +60,9 @@ class ChoiceTrace(BaseModel):
     bound: Bound | None = Field(None, description="Setting of the server that left tokens without an entry.")
     scores: AnswerScores | None = Field(
         None, description="Scores of the whole answer, in a stream with its end; null: they weren't asked for."
+    )
+    forks: list[Branch] | None = Field(
+        None, description="The answer's branches, in a stream with its end, the first one first; null: it couldn't fork."
     )
 
     @classmethod

@@ -173,6 +173,73 @@ def test_a_horizon_prunes_and_a_trace_is_of_the_answer(llm, branches):
     assert_nothing_left(llm)
 
 
+def streamed(llm, settings):
+    """What the engine hands out of a request, step by step."""
+    running = llm.llm_engine
+    running.add_request("7", prompt_of(ids(llm)), settings)
+    found = []
+    while running.has_unfinished_requests():
+        found += running.step()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["DELTA", "CUMULATIVE"])
+def test_a_stream_sends_what_is_decided_and_goes_on_within_a_horizon(llm, branches, kind):
+    from vllm.sampling_params import RequestOutputKind
+
+    asked = {**FORKS, "entropix_fork_horizon": 3, "entropix_trace": "on"}
+    [whole] = generate(llm, [PROMPT], [params(max_tokens=60, extra_args=asked)])
+    told = streamed(llm, params(max_tokens=60, extra_args=asked, output_kind=RequestOutputKind[kind]))
+    *parts, last = [output.outputs[0] for output in told]
+    assert [output.finished for output in told] == [False] * len(parts) + [True]
+    assert len(parts) > 5
+    assert len({len(tree) for _, tree in branches}) == 1  # the same branches
+    expected, trace = whole.outputs[0], traces(whole)[0]
+    assert last.entropix_forks == expected.entropix_forks
+    assert all(getattr(part, "entropix_forks", None) is None for part in parts)
+    if kind == "DELTA":
+        assert "".join(part.text for part in (*parts, last)) == expected.text
+        assert [token for part in (*parts, last) for token in part.token_ids] == list(expected.token_ids)
+        records = [record for part in (*parts, last) for record in part.entropix_trace]
+    else:
+        assert all(expected.text.startswith(part.text) for part in parts)
+        assert (last.text, list(last.token_ids)) == (expected.text, list(expected.token_ids))
+        records = list(last.entropix_trace)
+    assert records == list(trace)
+    for name in ("finish_reason", "stop_reason"):
+        assert getattr(last, name) == getattr(expected, name)
+    assert told[-1].num_cached_tokens == told[0].num_cached_tokens
+    assert_nothing_left(llm)
+
+
+def test_a_stream_keeps_a_stop_string_back(llm):
+    from vllm.sampling_params import RequestOutputKind
+
+    asked = {**FORKS, "entropix_fork_horizon": 3}
+    [whole] = generate(llm, [PROMPT], [params(max_tokens=60, extra_args=asked)])
+    stop = whole.outputs[0].text[-12:-6]
+    settings = {"max_tokens": 60, "extra_args": asked, "stop": [stop]}
+    [expected] = generate(llm, [PROMPT], [params(**settings)])
+    told = streamed(llm, params(**settings, output_kind=RequestOutputKind.DELTA))
+    assert "".join(output.outputs[0].text for output in told) == expected.outputs[0].text
+    assert stop not in expected.outputs[0].text
+    assert told[-1].outputs[0].stop_reason == expected.outputs[0].stop_reason == stop
+
+
+def test_without_a_horizon_a_stream_waits_at_the_first_fork(llm):
+    from vllm.sampling_params import RequestOutputKind
+
+    [plain] = generate(llm, [PROMPT], [params(extra_args={"entropix_trace": "on"})])
+    uncertain = max(record.entropy for record in traces(plain)[0][:3]) + 0.01  # none of these forks
+    asked = {**FORKS, "entropix_fork_entropy": uncertain}
+    told = streamed(llm, params(extra_args=asked, output_kind=RequestOutputKind.DELTA))
+    last = told[-1].outputs[0]
+    first = min(branch.position for branch in last.entropix_forks.branches[1:])
+    assert first >= 3
+    assert sum(len(output.outputs[0].token_ids) for output in told[:-1]) == first
+    assert len(last.token_ids) == 24 - first
+
+
 def test_a_chooser_that_fails_harms_nobody(llm, monkeypatch):
     monkeypatch.setitem(choice.BUILT_IN, "broken", lambda contenders: 1 / 0)
     asked = {**FORKS, "entropix_fork_select": "broken", "entropix_fork_horizon": 4}
@@ -222,7 +289,7 @@ def test_an_abort_ends_all_branches(llm):
     for by_name in (True, False):
         internal = running.add_request("7", prompt_of(ids(llm)), params(max_tokens=200))
         while len(scheduler_of(llm).requests) < 3:
-            assert running.step() == []
+            assert not any(output.finished for output in running.step())
         running.abort_request(["7" if by_name else internal], internal=not by_name)
         assert not running.has_unfinished_requests()
         assert_nothing_left(llm)

@@ -181,6 +181,20 @@ def test_branches_of_an_earlier_fork_have_no_part_in_a_later_one():
     assert tree.settle() == [2]
 
 
+def test_what_all_branches_have_is_decided():
+    tree, _ = scripted({0: 1.0, 1: 2.0}, horizon=2)
+    go_on(tree, 0, [3, 3])
+    assert tree.decided() == (0, 2)
+    [birth] = tree.feed(0, [4], [record_after([3, 3])], ended=False)
+    assert tree.decided() == tree.decided(since=2) == (0, 2)
+    go_on(tree, 0, [1, 1])
+    go_on(tree, 1, [2, 2])
+    assert tree.decided(since=2) == (0, 2)
+    tree.settle()
+    assert tree.decided(since=2) == (1, 5)
+    assert tree.branches[1].token_ids == [3, 3, birth.token, 2, 2]
+
+
 def test_a_branch_that_the_engine_gives_up_competes_no_more():
     tree, asked = scripted({0: 9.0, 1: 1.0})
     tree.feed(0, [4], [record_after([])], ended=False)

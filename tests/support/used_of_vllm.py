@@ -37,6 +37,7 @@ HOLDERS = {
     "engine/patches.py": ("self", "vllm_config"),
     "engine/carrier.py": ("output", "result"),
     "engine/clarification.py": ("vllm_config",),
+    "engine/decided.py": ("processor", "branch", "completion", "_state", "state"),
     "engine/finalise.py": ("vllm_config", "parallel", "scheduler"),
     "engine/forkable.py": ("vllm_config", "params", "model", "parallel"),
     "engine/forks.py": ("request", "params", "root", "state", "parent", "output", "completion", "result"),

@@ -26,6 +26,16 @@ FUNCTIONS: Functions = {
         "Scheduler.update_from_output": ("self", "scheduler_output", "model_runner_output"),
     },
     "vllm.v1.engine.output_processor": {
+        "RequestState.from_new_request": (
+            "tokenizer",
+            "request",
+            "prompt",
+            "parent_req",
+            "request_index",
+            "queue",
+            "log_stats",
+            "stream_interval",
+        ),
         "RequestState.make_request_output": ("self", "new_token_ids", "finish_reason", "stop_reason", "kv_transfer_params"),
         "OutputProcessor.add_request": ("self", "request", "prompt", "parent_req", "request_index", "queue"),
         "OutputProcessor.process_outputs": ("self", "engine_core_outputs"),
@@ -137,6 +147,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine": ("FinishReason",),
     "vllm.v1.engine.async_llm": ("AsyncLLM",),
     "vllm.v1.engine.llm_engine": ("LLMEngine",),
+    "vllm.v1.engine.output_processor": ("RequestState",),
     "vllm.v1.worker.gpu.buffer_utils": ("UvaBackedTensor", "UvaBuffer"),
     "vllm.v1.worker.gpu.sample.logits_processor": ("LogitsContext", "LogitsProcessor"),
 }
@@ -235,7 +246,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "EngineCoreClient": ("add_request", "add_request_async"),
     },
     "vllm.outputs": {
-        "CompletionOutput": ("finish_reason", "index", "token_ids"),
+        "CompletionOutput": ("finish_reason", "index", "stop_reason", "token_ids"),
         "RequestOutput": ("finished", "num_cached_tokens", "outputs"),
     },
     "vllm.sampling_params": {
@@ -284,14 +295,15 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "FinishReason": ("ERROR", "LENGTH", "STOP"),
     },
     "vllm.v1.engine.detokenizer": {
-        "IncrementalDetokenizer": ("output_token_ids", "update"),
+        "IncrementalDetokenizer": ("num_output_tokens", "output_token_ids", "update"),
+        "BaseIncrementalDetokenizer": ("stop",),
         "FastIncrementalDetokenizer": ("tokenizer",),
     },
     "vllm.v1.engine.input_processor": {
         "InputProcessor": ("vllm_config",),
     },
     "vllm.v1.engine.output_processor": {
-        "OutputProcessor": ("_finish_request", "request_states", "tokenizer"),
+        "OutputProcessor": ("_finish_request", "request_states", "stream_interval", "tokenizer"),
         "OutputProcessorOutput": ("reqs_to_abort", "request_outputs"),
         "RequestOutputCollector": ("put",),
         "RequestState": (
@@ -303,6 +315,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "prompt",
             "prompt_token_ids",
             "request_index",
+            "stats",
         ),
     },
     "vllm.v1.executor.ray_executor_v2": {

@@ -24,6 +24,7 @@ from vllm.v1.engine import FinishReason
 
 from vllm_entropix.engine import frontend
 from vllm_entropix.engine.admission import RequestSettingsError
+from vllm_entropix.engine.decided import DecidedStream
 from vllm_entropix.engine.forkable import BRANCH, how_to_fork
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.forks.choice import Contender, chooser, scores_of
@@ -206,10 +207,15 @@ class _Answer:
             lambda number: str(getattr(self.sequences[number].state.detokenizer, "output_text", "")),
         )
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stream: DecidedStream | None = None
 
     def begin(self) -> None:
         """Take note of the first branch; its records are wanted, and its output when it has ended."""
         params = self.request.sampling_params
+        if params.output_kind != RequestOutputKind.FINAL_ONLY:
+            request = copy(self.request)
+            request.sampling_params = params.clone()
+            self._stream = DecidedStream(self.processor, request, self.prompt, self.traced)
         params.extra_args = {**(params.extra_args or {}), _TRACE: "on"}
         params.output_kind = RequestOutputKind.FINAL_ONLY
         self._add(self.request).seed = params.seed
@@ -242,10 +248,16 @@ class _Answer:
         losers = [self.sequences[number].request_id for number in self.tree.settle()]
         result.reqs_to_abort.extend(self.processor.drop_branches(losers))
         chosen = self.tree.choose()
-        if chosen is None:
+        if chosen is not None:
+            output = self._output(self.sequences[chosen], chosen)
+            self._close()
+        elif self._stream is not None:
+            number, decided = self.tree.decided(self._stream.told)
+            output = self._stream.go_on(self.sequences[number].state, decided, self._cached)
+        else:
+            output = None
+        if output is None:
             return
-        output = self._output(self.sequences[chosen], chosen)
-        self._close()
         if self.queue is None:
             result.request_outputs.append(output)
         else:
@@ -262,15 +274,22 @@ class _Answer:
         self.processor.forget_branches([one.request_id for one in self.sequences])
 
     def _output(self, sequence: _Sequence, chosen: int) -> Any:
-        """A branch's output as the request's."""
+        """A branch's output as the request's; of one that is streamed, the last."""
         output, state = sequence.output, sequence.state
-        # What the root found in the cache; the others found the root's blocks.
-        output.num_cached_tokens = self.sequences[0].state.num_cached_tokens
+        output.num_cached_tokens = self._cached
         [completion] = output.outputs
+        if self._stream is not None:
+            output = self._stream.end(state, completion, self._cached)
+            [completion] = output.outputs
         if self.traced:
             frontend.write_finished(state, str(completion.finish_reason))
         frontend.tell_forks(completion, self.tree.described(chosen), self.traced)
         return output
+
+    @property
+    def _cached(self) -> int:
+        """Tokens of the prompt that the root found in the cache; the others found the root's blocks."""
+        return int(self.sequences[0].state.num_cached_tokens)
 
     def _begin_branch(self, birth: Birth) -> None:
         root = self.request.sampling_params

@@ -149,15 +149,16 @@ def merge_traces(output: Any, following: Any, merge: Callable[[], Any]) -> Any:
     after = {completion.index: completion for completion in output.outputs}
     for completion in following.outputs:
         trace, same = getattr(completion, "entropix_trace", None), before.get(completion.index)
-        scores = getattr(completion, "entropix_scores", None)
+        of_answer = {name: getattr(completion, name, None) for name in ("entropix_scores", "entropix_forks")}
         # Otherwise it was taken over as it is: a first of its index, or one that holds all tokens so far.
         if same is None or same is not after[completion.index]:
             continue
         if trace is not None:
             same.entropix_trace.join(trace)
-        if scores is not None:
-            same.__class__ = TracedCompletion
-            same.entropix_scores = scores
+        for name, value in of_answer.items():
+            if value is not None:
+                same.__class__ = TracedCompletion
+                setattr(same, name, value)
     return result
 
 

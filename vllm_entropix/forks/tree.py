@@ -165,7 +165,7 @@ class Tree:
         """The engine gave a branch up: it competes no more, unless it is all that there is."""
         branch = self.branches[number]
         branch.finished = True
-        if len(self._kept()) > 1:
+        if branch.pruned_at is None and len(self._kept()) > 1:
             self._prune([branch])
 
     def _fork(self, branch: Branch, token: int, record: TokenRecord | None) -> list[Birth]:
@@ -225,6 +225,15 @@ class Tree:
         kept = self._kept()
         return (kept[0] if len(kept) == 1 else self._best(kept, _shared(kept), None)).id
 
+    def decided(self, since: int = 0) -> tuple[int, int]:
+        """(number of a branch, how many of its first tokens are the answer's, however it goes on).
+
+        Args:
+            since: tokens that are known to be decided.
+        """
+        kept = self._kept()
+        return kept[0].id, len(kept[0].token_ids) if len(kept) == 1 else _shared(kept, since)
+
     def _kept(self) -> list[Branch]:
         return [branch for branch in self.branches if branch.pruned_at is None]
 
@@ -274,10 +283,10 @@ class Tree:
             )
 
 
-def _shared(branches: Sequence[Branch]) -> int:
-    """Number of tokens that all of them begin with."""
-    count = 0
-    for tokens in zip(*(branch.token_ids for branch in branches), strict=False):
+def _shared(branches: Sequence[Branch], known: int = 0) -> int:
+    """Number of tokens that all of them begin with; of the first ``known`` it is known."""
+    count = known
+    for tokens in zip(*(branch.token_ids[known:] for branch in branches), strict=False):
         if len(set(tokens)) > 1:
             break
         count += 1

@@ -225,19 +225,28 @@ FORKS = {"entropix_forks": 4, "entropix_fork_entropy": 0.3, "entropix_clarificat
 def test_answers_that_fork_and_clients_that_leave(client, url):
     ask = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 60, "seed": 5}
     forked = {**ask, "extra_body": {"vllm_xargs": FORKS}}
+    before = metrics(url)
     whole = client.completions.create(**forked)
     [choice] = whole.choices
     *chunks, last = client.completions.create(**forked, stream=True, stream_options={"include_usage": True})
     assert choice.text == "".join(chunk.choices[0].text for chunk in chunks)
     # The branches are told, and all their tokens counted.
-    told = trace_of(choice).forks
-    assert len(told) > 1
-    assert [branch.position + branch.tokens for branch in told if branch.chosen] == [60]
-    assert trace_of(chunks[-1].choices[0]).forks == told
-    for usage in (whole.usage, last.usage):
+    trees = [trace_of(choice).forks, trace_of(chunks[-1].choices[0]).forks]
+    pruned = 0
+    for told, usage in zip(trees, (whole.usage, last.usage), strict=True):
+        assert len(told) > 1
+        assert [branch.position + branch.tokens for branch in told if branch.chosen] == [60]
         assert usage.completion_tokens == sum(branch.tokens for branch in told)
         assert usage.completion_tokens_details.entropix_pruned_tokens == usage.completion_tokens - 60
         assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        pruned += usage.completion_tokens - 60
+    after = metrics(url)
+    grown = {name: after[name] - before.get(name, 0) for name in after if name[0].startswith("entropix_fork")}
+    forks = [len({(branch.parent, branch.position) for branch in told[1:]}) for told in trees]
+    assert grown[("entropix_forks_total",)] == sum(forks)
+    assert grown[("entropix_fork_tokens_total", "committed")] == 2 * 60
+    assert grown[("entropix_fork_tokens_total", "pruned")] == pruned
+    assert after[("entropix_branches_live",)] == 0
     # All at once, beside others.
     plain = {**ask, "extra_body": {"vllm_xargs": {"entropix_clarification": "off"}}}
     alone = client.completions.create(**plain).choices[0].text

@@ -64,6 +64,21 @@ def test_records_that_are_no_records_cost_their_own_count(counting, monkeypatch)
     assert sum(given) == 5
 
 
+def test_forks_are_counted():
+    def numbers():
+        series = [("entropix_forks_total", {}), ("entropix_branches_live", {})]
+        series += [("entropix_fork_tokens_total", {"kind": kind}) for kind in ("committed", "pruned")]
+        return [REGISTRY.get_sample_value(*one) or 0 for one in series]
+
+    before = numbers()
+    prometheus.count_fork()
+    prometheus.count_live_branches(3)
+    prometheus.count_live_branches(-1)
+    prometheus.count_forked_answer(committed=7, pruned=4)
+    assert [after - number for after, number in zip(numbers(), before, strict=True)] == [1, 2, 7, 4]
+    prometheus.count_live_branches(-2)
+
+
 def test_scores_are_counted_where_they_are_known():
     def number(name):
         return REGISTRY.get_sample_value(name) or 0

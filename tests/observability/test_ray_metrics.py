@@ -18,7 +18,7 @@ class Counters:
         self.values = defaultdict(float)
         self.down = False
 
-    def __call__(self, name, description, tag_keys):
+    def __call__(self, kind, name, description, tag_keys):
         counters = self
 
         class Counter:
@@ -28,7 +28,14 @@ class Counters:
                 assert value > 0
                 assert tuple(tags) == tag_keys
                 assert "".join(tags.values()).isascii()
+                assert kind in ("counter", "histogram")
                 counters.values[name, tags.get("regime"), tags.get("le"), tags["ReplicaId"]] += value
+
+            def set(self, value, tags):
+                if counters.down:
+                    raise RuntimeError("the agent is gone")
+                assert kind == "gauge"
+                counters.values[name, None, None, tags["ReplicaId"]] = value
 
         assert description
         assert description.isascii()
@@ -84,11 +91,19 @@ def test_a_label_that_is_no_ascii_stops_no_other(exporter, counters):
     assert counters.values["entropix_tokens", "HEHV", None, "r1"] == 1
 
 
-def test_ours_alone_and_nothing_that_can_fall(exporter):
-    names = {name for (name, _), _, _ in ray_metrics._numbers()}
+def test_ours_alone_and_what_can_fall_is_a_gauge(exporter):
+    names = {name for (name, _), *_ in ray_metrics._numbers()}
     assert all(name.startswith("entropix_") and not name.endswith(("_created", "_total")) for name in names)
     kinds = {metric.type for metric in REGISTRY.collect() if metric.name.startswith("entropix_")}
-    assert kinds == {"counter", "histogram"}
+    assert kinds == {"counter", "gauge", "histogram"}
+
+
+def test_a_gauge_rises_and_falls(exporter, counters):
+    series = "entropix_branches_live", None, None, "r1"
+    for more, live in ((3, 3), (-2, 1), (-1, 0)):
+        prometheus.count_live_branches(more)
+        exporter.export()
+        assert counters.values[series] == live
 
 
 def test_what_ray_did_not_take_is_given_later(counters, monkeypatch):

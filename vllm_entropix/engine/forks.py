@@ -29,6 +29,7 @@ from vllm_entropix.engine.forkable import BRANCH, how_to_fork
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.forks.choice import Contender, chooser, scores_of
 from vllm_entropix.forks.tree import Birth, Tree
+from vllm_entropix.observability import prometheus
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.samplers.registry import parse_request
@@ -208,6 +209,8 @@ class _Answer:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._stream: DecidedStream | None = None
+        self._counted: bool = resolved["counted"]
+        self._live = 0  # branches, as they were counted last
 
     def begin(self) -> None:
         """Take note of the first branch; its records are wanted, and its output when it has ended."""
@@ -219,6 +222,12 @@ class _Answer:
         params.extra_args = {**(params.extra_args or {}), _TRACE: "on"}
         params.output_kind = RequestOutputKind.FINAL_ONLY
         self._add(self.request).seed = params.seed
+        self._count_live(len(self.tree.live))
+
+    def _count_live(self, live: int) -> None:
+        if self._counted and live != self._live:
+            prometheus.count_live_branches(live - self._live)
+        self._live = live
 
     def _add(self, request: Any) -> _Sequence:
         sequence = _Sequence(self, len(self.sequences), request.request_id)
@@ -239,6 +248,8 @@ class _Answer:
         ended = sequence.request_id not in self.processor.request_states
         for birth in self.tree.feed(sequence.number, token_ids, records, ended):
             self._begin_branch(birth)
+            if self._counted and birth.rank == 0:
+                prometheus.count_fork()
         sequence.noted += len(token_ids)
         if ended and sequence.output.outputs[0].finish_reason == _FAILED:
             self.tree.fail(sequence.number)
@@ -247,6 +258,7 @@ class _Answer:
         """Give up branches that have lost, and hand the answer out once it is there; ``result``: of vLLM's process_outputs."""
         losers = [self.sequences[number].request_id for number in self.tree.settle()]
         result.reqs_to_abort.extend(self.processor.drop_branches(losers))
+        self._count_live(len(self.tree.live))
         chosen = self.tree.choose()
         if chosen is not None:
             output = self._output(self.sequences[chosen], chosen)
@@ -271,6 +283,7 @@ class _Answer:
         self._close()
 
     def _close(self) -> None:
+        self._count_live(0)
         self.processor.forget_branches([one.request_id for one in self.sequences])
 
     def _output(self, sequence: _Sequence, chosen: int) -> Any:
@@ -283,7 +296,10 @@ class _Answer:
             [completion] = output.outputs
         if self.traced:
             frontend.write_finished(state, str(completion.finish_reason))
-        frontend.tell_forks(completion, self.tree.described(chosen), self.traced)
+        tree = self.tree.described(chosen)
+        if self._counted:
+            prometheus.count_forked_answer(tree.answered, tree.pruned)
+        frontend.tell_forks(completion, tree, self.traced)
         return output
 
     @property

@@ -1,4 +1,4 @@
-"""Counters and histograms on vLLM's own ``/metrics``: tokens by regime, forced tokens, entropies, scores, requests by preset.
+"""Counters and histograms on vLLM's own ``/metrics``: tokens by regime, entropies, scores, forks, requests by preset and more.
 
 They live in the frontend's processes, whose registry vLLM exports (and merges, if there are several API servers). What arrives
 with tokens is gathered and counted a few times a second by a thread of its own, so that no request waits for it.
@@ -24,13 +24,15 @@ from vllm_entropix.records.scores import SCORES
 FLUSH_SECONDS = 0.2
 # Stands for the regime of tokens whose sampler has none.
 NO_REGIME = "none"
+# Tokens that became the answer, and those of branches beside it.
+COMMITTED, PRUNED = "committed", "pruned"
 
 
 class _Metrics:
     """The metrics of this process, made when the first is needed: by then vLLM has chosen its multi-process mode."""
 
     def __init__(self) -> None:
-        from prometheus_client import Counter, Histogram
+        from prometheus_client import Counter, Gauge, Histogram
 
         self.tokens = Counter("entropix_tokens", "Generated tokens by regime.", ["regime"])
         self.forced = Counter("entropix_forced_tokens", "Tokens forced as part of a clarification.")
@@ -44,10 +46,20 @@ class _Metrics:
         self.lines_dropped = Counter("entropix_trace_lines_dropped", "Traced sequences that couldn't be written to disk.")
         self.abstained = Counter("entropix_abstained_answers", "Answers beyond the bound that their request abstains by.")
         self.answers = {score.name: Histogram(score.metric_name, score.described, buckets=score.buckets) for score in SCORES}
+        self.forks = Counter("entropix_forks", "Tokens at which an answer parted into branches.")
+        # Of several API servers each has branches of its own.
+        self.branches = Gauge(
+            "entropix_branches_live", "Branches of answers that fork, which are generated now.", multiprocess_mode="livesum"
+        )
+        self.fork_tokens = Counter(
+            "entropix_fork_tokens", "Tokens of answers that fork: those of the answer, and those beside it.", ["kind"]
+        )
         self._histograms: dict[str, Any] = {}
         # Present from the start, so that rates have a beginning.
         for regime in Regime:
             self.tokens.labels(regime.name)
+        for kind in (COMMITTED, PRUNED):
+            self.fork_tokens.labels(kind)
         for field in all_fields():
             self._histogram(field)
 
@@ -156,6 +168,23 @@ def count_answer(scores: Mapping[str, Any]) -> None:
             histogram.observe(scores[name])
     if scores["abstained"]:
         metrics.abstained.inc()
+
+
+def count_fork() -> None:
+    """Count a token at which an answer parted into branches."""
+    _counting().metrics.forks.inc()
+
+
+def count_live_branches(more: int) -> None:
+    """There are so many more branches that are generated now; fewer if it is negative."""
+    _counting().metrics.branches.inc(more)
+
+
+def count_forked_answer(committed: int, pruned: int) -> None:
+    """Count the tokens of an answer that could fork, and those of its branches beside it."""
+    tokens = _counting().metrics.fork_tokens
+    tokens.labels(COMMITTED).inc(committed)
+    tokens.labels(PRUNED).inc(pruned)
 
 
 def count_trace_lines(written: int = 0, dropped: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Hands our metrics to Ray where an engine's frontend is one of its actors (Ray Serve, Ray Data), which nobody scrapes.
 
 All numbers of Prometheus' counters and histograms only grow, so each becomes a counter of Ray's, which grows by what has come
-since. Ray's own histograms wouldn't do: they make up the sum from the middles of the buckets.
+since. Ray's own histograms wouldn't do: they make up the sum from the middles of the buckets. A gauge becomes one of Ray's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ REPLICA = "ReplicaId"
 # Ray's counters take no increase of 0; this one is lost in whatever follows.
 _NOTHING = sys.float_info.min
 
-# Name of a counter, and its labels.
+# What Prometheus calls a number that can fall, too.
+GAUGE = "gauge"
+# Name of a series, and its labels.
 Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
@@ -35,17 +37,14 @@ class Exporter:
 
     Args:
         replica: id of the replica that this process is, or an empty text.
-        make: makes a counter from its name, description and the names of its labels; Ray's own by default.
+        make: makes a counter or a gauge from its kind, its name, its description and the names of its labels; Ray's own by
+            default.
     """
 
-    def __init__(self, replica: str, make: Callable[[str, str, tuple[str, ...]], Any] | None = None) -> None:
-        if make is None:
-            from ray.util.metrics import Counter
-
-            make = Counter
+    def __init__(self, replica: str, make: Callable[[str, str, str, tuple[str, ...]], Any] | None = None) -> None:
         self._replica = replica
-        self._make = make
-        self._counters: dict[str, Any] = {}
+        self._make = _of_ray if make is None else make
+        self._made: dict[str, Any] = {}
         self._given: dict[Series, float] = {}
 
         self._background = Background("entropix-ray-metrics", self._export_and_again, EXPORT_SECONDS)
@@ -60,21 +59,30 @@ class Exporter:
 
     def export(self) -> None:
         """Export once."""
-        for (name, labels), description, value in _numbers():
+        for (name, labels), kind, description, value in _numbers():
             series = name, labels
             # Series that are there before anything is counted, so that rates have a beginning.
             more = value - self._given[series] if series in self._given else value or _NOTHING
-            if more <= 0:
+            if kind != GAUGE and more <= 0:
                 continue
             tags = {name: _ascii(value) for name, value in (*labels, (REPLICA, self._replica))}
-            if name not in self._counters:
-                self._counters[name] = self._make(name, _ascii(description), tuple(tags))
-            self._counters[name].inc(more, tags=tags)
-            self._given[series] = value
+            if name not in self._made:
+                self._made[name] = self._make(kind, name, _ascii(description), tuple(tags))
+            if kind == GAUGE:
+                self._made[name].set(value, tags=tags)
+            else:
+                self._made[name].inc(more, tags=tags)
+                self._given[series] = value
 
 
-def _numbers() -> Iterator[tuple[Series, str, float]]:
-    """Series, description and value of all that this process counts for entropix."""
+def _of_ray(kind: str, name: str, description: str, tag_keys: tuple[str, ...]) -> Any:
+    from ray.util import metrics
+
+    return (metrics.Gauge if kind == GAUGE else metrics.Counter)(name, description, tag_keys)
+
+
+def _numbers() -> Iterator[tuple[Series, str, str, float]]:
+    """Series, kind, description and value of all that this process counts for entropix."""
     from prometheus_client import REGISTRY
 
     for metric in REGISTRY.collect():
@@ -84,7 +92,7 @@ def _numbers() -> Iterator[tuple[Series, str, float]]:
             if not sample.name.endswith("_created"):
                 # Ray appends _total to every counter.
                 name = sample.name.removesuffix("_total")
-                yield (name, tuple(sample.labels.items())), metric.documentation, sample.value
+                yield (name, tuple(sample.labels.items())), metric.type, metric.documentation, sample.value
 
 
 def _ascii(text: str) -> str:

@@ -89,6 +89,35 @@ def test_a_line_per_traced_sequence(traced):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_line_per_branch_of_an_answer_that_forked(traced):
+    from vllm import SamplingParams
+
+    llm, path = traced
+    written(path)
+    before = len(list(read_traces(path, branches=True)))
+    forks = {"entropix_forks": 3, "entropix_fork_entropy": 0.3, "entropix_fork_horizon": 4}
+    params = SamplingParams(max_tokens=18, ignore_eos=True, seed=3, extra_args={**TRACED, **forks})
+    [output] = generate(llm, ["Once upon a time"], [params])
+    answer = written(path)[-1]
+    lines = list(read_traces(path, branches=True))[before:]
+    tree = output.outputs[0].entropix_forks.branches
+    assert len(tree) > 1
+    assert [line.branch for line in lines] == tree
+    assert {(line.request_id, line.index) for line in lines} == {(output.request_id, 0)}
+    assert [line for line in lines if line.is_answer] == [answer]
+    assert answer.forks == tree
+    assert answer.token_ids == list(output.outputs[0].token_ids)
+    assert answer.finish_reason == "length"
+    for line in lines:
+        branch = line.branch
+        assert len(line.token_ids) == branch.position + branch.tokens
+        assert (line.finish_reason == "pruned") == (branch.pruned_at is not None)
+        assert len(line.records) == len(line.token_ids)
+        if branch.parent is not None:
+            assert line.token_ids[branch.position] == branch.token
+            assert line.token_ids[: branch.position] == lines[branch.parent].token_ids[: branch.position]
+
+
 def nothing_allowed(tokenizer):
     """What a client can ask for that leaves no token a finite logit."""
     token = tokenizer.encode("a", add_special_tokens=False)[0]

@@ -18,6 +18,7 @@ import pytest
 
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability import background, disk
+from vllm_entropix.records.branches import Branch
 from vllm_entropix.records.fields import all_fields, column
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.regimes import REGIMES
@@ -82,6 +83,18 @@ def sequence(tokens=4, name="request", tokenizer=None, kept=None, **changed):
 def names(path):
     """What the lines of a file are of; a half line fails, where a reader would skip it."""
     return [TraceLine.model_validate_json(line).request_id for line in path.read_text().splitlines()]
+
+
+def test_a_line_tells_its_branch():
+    branches = [Branch(id=0, tokens=4, chosen=True), Branch(id=1, parent=0, position=2, token=22, tokens=2, pruned_at=4)]
+    written = [
+        TraceLine.model_validate_json(disk.line_of(sequence(branch=one, forks=branches if one.chosen else None)))
+        for one in branches
+    ]
+    assert [line.branch for line in written] == branches
+    assert [line.forks for line in written] == [branches, None]
+    assert [line.is_answer for line in written] == [True, False]
+    assert TraceLine.model_validate_json(disk.line_of(sequence())).is_answer
 
 
 @pytest.mark.parametrize("unmeasured", [False, True])

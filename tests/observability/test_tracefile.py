@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.traces import line, varied, written
 from vllm_entropix.observability.tracefile import TraceFileError, read_traces
+from vllm_entropix.records.branches import Branch
 from vllm_entropix.records.line import prompt_hash
 
 
@@ -34,6 +35,15 @@ def test_progress_is_told_in_bytes(tmp_path):
     assert len(list(read_traces(path, told.append))) == 2
     assert told == sorted(told)
     assert told[-1] == path.stat().st_size
+
+
+def test_branches_that_arent_the_answer_are_read_on_request(tmp_path):
+    lost, won = line(["a", "b"], name="forked"), line(["a", "c"], name="forked")
+    lost.branch = Branch(id=0, tokens=2, pruned_at=2)
+    won.branch = Branch(id=1, parent=0, position=1, token=102, tokens=1, chosen=True)
+    path = written(tmp_path / "traces.jsonl", line(["x"]), lost, won)
+    assert [one.texts for one in read_traces(path)] == [["x"], ["a", "c"]]
+    assert [one.texts for one in read_traces(path, branches=True)] == [["x"], ["a", "b"], ["a", "c"]]
 
 
 def test_what_is_wrong_is_named_by_file_and_line(tmp_path):

@@ -28,7 +28,7 @@ def test_what_stood_beside_everything_else_is_the_samplers():
             **{name: old.pop(name) for name in ("preset", "fidelity", "thresholds")},
         }
         # What came later than version 1 is null.
-        assert new.pop("scores") is None
+        assert [new.pop(name) for name in ("scores", "branch", "forks")] == [None] * 3
         for entry, before in zip(new["records"], old["records"], strict=True):
             assert {entry.pop(name) for name in entry.keys() - before.keys()} <= {None}
         assert new == {**old, "version": 2}

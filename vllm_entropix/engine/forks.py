@@ -30,6 +30,7 @@ from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.forks.choice import Contender, chooser, scores_of
 from vllm_entropix.forks.tree import Birth, Tree
 from vllm_entropix.observability import prometheus
+from vllm_entropix.records.branches import ForkTree
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.samplers.registry import parse_request
@@ -43,6 +44,8 @@ logger = init_logger("vllm.plugins.entropix")
 _TRACE = f"{PREFIX}_trace"
 # What vLLM says of a sequence that it can't go on with, as when its KV cache couldn't be loaded.
 _FAILED = str(FinishReason.ERROR)
+# What a trace file says of a branch that was given up for another.
+_PRUNED = "pruned"
 
 
 def let_fork(engine: Any) -> None:
@@ -294,13 +297,26 @@ class _Answer:
         if self._stream is not None:
             output = self._stream.end(state, completion, self._cached)
             [completion] = output.outputs
-        if self.traced:
-            frontend.write_finished(state, str(completion.finish_reason))
         tree = self.tree.described(chosen)
+        if self.traced:
+            self._write(tree)
         if self._counted:
             prometheus.count_forked_answer(tree.answered, tree.pruned)
         frontend.tell_forks(completion, tree, self.traced)
         return output
+
+    def _write(self, tree: ForkTree) -> None:
+        """Have all branches written to disk, if traces are."""
+        if len(tree.branches) == 1:
+            [only] = self.sequences
+            frontend.write_finished(only.state, str(only.output.outputs[0].finish_reason))
+            return
+        label = getattr(self.sequences[0].state, "entropix_label", None)
+        for sequence, branch in zip(self.sequences, tree.branches, strict=True):
+            # What ended as it began has been told nothing by the engine.
+            sequence.state.entropix_label = label
+            reason = _PRUNED if branch.pruned_at is not None else str(sequence.output.outputs[0].finish_reason)
+            frontend.write_finished(sequence.state, reason, None, branch, tree.branches if branch.chosen else None)
 
     @property
     def _cached(self) -> int:

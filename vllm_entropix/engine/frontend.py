@@ -6,7 +6,7 @@ finished. A finished sequence is written if the server's settings name a path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_entropix.engine.carrier import ABSTAINS, COUNTED, SCORED, TRACED, WRITTEN, without_ours
 from vllm_entropix.observability import disk, prometheus
-from vllm_entropix.records.branches import ForkTree
+from vllm_entropix.records.branches import Branch, ForkTree
 from vllm_entropix.records.scores import Abstention, AnswerScores, Tally
 from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.settings.server import Trace
@@ -170,8 +170,14 @@ def tell_forks(completion: Any, tree: ForkTree, traced: bool) -> None:
         completion.entropix_trace = None
 
 
-def write_finished(state: Any, finish_reason: str, scores: AnswerScores | None = None) -> None:
-    """Have a finished sequence written to disk, if it is one that is."""
+def write_finished(
+    state: Any,
+    finish_reason: str,
+    scores: AnswerScores | None = None,
+    branch: Branch | None = None,
+    forks: Sequence[Branch] | None = None,
+) -> None:
+    """Have a finished sequence written to disk, if it is one that is; ``disk.Finished`` says what the others tell of it."""
     if getattr(state, "entropix_label", None) is None:
         return
     trace = (state.parent_req or state).entropix_traces[state.request_index]
@@ -193,5 +199,7 @@ def write_finished(state: Any, finish_reason: str, scores: AnswerScores | None =
         trace=trace,
         scores=None if scores is None else scores.model_dump(mode="json"),
         tokenizer=getattr(state.detokenizer, "tokenizer", None),
+        branch=branch,
+        forks=forks,
     )
     disk.write(settings, label["counted"], sequence)

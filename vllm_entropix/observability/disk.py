@@ -30,6 +30,7 @@ from pydantic_core import to_json
 
 from vllm_entropix.observability import prometheus
 from vllm_entropix.observability.background import Background
+from vllm_entropix.records.branches import Branch
 from vllm_entropix.records.encoding import PART, entries_json
 from vllm_entropix.records.fields import all_fields
 from vllm_entropix.records.line import VERSION, prompt_hash
@@ -98,6 +99,8 @@ class Finished:
         trace: records of the first of the tokens, or of all.
         tokenizer: a tokenizer of Hugging Face's or of the same interface; None leaves texts out.
         scores: of the answer, as JSON values, where they were asked for.
+        branch: which branch of an answer that forked it is; None: the answer didn't fork.
+        forks: all branches of that answer, if it is the answer.
     """
 
     label: dict[str, Any]
@@ -109,6 +112,8 @@ class Finished:
     trace: TokenTrace
     tokenizer: Any
     scores: dict[str, Any] | None = None
+    branch: Branch | None = None
+    forks: Sequence[Branch] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -442,6 +447,8 @@ def line_parts(sequence: Finished) -> Iterator[bytes]:
         "finish_reason": sequence.finish_reason,
         "not_kept": len(token_ids) - kept,
         "scores": _scores(sequence, kept),
+        "branch": None if sequence.branch is None else sequence.branch.model_dump(mode="json"),
+        "forks": None if sequence.forks is None else [branch.model_dump(mode="json") for branch in sequence.forks],
     }
     yield to_json(head)[:-1]
     yield b',"token_ids":['

@@ -94,14 +94,14 @@ class Chunks:
         key = str(body.get("id")), _number(choice.get("index"))
         if trace is None and key not in self._choices:
             return
-        known = self._choices.setdefault(
-            key, {"entries": [], "texts": [], "not_kept": 0, "body": body, "finish": None, "scores": None, "sampler": None}
-        )
+        later = dict.fromkeys(("finish", "scores", "sampler", "forks"))
+        known = self._choices.setdefault(key, {"entries": [], "texts": [], "not_kept": 0, "body": body, **later})
         text = _text(choice)
         if trace is not None:
             known["entries"] += trace.tokens
             known["not_kept"], known["sampler"] = trace.not_kept, trace.sampler
             known["scores"] = trace.scores or known["scores"]
+            known["forks"] = trace.forks or known["forks"]
             pieces = _pieces(choice, len(trace.tokens))
             # As in tokens.token_texts: what belongs to several tokens stands with the last of them.
             known["texts"] += pieces if pieces is not None else [""] * (len(trace.tokens) - 1) + [text] * bool(trace.tokens)
@@ -127,6 +127,7 @@ class Chunks:
                 "finish_reason": known["finish"],
                 "not_kept": known["not_kept"],
                 "scores": known["scores"],
+                "forks": known["forks"],
                 "records": known["entries"],
             }
 

@@ -32,7 +32,10 @@ class TraceFileError(ValueError):
 
 
 def read_traces(
-    path: str | Path, progress: Callable[[int], object] | None = None, left_out: Callable[[int], object] | None = None
+    path: str | Path,
+    progress: Callable[[int], object] | None = None,
+    left_out: Callable[[int], object] | None = None,
+    branches: bool = False,
 ) -> Iterator[TraceLine]:
     """The sequences of a file of traces, or of saved HTTP responses (see ``responses``), one after the other.
 
@@ -43,6 +46,7 @@ def read_traces(
         path: of the file, which may be compressed by gzip; ``-`` is standard input.
         progress: told how many bytes have been read, after each sequence.
         left_out: told at the end how many lines were left out.
+        branches: also those branches of answers that forked which aren't the answer; they repeat what they share with it.
 
     Raises:
         TraceFileError: the file can't be read, or nothing in it is a trace of a version that this release knows.
@@ -51,7 +55,8 @@ def read_traces(
     try:
         with _opened(path) as (file, counted):
             for line in reading.sequences(file):
-                yield line
+                if branches or line.is_answer:
+                    yield line
                 if progress is not None:
                     progress(counted.count)
     except OSError as error:

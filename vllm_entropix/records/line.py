@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from vllm_entropix.records import fields
+from vllm_entropix.records.branches import Branch
 from vllm_entropix.records.schema import Count, TokenEntry, TokenId
 from vllm_entropix.records.scores import AnswerScores, scores_of_entries
 from vllm_entropix.records.tokens import token_texts
@@ -42,7 +43,7 @@ class SamplerPart(BaseModel):
 
 
 class TraceLine(BaseModel):
-    """The trace of one finished sequence. A request with n > 1 gives n lines."""
+    """The trace of one finished sequence. A request with n > 1 gives n lines, and an answer that forked one per branch."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -66,6 +67,13 @@ class TraceLine(BaseModel):
     not_kept: Count = Field(0, description="Tokens after the server's cap, which have no record.")
     scores: AnswerScores | None = Field(
         None, description="Scores of the whole answer; null: an earlier release wrote the line, or some tokens have no record."
+    )
+    branch: Branch | None = Field(
+        None,
+        description="Which branch of an answer that forked the sequence is; each has a line. Null: the answer didn't fork.",
+    )
+    forks: list[Branch] | None = Field(
+        None, description="All branches of the answer, in the line of the one that is the answer."
     )
     records: list[TokenEntry] = Field(description="One entry per token, in order; the last not_kept tokens have none.")
     alternative_texts: dict[TokenId, str] = Field(
@@ -136,6 +144,11 @@ class TraceLine(BaseModel):
             records=records,
             alternative_texts={token: tokenizer.decode([token]) for token in sorted(alternatives)},
         )
+
+    @property
+    def is_answer(self) -> bool:
+        """Is it an answer, and no branch that was given up for another?"""
+        return self.branch is None or self.branch.chosen
 
     def answer_scores(self) -> AnswerScores:
         """The scores of the answer: those that the line tells, or else those of the tokens that have records."""

@@ -19,6 +19,7 @@ from tests.support.traces import CENTRES, line, varied, written
 from vllm_entropix.cli.main import app
 from vllm_entropix.observability.report import Source, report, write_report
 from vllm_entropix.observability.terminal import TracedText, summary_table
+from vllm_entropix.records.branches import Branch
 from vllm_entropix.records.regimes import REGIMES, Regime
 from vllm_entropix.settings.errors import ConfigError
 
@@ -107,6 +108,77 @@ def test_tokens_are_tinted_by_regime_and_by_entropy(page):
     assert [alphas[place] for place in order] == sorted(alphas)
     assert alphas[order[0]] < 0.05 < 0.9 < alphas[order[-1]]
     assert by_entropy != by_regime
+
+
+def branching():
+    """Lines of an answer of three branches: one that lost, the answer, which parted from it, and one that parted from that."""
+    forks = [
+        Branch(id=0, tokens=10, score=-1.5, pruned_at=10),
+        Branch(id=1, parent=0, position=3, token=103, tokens=7, score=-0.25, chosen=True),
+        Branch(id=2, parent=1, position=8, token=108, tokens=1, score=-2.0, pruned_at=9),
+    ]
+    texts = [WORDS, [*WORDS[:3], " day", *WORDS[4:]], [*WORDS[:3], " day", *WORDS[4:8], " the"]]
+    lines = [line(text, name="forked") for text in texts]
+    for one, branch in zip(lines, forks, strict=True):
+        one.branch, one.forks = branch, forks if branch.chosen else None
+    return lines
+
+
+@pytest.fixture
+def tree(browser, tmp_path):
+    lines = [*branching(), line(["We", " add"], name="sum"), *branching()]
+    with opened(browser, made(tmp_path / "tree.html", *lines)) as opened_page:
+        yield opened_page
+
+
+def test_the_branches_of_an_answer_are_drawn_and_walked(tree):
+    # The answers alone are listed and counted; the page opens on one.
+    assert tree.locator("#sequences [role=option]").count() == 3
+    assert "3 sequences, 22 tokens, 4 branches beside them" in tree.locator("#summary").inner_text()
+    tree.locator("#sequences [role=option]").first.click()
+    rows = tree.locator("#branches .branch")
+    until(tree, "document.querySelectorAll('#branches .branch').length === 3")
+    facts = [" ".join(row.split()) for row in rows.locator(".facts").all_inner_texts()]
+    assert facts == [
+        "10 tokens · score -1.5 · given up at 10",
+        "day 7 tokens · score -0.25 · the answer",
+        "the 1 token · score -2 · given up at 9",
+    ]
+    boxes = [rows.nth(row).locator(".line").bounding_box() for row in range(3)]
+    assert boxes[0]["x"] < boxes[1]["x"] < boxes[2]["x"]
+    stem, parent = rows.nth(1).locator(".stem").bounding_box(), boxes[0]
+    assert parent["x"] < stem["x"] < parent["x"] + parent["width"]
+    assert abs(stem["y"] - (parent["y"] + parent["height"] / 2)) < 4
+    pieces = tree.locator(".pane .text bdi")
+    assert pieces.nth(3).text_content() == " day"
+    assert tree.locator("#branches [aria-current]").inner_text() == rows.nth(1).inner_text()
+    # Another branch, by the pointer and by the keyboard: its text, from the token with which it parted.
+    rows.nth(2).click()
+    until(tree, "document.activeElement.dataset.token === '8'")
+    assert pieces.nth(8).text_content() == " the"
+    assert tree.locator("#branches [aria-current]").inner_text() == rows.nth(2).inner_text()
+    rows.nth(1).focus()
+    tree.keyboard.press("ArrowUp")
+    tree.keyboard.press("Enter")
+    until(tree, "document.activeElement.dataset.token === '0'")
+    assert pieces.nth(3).text_content() == WORDS[3]
+    assert "branch 0" in tree.locator(".pane h2").first.inner_text()
+    # Branches of the same answer can be compared; those of another aren't offered.
+    others = tree.locator("#compare option").all_text_contents()
+    assert sum("branch" in other for other in others) == 1
+    # What didn't fork has no tree.
+    tree.locator("#sequences [role=option]").nth(1).click()
+    until(tree, "document.querySelectorAll('.pane .text bdi').length === 2")
+    assert tree.locator("#tree").is_hidden()
+
+
+def test_a_saved_answer_tells_branches_that_have_no_line(browser, tmp_path):
+    [_, answer, _] = branching()
+    answer.branch = None
+    with opened(browser, made(tmp_path / "saved.html", answer)) as page:
+        rows = page.locator("#branches .branch")
+        assert rows.evaluate_all("(all) => all.map((row) => row.tagName)") == ["SPAN", "A", "SPAN"]
+        assert "id 108" in rows.nth(2).inner_text()
 
 
 def test_hovering_shows_why(page):

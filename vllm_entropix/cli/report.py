@@ -54,6 +54,8 @@ def _print(sources: list[Source]) -> None:
     sequences = []
     for source in sources:
         for line in source.lines:
+            if not line.is_answer:  # branches are drawn in the file alone
+                continue
             title = sequence_title(line) + (f" #{line.index}" if line.index else "")
             sequence = TracedText(title, line.texts, line.records)
             sequences.append(sequence)

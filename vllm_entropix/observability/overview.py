@@ -116,14 +116,21 @@ class Overview:
         self._drawn = tuple(field.name for field in all_fields() if field.buckets)
 
     def add(self, file: int, line: TraceLine) -> None:
-        """Take in a sequence of a file; files are numbered in order."""
+        """Take in a sequence of a file; files are numbered in order.
+
+        A branch that was given up for another has a number alone: it repeats what it shares with the answer.
+        """
         while len(self._values) <= file:
             self._values.append({name: [] for name in self._drawn})
+        if line.is_answer:
+            self._take_in(file, line)
+        self._sequences += 1
+
+    def _take_in(self, file: int, line: TraceLine) -> None:
         for metric, parts in self._values[file].items():
             values = np.array([getattr(entry, metric) for entry in line.records], dtype=np.float32)  # None becomes NaN
             parts.append(values[np.isfinite(values)])
         self._uncertain = heapq.nlargest(UNCERTAIN_TOKENS, [*self._uncertain, *self._most_uncertain(line)])
-        self._sequences += 1
 
     def _most_uncertain(self, line: TraceLine) -> list[Uncertain]:
         floor = self._uncertain[-1].entropy if len(self._uncertain) == UNCERTAIN_TOKENS else 0.0

@@ -58,7 +58,7 @@ class Source:
     def of_file(cls, path: Path, progress: Callable[[int], object] | None = None) -> Self:
         """The traces of a file, as :func:`~.tracefile.read_traces` reads it; ``-`` is standard input."""
         source = cls("standard input" if str(path) == "-" else path.name, ())
-        source.lines = read_traces(path, progress, lambda number: setattr(source, "left_out", number))
+        source.lines = read_traces(path, progress, lambda number: setattr(source, "left_out", number), branches=True)
         return source
 
 
@@ -76,6 +76,9 @@ class _Payload:
     without_regime: bool = False
     _packed: list[str] = field(default_factory=list)
     _interests: list[tuple[int, int, float]] = field(default_factory=list)
+    # Of the last sequence: what all branches of an answer have in common, and its own branch.
+    _last: tuple[tuple[int, str, int], int] | None = None
+    _answers: int = 0
     # By model: texts of alternatives by token id, which its sequences share.
     _vocabularies: dict[str | None, dict[int, str]] = field(default_factory=dict)
 
@@ -111,6 +114,7 @@ class _Payload:
                 "forced": sum(entry.forced for entry in line.records),
                 "entropy": float(f"{fmean(entropies):.{DIGITS}g}") if entropies else None,
                 "scores": _scores(line),
+                **self._branch(file, line),
                 "borders": self.borders.index(borders) if borders else None,
                 "vocabulary": list(self._vocabularies).index(line.model),
             }
@@ -119,11 +123,32 @@ class _Payload:
         self._interests.append(interest(line))
         self._packed.append(_packed(_columns(line, own)))
 
+    def _branch(self, file: int, line: TraceLine) -> dict[str, Any]:
+        """What the page is told of forks: which branch of which answer a sequence is, and all of an answer's branches.
+
+        The lines of an answer follow one another in the order of its branches. Ids of requests come again, as with each run of
+        an offline engine.
+        """
+        forks = None if line.forks is None else [branch.model_dump() for branch in line.forks]
+        if line.branch is not None:
+            branch, parted = line.branch.id, line.texts[line.branch.position : line.branch.position + 1]
+        else:  # a saved response tells its branches, and has one of them alone
+            branch, parted = next((one.id for one in line.forks or () if one.chosen), 0), []
+        request = file, line.request_id, line.index
+        if self._last is None or self._last[0] != request or branch <= self._last[1]:
+            self._answers += 1
+        self._last = request, branch
+        text = "".join(parted) if branch else ""
+        return {"answer": self._answers, "branch": branch, "parted": text, "lost": not line.is_answer, "forks": forks}
+
     def opening(self) -> int:
         """The sequence to open on: the one with most to see; of two files, one of the first that the second has beside it."""
         in_file: dict[int, list[int]] = {}
         for index, sequence in enumerate(self.sequences):
-            in_file.setdefault(sequence["file"], []).append(index)
+            if not sequence["lost"]:
+                in_file.setdefault(sequence["file"], []).append(index)
+        if not in_file:  # a part of a file, perhaps
+            return 0
         first, *others = in_file.values()
         prompts = {self.sequences[index]["prompt"] for file in others for index in file} - {None}
         indices = [index for index in first if self.sequences[index]["prompt"] in prompts] or first

@@ -176,7 +176,9 @@
   const together = (chosen) => regimes.map((_, regime) => sum(chosen.map((sequence) => sequence.counts[regime])));
   // A sequence's number is named where its request has several.
   const several = new Set(sequences.filter((sequence) => sequence.index > 0).map((sequence) => `${sequence.file} ${sequence.id}`));
-  const nameOf = (sequence) => sequence.title + (several.has(`${sequence.file} ${sequence.id}`) ? ` #${sequence.index}` : "");
+  const nameOf = (sequence) => sequence.title + (several.has(`${sequence.file} ${sequence.id}`) ? ` #${sequence.index}` : "") + (sequence.lost ? ` · branch ${sequence.branch}` : "");
+  // Branches that were given up for another repeat what they share with the answer, so figures over all leave them out.
+  const answers = sequences.filter((sequence) => !sequence.lost);
 
   // --- details of a token --------------------------------------------------------------------------------------------
 
@@ -577,7 +579,7 @@
     if (state.compare === "") return -1;
     if (state.compare !== "auto") return Number(state.compare);
     const { file, index } = sequences[state.first];
-    const same = sequences.map((_, place) => place).filter((place) => samePrompt(place, state.first) && sequences[place].file !== file);
+    const same = sequences.map((_, place) => place).filter((place) => samePrompt(place, state.first) && sequences[place].file !== file && !sequences[place].lost);
     return same.find((place) => sequences[place].index === index) ?? same[0] ?? -1;
   }
 
@@ -601,6 +603,7 @@
     byId("panes").replaceChildren(...panes.map((pane) => pane.element));
     byId("panes").className = `panes ${panes.length === 1 ? "wide" : "two"}`;
     for (const pane of panes) { pane.drawHead(); pane.drawText(); }
+    drawTree();
     drawLegend();
     drawCompare(other);
     await new Promise((painted) => requestAnimationFrame(() => setTimeout(painted)));
@@ -639,9 +642,9 @@
 
   function drawShares() {
     const rows = panes.map((pane, place) => [panes.length === 1 ? "shown above" : place ? "right" : "left", pane.sequence.counts]);
-    if (sequences.length > 1) {
-      if (files.length > 1) files.forEach((_, file) => rows.push([`all of file ${file + 1}`, together(sequences.filter((sequence) => sequence.file === file))]));
-      else rows.push([`all ${number.format(sequences.length)}`, together(sequences)]);
+    if (answers.length > 1) {
+      if (files.length > 1) files.forEach((_, file) => rows.push([`all of file ${file + 1}`, together(answers.filter((sequence) => sequence.file === file))]));
+      else rows.push([`all ${number.format(answers.length)}`, together(answers)]);
     }
     rows.reverse();
     const card = variable("--card");
@@ -664,6 +667,69 @@
     }, { displayModeBar: false, responsive: true });
   }
 
+  // --- the branches of an answer that forked ---------------------------------------------------------------------------
+
+  /** The answer that a sequence is a branch of: its branches, and where the lines of those are that have one. */
+  function treeOf({ answer }) {
+    const places = new Map();
+    let branches = [];
+    sequences.forEach((sequence, place) => {
+      if (sequence.answer !== answer) return;
+      places.set(sequence.branch, place);
+      branches = sequence.forks ?? branches;
+    });
+    return { branches, places };
+  }
+
+  /** Branches with their parents: below each those that parted from it, the last first, so that no line crosses another. */
+  function inRows(branches, parent = null) {
+    const children = branches.filter((branch) => branch.parent === parent).sort((a, b) => b.position - a.position || b.id - a.id);
+    return children.flatMap((branch) => [branch, ...inRows(branches, branch.id)]);
+  }
+
+  function drawTree() {
+    const { branches, places } = treeOf(sequences[state.first]);
+    byId("tree").hidden = branches.length < 2;
+    const rows = inRows(branches);
+    const rowOf = new Map(rows.map(({ id }, row) => [id, row]));
+    const end = Math.max(1, ...branches.map(({ position, tokens }) => position + tokens));
+    byId("branches").replaceChildren(...rows.map((branch, row) => {
+      const place = places.get(branch.id);
+      const line = make("i", { className: "line" });
+      line.style.left = `${(branch.position / end) * 100}%`;
+      line.style.width = `${(branch.tokens / end) * 100}%`;
+      const stem = branch.parent === null ? null : make("i", { className: "stem" });
+      if (stem) {
+        stem.style.left = line.style.left;
+        stem.style.setProperty("--rows", row - rowOf.get(branch.parent));
+      }
+      const parted = branch.parent === null ? "" : sequences[place]?.parted || `id ${branch.token}`;
+      const facts = [
+        `${number.format(branch.tokens)} ${branch.tokens === 1 ? "token" : "tokens"}`,
+        isNumber(branch.score) ? `score ${shownNumber(branch.score)}` : null,
+        branch.chosen ? "the answer" : branch.pruned_at === null ? "ran to its end" : `given up at ${number.format(branch.pruned_at)}`,
+      ].filter(Boolean).join(" · ");
+      const label = make("span", { className: "facts" }, parted && make("bdi", {}, ...visible(parted)), ` ${facts}`);
+      const link = place === undefined ? make("span") : make("a", { href: `#s${place + 1}t${branch.position + 1}` });
+      link.className = `branch${branch.chosen ? " chosen" : ""}`;
+      if (place === state.first) link.setAttribute("aria-current", "true");
+      // An address that is there already changes nothing by itself.
+      link.onclick = () => { if (link.hash === location.hash) route(); };
+      link.append(make("span", { className: "track" }, stem, line), label);
+      return link;
+    }));
+  }
+
+  // Arrow keys go from branch to branch, as they go from token to token.
+  byId("branches").onkeydown = (event) => {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    const links = [...byId("branches").querySelectorAll("a")];
+    const target = links[links.indexOf(document.activeElement) + (step ?? 0)];
+    if (step === undefined || !target) return;
+    event.preventDefault();
+    target.focus();
+  };
+
   function drawLegend() {
     const parts = regimes.map((regime) => make("span", {}, make("b", { className: `tinted ${regime.name}`, textContent: regime.name }), regime.meaning));
     parts.push(make("span", {}, make("b", { className: "forced HELV", textContent: "forced" }), "clarification"));
@@ -682,7 +748,8 @@
       const sequence = sequences[place];
       return make("option", { value: String(place), textContent: plain((files.length > 1 ? `${files[sequence.file]}: ` : "") + nameOf(sequence)) });
     };
-    const others = sequences.map((_, place) => place).filter((place) => place !== state.first);
+    const { answer } = sequences[state.first];
+    const others = sequences.map((_, place) => place).filter((place) => place !== state.first && (!sequences[place].lost || sequences[place].answer === answer));
     const same = others.filter((place) => samePrompt(place, state.first));
     const different = others.filter((place) => !samePrompt(place, state.first));
     const nothing = files.length > 1 ? [make("option", { value: "auto", textContent: "the same prompt in another file" })] : [];
@@ -698,7 +765,7 @@
   const headings = (...names) => make("thead", {}, make("tr", {}, ...names.map(([name, className]) => make("th", { scope: "col", className: className ?? "", textContent: name }))));
 
   function drawRegimeTable() {
-    const all = files.map((_, file) => sequences.filter((sequence) => sequence.file === file));
+    const all = files.map((_, file) => answers.filter((sequence) => sequence.file === file));
     const cells = (chosen, count, fill) => {
       const share = count / (sum(chosen.map((sequence) => sequence.records)) || 1);
       const bar = make("i");
@@ -831,7 +898,7 @@
   function drawList() {
     const wanted = byId("filter").value.toLowerCase();
     const order = byId("order").value;
-    listed = sequences.map((_, place) => place).filter((place) => `${nameOf(sequences[place])} ${sequences[place].snippet} ${sequences[place].id}`.toLowerCase().includes(wanted));
+    listed = sequences.map((_, place) => place).filter((place) => !sequences[place].lost && `${nameOf(sequences[place])} ${sequences[place].snippet} ${sequences[place].id}`.toLowerCase().includes(wanted));
     const sortedBy = (place) => sequences[place][order] ?? sequences[place].scores[order] ?? -Infinity;
     if (order !== "file") listed.sort((a, b) => sortedBy(b) - sortedBy(a) || 0);
     const items = [];
@@ -899,13 +966,14 @@
   dark.addEventListener("change", drawCharts);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideDetails(); });
 
-  const tokens = sum(sequences.map((sequence) => sequence.tokens));
+  const tokens = sum(answers.map((sequence) => sequence.tokens));
+  const lost = sequences.length - answers.length;
   const counted = (count, one, many) => `${number.format(count)} ${count === 1 ? one : many}`;
-  byId("summary").replaceChildren(...visible(`${files.join(" · ")} — ${counted(sequences.length, "sequence", "sequences")}, ${counted(tokens, "token", "tokens")}`));
+  byId("summary").replaceChildren(...visible(`${files.join(" · ")} — ${counted(answers.length, "sequence", "sequences")}, ${counted(tokens, "token", "tokens")}${lost ? `, ${counted(lost, "branch", "branches")} beside them` : ""}`));
   const leftOut = files.flatMap((name, file) => report.leftOut[file] ? [`${counted(report.leftOut[file], "line", "lines")} of ${name}`] : []);
   if (leftOut.length) byId("left-out").replaceChildren(...visible(`Left out, because they aren't traces: ${leftOut.join(", ")}.`));
   byId("left-out").hidden = !leftOut.length;
-  shareBar(byId("all-shares"), together(sequences));
+  shareBar(byId("all-shares"), together(answers));
   tokensOf(state.first); // unpacked while the list is made
   drawList();
   addEventListener("hashchange", route);

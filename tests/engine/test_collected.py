@@ -18,7 +18,7 @@ from vllm_entropix.engine.carrier import ABSTAINS, COUNTED, OURS, RECORDS, SCORE
 from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.frontend import merge_traces, receive_records
 from vllm_entropix.engine.scheduler import EntropixSchedulerMixin
-from vllm_entropix.engine.usage import PRUNED, count_pruned, count_pruned_in
+from vllm_entropix.engine.usage import PRUNED, Beside, count_pruned, count_pruned_in
 from vllm_entropix.observability import disk
 from vllm_entropix.records.branches import Branch, ForkTree
 from vllm_entropix.records.fields import names
@@ -313,6 +313,30 @@ def test_branches_are_told_with_the_answers_end_and_count_in_its_usage():
     }
 
 
+def test_choices_that_are_branches_of_one_answer_count_what_they_share_once():
+    branches = [Branch(id=0, tokens=4), Branch(id=1, parent=0, position=1, token=9, tokens=3), Branch(id=2, parent=0, tokens=2)]
+    first, second, other = completion(0, [1, 2, 3, 4]), completion(1, [1, 9, 9, 9]), completion(0, [7])
+    for number, one in enumerate((first, second)):
+        told = [branch.model_copy(update={"chosen": branch.id == number}) for branch in branches]
+        one.entropix_forks = ForkTree(branches=told)
+
+    async def note():
+        for outputs in ([first, second], [other]):
+
+            async def engine(outputs=outputs):
+                yield SimpleNamespace(outputs=outputs)
+
+            async for _ in found.noting(engine()):
+                pass
+
+    found = Collected(1, 100)
+    asyncio.run(note())
+    # Branch 2 became none of them, and vLLM counts 8 tokens of the 9.
+    assert found.beside == Beside(pruned=2, uncounted=1)
+    assert [[branch["id"] for branch in found.take(number).forks if branch["chosen"]] for number in range(2)] == [[0], [1]]
+    assert found.take(2) is None
+
+
 def test_what_a_server_traces_by_itself_is_not_told_with_branches():
     trace = TokenTrace(WIDTH)
     trace.extend(record(1), 1)
@@ -351,10 +375,10 @@ def test_what_a_server_traces_by_itself_is_not_told_with_branches():
 )
 def test_usage_of_other_endpoints(usage, counted):
     for data in ({"usage": dict(usage)}, {"response": {"usage": dict(usage)}}):
-        assert count_pruned_in(data, 4)
+        assert count_pruned_in(data, Beside(4, 4))
         assert data.get("response", data)["usage"] == counted
         assert not count_pruned_in(data, None)
-    assert not count_pruned_in({"choices": []}, 4)
+    assert not count_pruned_in({"choices": []}, Beside(4, 4))
 
 
 def test_usage_in_vllms_objects():
@@ -363,7 +387,7 @@ def test_usage_in_vllms_objects():
     answer = SimpleNamespace(usage=UsageInfo(prompt_tokens=5, completion_tokens=2, total_tokens=7))
     count_pruned(answer, None)
     assert answer.usage.completion_tokens == 2
-    count_pruned(answer, 4)
+    count_pruned(answer, Beside(4, 4))
     told = answer.usage.model_dump()
     assert (told["completion_tokens"], told["total_tokens"]) == (6, 11)
     assert told["completion_tokens_details"] == {"reasoning_tokens": 0, PRUNED: 4}

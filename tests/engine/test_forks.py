@@ -240,6 +240,38 @@ def test_without_a_horizon_a_stream_waits_at_the_first_fork(llm):
     assert len(last.token_ids) == 24 - first
 
 
+def test_all_branches_may_be_the_answer(llm, branches):
+    [output] = generate(llm, [PROMPT], [params(extra_args={**FORKS, "entropix_fork_select": "all"})])
+    [(states, tree)] = branches
+    told = [completion.entropix_forks.chosen.id for completion in output.outputs]
+    assert sorted(told) == [branch.id for branch in tree]
+    assert len(tree) > 2
+    assert tree[told[0]].score == max(branch.score for branch in tree)
+    for index, (number, completion) in enumerate(zip(told, output.outputs, strict=True)):
+        assert completion.index == index
+        assert list(completion.token_ids) == tree[number].token_ids
+        assert completion.text == states[number].detokenizer.output_text
+    assert_nothing_left(llm)
+
+
+def test_branches_vote(llm, branches):
+    asked = {**FORKS, "entropix_fork_select": "vote", "entropix_fork_answer": "last-line"}
+    [output] = generate(llm, [PROMPT], [params(extra_args=asked)])
+    [(_, tree)] = branches
+    assert len(tree) > 2
+    assert all(1 <= branch.score <= len(tree) + 0.5 for branch in tree)
+    assert tokens(output) == max(tree, key=lambda branch: (branch.score, -branch.id)).token_ids
+
+
+def test_all_branches_are_no_stream(llm):
+    from vllm.sampling_params import RequestOutputKind
+
+    asked = {**FORKS, "entropix_fork_select": "all"}
+    with pytest.raises(ValueError, match="can't be had with all branches in a stream, by entropix_fork_select all"):
+        streamed(llm, params(extra_args=asked, output_kind=RequestOutputKind.DELTA))
+    assert_nothing_left(llm)
+
+
 def test_a_chooser_that_fails_harms_nobody(llm, monkeypatch):
     monkeypatch.setitem(choice.BUILT_IN, "broken", lambda contenders: 1 / 0)
     asked = {**FORKS, "entropix_fork_select": "broken", "entropix_fork_horizon": 4}
@@ -376,6 +408,18 @@ def test_many_that_fork_under_a_small_cache(tiny, monkeypatch):
             "needs as many recorded alternatives, but trace.alternatives is 5",
         ),
         ({"extra_args": {**FORKS, "entropix_fork_select": "best"}}, "there is no chooser 'best'"),
+        (
+            {"extra_args": {**FORKS, "entropix_fork_select": "vote"}},
+            "forks that are chosen by vote need a rule that finds the answer in a text; give one as entropix_fork_answer",
+        ),
+        (
+            {"extra_args": {**FORKS, "entropix_fork_select": "vote", "entropix_fork_answer": "best"}},
+            "there is no rule 'best' for answers",
+        ),
+        (
+            {"extra_args": {**FORKS, "entropix_fork_select": "all", "entropix_fork_horizon": 5}},
+            "so there is no horizon of 5 tokens; set entropix_fork_horizon to 0",
+        ),
         ({"extra_args": {**FORKS, "entropix_forks": 65}}, "entropix_forks is 65"),
         ({"extra_args": {**FORKS, "entropix": "off"}}, "entropix_forks is given, but entropix is off"),
         (

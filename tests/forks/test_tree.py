@@ -9,6 +9,7 @@ import pytest
 from tests.forks.toy import VOCABULARY, greedy, probabilities, record, record_after, run
 from vllm_entropix.forks.choice import chooser
 from vllm_entropix.forks.tree import Birth, Tree
+from vllm_entropix.records import branches as told
 from vllm_entropix.settings.server import Forks
 
 
@@ -76,6 +77,36 @@ def test_the_budget_ends_all_branches_but_the_best():
     # A step of all branches at most, and what the best had fallen behind.
     assert 20 <= tree.spent <= 20 + 8
     assert all(branch.position < 20 for branch in tree.branches)
+
+
+def test_where_all_are_wanted_the_budget_ends_those_that_still_run():
+    tree, _ = scripted({0: 1.0, 1: 2.0, 2: 3.0}, select="all", branches=3, width=3, budget=6)
+    tree.feed(0, [4], [record_after([])], ended=False)
+    go_on(tree, 0, [1], ended=True)
+    for number in (1, 2):
+        go_on(tree, number, [1, 1, 1], ended=False)
+    assert tree.spent >= 6
+    assert tree.settle() == [1]
+    assert [branch.pruned_at for branch in tree.branches] == [None, 4, None]
+    go_on(tree, 2, [1], ended=True)
+    assert tree.chosen(tree.choose()) == [2, 0]
+    assert tree.described(2).beside([2, 0]) == 4  # those of the branch that was given up
+
+
+def test_what_several_answers_share_is_theirs_once():
+    lines = told.ForkTree(
+        branches=[
+            told.Branch(id=0, tokens=10),
+            told.Branch(id=1, parent=0, position=4, tokens=5),
+            told.Branch(id=2, parent=1, position=6, tokens=3),
+            told.Branch(id=3, parent=0, position=8, tokens=2),
+        ]
+    )
+    assert lines.generated == 20
+    assert lines.beside([2]) == 20 - (4 + 2 + 3)
+    assert lines.beside([2, 3]) == 20 - (8 + 2 + 3 + 2)
+    assert lines.beside([0, 2]) == 20 - (10 + 2 + 3)
+    assert lines.beside([]) == 20
 
 
 def test_no_budget_no_fork():

@@ -41,7 +41,7 @@ async def with_traces(answer: Any, collected: Collected, of_server: bool) -> Any
         return answer
     for target, part in _places(answer, getattr(answer, "choices", None), lambda choice: choice.index, collected):
         setattr(target, FIELD, await asyncio.to_thread(part.values))
-    count_pruned(answer, collected.pruned)
+    count_pruned(answer, collected.beside)
     return answer
 
 
@@ -57,7 +57,7 @@ def chunk_with_traces(chunk: Any, collected: Collected) -> Any:
         if part is not None:
             setattr(chunk, FIELD, part.values())
         if chunk.type in _LAST:
-            count_pruned(getattr(chunk, "response", chunk), collected.pruned)
+            count_pruned(getattr(chunk, "response", chunk), collected.beside)
         return chunk
     name, _, body = chunk.partition(_DATA)
     if not body.startswith("{"):
@@ -75,7 +75,7 @@ def chunk_with_traces(chunk: Any, collected: Collected) -> Any:
             data[FIELD] = part.values()
             found = True
     if "choices" in data or data.get("type") in _LAST:
-        found = count_pruned_in(data, collected.pruned) or found
+        found = count_pruned_in(data, collected.beside) or found
     return f"{name}{_DATA}{json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n" if found else chunk
 
 
@@ -98,7 +98,7 @@ def wrap_json_response(original: Callable[..., Any]) -> Callable[..., Any]:
         for target, part in _places(content, content.get("choices"), lambda choice: choice["index"], collected):
             target[FIELD] = mark = uuid4().hex
             parts[mark] = part
-        count_pruned_in(content, collected.pruned)
+        count_pruned_in(content, collected.beside)
         plain = original(content, *args, **kwargs)
         if collected.abstains is not None:
             plain.headers[HEADER] = "true" if collected.abstains else "false"

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_entropix.engine.usage import Beside
 from vllm_entropix.records.branches import ForkTree
 from vllm_entropix.records.choice import choice_json, choice_values
 from vllm_entropix.records.schema import Bound
@@ -71,27 +72,28 @@ class Collected:
     """
 
     def __init__(self, choices: int, bound: int, sampler: str | None = None, traces: bool = True) -> None:
-        self._choices: dict[int, _Choice] = {}
-        self._per_call = choices
-        self._calls = 0
+        # By call and number in it; a call gives more choices where all branches of an answer that forked are wanted.
+        self._choices: dict[tuple[int, int], _Choice] = {}
+        self._expected = choices
+        self._given: list[int] = []  # choices of each call
         self._left = bound
         self._sampler = sampler
         self._traces = traces
 
     def noting(self, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
         """The outputs of a call of the engine as they are, noted on their way; calls come in the order of the prompts."""
-        first = self._calls * self._per_call
-        self._calls += 1
-        return self._noting(outputs, first)
+        self._given.append(self._expected)
+        return self._noting(outputs, len(self._given) - 1)
 
-    async def _noting(self, outputs: AsyncGenerator[Any, None], first: int) -> AsyncGenerator[Any, None]:
+    async def _noting(self, outputs: AsyncGenerator[Any, None], call: int) -> AsyncGenerator[Any, None]:
         async with aclosing(outputs):
             async for output in outputs:
                 for completion in output.outputs:
-                    self._add(first + completion.index, completion)
+                    self._given[call] = max(self._given[call], completion.index + 1)
+                    self._add((call, completion.index), completion)
                 yield output
 
-    def _add(self, number: int, completion: Any) -> None:
+    def _add(self, number: tuple[int, int], completion: Any) -> None:
         trace: TokenTrace | None = getattr(completion, "entropix_trace", None) if self._traces else None
         scores: AnswerScores | None = getattr(completion, "entropix_scores", None)
         tree: ForkTree | None = getattr(completion, "entropix_forks", None)
@@ -117,10 +119,27 @@ class Collected:
         return None if None in asked or not asked else any(asked)
 
     @property
-    def pruned(self) -> int | None:
+    def beside(self) -> Beside | None:
         """Tokens that were generated beside the answers; None: no answer has told its branches."""
-        trees = [choice.tree for choice in self._choices.values() if choice.tree is not None]
-        return sum(tree.pruned for tree in trees) if trees else None
+        calls: dict[int, list[ForkTree]] = {}
+        for (call, _), choice in self._choices.items():
+            if choice.tree is not None:
+                calls.setdefault(call, []).append(choice.tree)
+        if not calls:
+            return None
+        pruned = uncounted = 0
+        for trees in calls.values():  # the same but for the branch that is the choice
+            pruned += trees[0].beside([tree.chosen.id for tree in trees if tree.chosen is not None])
+            uncounted += trees[0].generated - sum(tree.answered for tree in trees)
+        return Beside(pruned, uncounted)
+
+    def _numbered(self, number: int) -> _Choice | None:
+        """A choice by its number in the response."""
+        for call, given in enumerate(self._given):
+            if number < given:
+                return self._choices.get((call, number))
+            number -= given
+        return None
 
     def take(self, number: int, ended: bool = True) -> Part | None:
         """What hasn't been told of a choice, as far as the bound goes; None if nothing of it is told.
@@ -129,9 +148,10 @@ class Collected:
             number: of the choice.
             ended: may its scores and its branches be told? In a stream they come with the answer's end.
         """
-        choice = self._choices.get(number)
-        if choice is None:
-            return None
+        choice = self._numbered(number)
+        return None if choice is None else self._take(choice, ended)
+
+    def _take(self, choice: _Choice, ended: bool) -> Part:
         waiting, token_ids = choice.waiting, choice.token_ids
         choice.waiting, choice.token_ids = _none_of(waiting), []
         told = min(len(waiting), self._left)
@@ -152,7 +172,7 @@ class Collected:
 
         The scores and the branches are the last turn's, which is the answer.
         """
-        parts = [part for number in sorted(self._choices) if (part := self.take(number, ended)) is not None]
+        parts = [self._take(choice, ended) for _, choice in sorted(self._choices.items(), key=lambda item: item[0])]
         if not parts:
             return None
         trace = _none_of(parts[0].trace)

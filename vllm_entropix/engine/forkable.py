@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_entropix.engine.resolved import resolved_values
-from vllm_entropix.forks import choice
+from vllm_entropix.forks import answers, choice
 from vllm_entropix.samplers import registry
 from vllm_entropix.samplers.observed import VLLM
 from vllm_entropix.samplers.request import PREFIX, RequestSettings
@@ -38,7 +38,7 @@ _GIVEN = ("logprob_token_ids", "prompt_logprob_token_ids")
 def check_server(config: Mapping[str, Any]) -> None:
     """ConfigError if a server's settings of forks can't be had; ``config``: its settings as plain values."""
     settings = Forks.model_validate(config["forks"])
-    choice.chooser(settings.select)
+    _check_choice(settings)
     if settings.branches > 1:
         _check_width(settings, config)
 
@@ -74,7 +74,7 @@ def how_to_fork(vllm_config: Any, params: Any) -> Forks | None:
     if settings.branches == 1:
         return None
     try:
-        choice.chooser(settings.select)
+        _check_choice(settings)
         _check_width(settings, config)
         for unsupported, what, way_out in _problems(vllm_config, params, request, settings, resolved):
             if unsupported:
@@ -84,6 +84,23 @@ def how_to_fork(vllm_config: Any, params: Any) -> Forks | None:
             raise
         return None
     return settings
+
+
+def _check_choice(settings: Forks) -> None:
+    """ConfigError if branches can't be compared as the settings say."""
+    choice.chooser(settings.select)
+    if settings.answer is not None:
+        answers.rule_of(settings.answer)
+    elif settings.select in choice.OF_ANSWERS:
+        raise ConfigError(
+            f"forks that are chosen by {settings.select} need a rule that finds the answer in a text; give one as "
+            f"{PREFIX}_fork_answer or forks.answer, such as last-number"
+        )
+    if settings.horizon and settings.select in choice.OF_WHOLE_ANSWERS:
+        raise ConfigError(
+            f"forks that are chosen by {settings.select} run to their end, so there is no horizon of {settings.horizon} "
+            f"tokens; set {PREFIX}_fork_horizon to 0"
+        )
 
 
 def _check_width(settings: Forks, config: Mapping[str, Any]) -> None:
@@ -130,6 +147,11 @@ def _problems(
         (sampler == VLLM, "vLLM's own sampler", "name another"),
         (request.is_scored(resolved["config"]["scores"]["default"]), "scores of the answer", leave_out),
         (request.chain is not None, "a chain of samplers, whose state branches don't take over", "name one sampler"),
+        (
+            settings.select == choice.ALL and params.output_kind.name != "FINAL_ONLY",
+            f"all branches in a stream, by {PREFIX}_fork_select {choice.ALL}",
+            "don't stream it",
+        ),
         (params.n > 1, f"n = {params.n}", "ask for one answer"),
         (params.logprobs is not None, "logprobs", f"read {PREFIX}_trace instead"),
         *((getattr(params, name, None) not in none, name, leave_out) for name, none in _PARAMETERS.items()),

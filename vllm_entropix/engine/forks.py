@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from vllm_entropix.forks.tree import Birth, Tree
 from vllm_entropix.observability import prometheus
 from vllm_entropix.records.branches import ForkTree
 from vllm_entropix.records.fields import names
+from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.samplers.registry import parse_request
 from vllm_entropix.samplers.request import PREFIX
@@ -209,6 +210,7 @@ class _Answer:
             None if processor.tokenizer is None else self._continues_word,
             lambda: processor.spent_on_forks < resolved["config"]["forks"]["engine_budget"],
             lambda number: str(getattr(self.sequences[number].state.detokenizer, "output_text", "")),
+            lambda token_ids: () if processor.tokenizer is None else list(token_texts(_Plain(processor.tokenizer), token_ids)),
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._stream: DecidedStream | None = None
@@ -297,26 +299,34 @@ class _Answer:
         if self._stream is not None:
             output = self._stream.end(state, completion, self._cached)
             [completion] = output.outputs
+        numbers = self.tree.chosen(chosen)
+        for index, number in enumerate(numbers[1:], 1):
+            [other] = self.sequences[number].output.outputs
+            other.index = index
+            output.outputs.append(other)
         tree = self.tree.described(chosen)
         if self.traced:
-            self._write(tree)
+            self._write(tree, numbers)
         if self._counted:
-            prometheus.count_forked_answer(tree.answered, tree.pruned)
-        frontend.tell_forks(completion, tree, self.traced)
+            beside = tree.beside(numbers)
+            prometheus.count_forked_answer(tree.generated - beside, beside)
+        for number, completion in zip(numbers, output.outputs, strict=True):
+            frontend.tell_forks(completion, self.tree.described(number), self.traced)
         return output
 
-    def _write(self, tree: ForkTree) -> None:
-        """Have all branches written to disk, if traces are."""
+    def _write(self, tree: ForkTree, chosen: Collection[int]) -> None:
+        """Have all branches written to disk, if traces are; ``chosen``: numbers of those that are the answer."""
         if len(tree.branches) == 1:
             [only] = self.sequences
             frontend.write_finished(only.state, str(only.output.outputs[0].finish_reason))
             return
         label = getattr(self.sequences[0].state, "entropix_label", None)
-        for sequence, branch in zip(self.sequences, tree.branches, strict=True):
+        branches = [one.model_copy(update={"chosen": one.id in chosen}) for one in tree.branches]
+        for sequence, branch in zip(self.sequences, branches, strict=True):
             # What ended as it began has been told nothing by the engine.
             sequence.state.entropix_label = label
             reason = _PRUNED if branch.pruned_at is not None else str(sequence.output.outputs[0].finish_reason)
-            frontend.write_finished(sequence.state, reason, None, branch, tree.branches if branch.chosen else None)
+            frontend.write_finished(sequence.state, reason, None, branch, branches if branch.chosen else None)
 
     @property
     def _cached(self) -> int:
@@ -384,6 +394,16 @@ class _Answer:
         text = tokenizer.decode([before])
         added = tokenizer.decode([before, token]).removeprefix(text)
         return (text[-1:].isalnum() and added[:1].isalnum()) or "\ufffd" in text  # or within a character
+
+
+class _Plain:
+    """A tokenizer that leaves special tokens out, as the text of an answer does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 def _scores(name: str, contenders: Sequence[Contender]) -> list[float]:

@@ -9,10 +9,11 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import entry_points
 from statistics import fmean
 
+from vllm_entropix.forks.answers import Rule, normalised
 from vllm_entropix.settings.errors import ConfigError, cut, quoted
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Contender:
         margins: the most probable token's probability less the second's, in the same way.
         finished: has it run to its end?
         text: gives the text so far.
+        pieces: gives the text of each token.
+        rule: finds the answer in a text; None: the request names no rule.
     """
 
     branch: int
@@ -46,6 +49,29 @@ class Contender:
     margins: Sequence[float | None]
     finished: bool
     text: Callable[[], str] = field(repr=False, compare=False)
+    pieces: Callable[[], Sequence[str]] = field(default=lambda: (), repr=False, compare=False)
+    rule: Rule | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def answer(self) -> str | None:
+        """The answer in its text as answers are compared, see :func:`~.answers.normalised`; None: there is none."""
+        text = self.text()
+        span = None if self.rule is None else self.rule(text)
+        return None if span is None else normalised(text[slice(*span)])
+
+    @cached_property
+    def of_answer(self) -> list[int]:
+        """Which tokens from ``start`` to ``stop`` are the answer's, counted from ``start``; none where there is no answer."""
+        pieces = list(self.pieces())
+        span = None if self.rule is None else self.rule("".join(pieces))
+        if span is None:
+            return []
+        found, end = [], 0
+        for place, piece in enumerate(pieces):
+            begin, end = end, end + len(piece)
+            if self.start <= place < self.stop and begin < span[1] and end > span[0]:
+                found.append(place - self.start)
+        return found
 
 
 # Contenders → a score for each; NaN loses.
@@ -63,11 +89,55 @@ def entropy(contenders: Sequence[Contender]) -> list[float]:
 
 
 def margin(contenders: Sequence[Contender]) -> list[float]:
-    """Mean lead of the most probable token over the second."""
-    return [_mean(contender.margins) for contender in contenders]
+    """Mean lead of the most probable token over the second: of the answer's tokens, if a rule finds some, or of all."""
+    if not any(contender.of_answer for contender in contenders):
+        return [_mean(contender.margins) for contender in contenders]
+    return [_mean([contender.margins[place] for place in contender.of_answer]) for contender in contenders]
 
 
-BUILT_IN: dict[str, Chooser] = {"confidence": confidence, "entropy": entropy, "margin": margin}
+def vote(contenders: Sequence[Contender]) -> list[float]:
+    """Branches that give the same answer, and half the mean probability of a token: of those the most confident is first."""
+    return _voted(contenders, [1.0] * len(contenders), 0.5)
+
+
+def weighted_vote(contenders: Sequence[Contender]) -> list[float]:
+    """The same, where a branch counts as much as its tokens' mean probability."""
+    return _voted(contenders, [_probability(contender) for contender in contenders], 1e-6)
+
+
+def _voted(contenders: Sequence[Contender], weights: Sequence[float], of_own: float) -> list[float]:
+    answers = [contender.answer for contender in contenders]
+    votes: dict[str, float] = {}
+    for answer, weight in zip(answers, weights, strict=True):
+        if answer is not None:
+            votes[answer] = votes.get(answer, 0.0) + weight
+    if not votes:
+        return confidence(contenders)
+    return [
+        -math.inf if answer is None else votes[answer] + of_own * _probability(contender)
+        for answer, contender in zip(answers, contenders, strict=True)
+    ]
+
+
+def _probability(contender: Contender) -> float:
+    """Of a token, the geometric mean; 0 where nothing is known."""
+    return math.exp(_mean(contender.logprobs))
+
+
+# All branches are the answer, the most confident first.
+ALL = "all"
+BUILT_IN: dict[str, Chooser] = {
+    "confidence": confidence,
+    "entropy": entropy,
+    "margin": margin,
+    "vote": vote,
+    "weighted-vote": weighted_vote,
+    ALL: confidence,
+}
+# These compare whole answers, so there is no horizon for them.
+OF_WHOLE_ANSWERS = frozenset({"vote", "weighted-vote", ALL})
+# These need a rule that finds answers.
+OF_ANSWERS = frozenset({"vote", "weighted-vote"})
 
 
 def chooser(name: str) -> Chooser:

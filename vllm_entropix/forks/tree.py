@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from vllm_entropix.forks.choice import Chooser, Contender, scores_of
+from vllm_entropix.forks.answers import rule_of
+from vllm_entropix.forks.choice import ALL, Chooser, Contender, scores_of
 from vllm_entropix.forks.policy import ContinuesWord, alternatives
 from vllm_entropix.records import branches as told
 from vllm_entropix.records.trace import TokenRecord
@@ -108,6 +109,7 @@ class Tree:
         continues_word: tells where words go on; None: nobody knows.
         may_fork: asked before each fork, beside the settings.
         text_of: number of a branch → its text so far.
+        pieces_of: tokens → the text of each.
     """
 
     def __init__(
@@ -117,12 +119,15 @@ class Tree:
         continues_word: ContinuesWord | None = None,
         may_fork: Callable[[], bool] = lambda: True,
         text_of: Callable[[int], str] = lambda branch: "",
+        pieces_of: Callable[[Sequence[int]], Sequence[str]] = lambda token_ids: (),
     ) -> None:
         self.settings = settings
         self._chosen_by = chosen_by
         self._continues_word = continues_word
         self._may_fork = may_fork
         self._text_of = text_of
+        self._pieces_of = pieces_of
+        self._rule = None if settings.answer is None else rule_of(settings.answer)
         self.branches = [Branch(0)]
         self._forks: list[_Fork] = []
 
@@ -211,12 +216,22 @@ class Tree:
                 self._forks.remove(fork)
                 best = self._best(list(sides), fork.position, end + 1)
                 pruned += self._prune([branch for branch, side in sides.items() if side is not sides[best]])
-        if self.live and len(self._kept()) > 1 and self.spent >= self.settings.budget:
-            kept = self._kept()
-            best = self._best(kept, _shared(kept), None)
-            pruned += self._prune([branch for branch in kept if branch is not best])
+        # Where all are wanted, those that have ended stay.
+        rivals = self.live if self._all else self._kept()
+        if self.live and len(rivals) > 1 and self.spent >= self.settings.budget:
+            best = self._best(rivals, _shared(rivals), None)
+            pruned += self._prune([branch for branch in rivals if branch is not best])
             self._forks.clear()
         return pruned
+
+    @property
+    def _all(self) -> bool:
+        return self.settings.select == ALL
+
+    def chosen(self, best: int) -> list[int]:
+        """Numbers of the branches that are the answer, the best one first: it alone, unless all are wanted."""
+        others = [branch.id for branch in self._kept() if branch.id != best] if self._all else []
+        return [best, *others]
 
     def choose(self) -> int | None:
         """Number of the branch that is the answer, once no branch is live; None: some still are."""
@@ -258,6 +273,8 @@ class Tree:
                     margins=branch.margins[start:end],
                     finished=branch.finished,
                     text=partial(self._text_of, branch.id),
+                    pieces=partial(self._pieces_of, branch.token_ids[:]),
+                    rule=self._rule,
                 )
             )
         scores = scores_of(self._chosen_by, contenders)

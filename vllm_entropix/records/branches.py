@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -43,7 +45,18 @@ class ForkTree(BaseModel):
     @property
     def pruned(self) -> int:
         """Tokens that were generated beside the answer."""
-        return self.generated - self.answered
+        return self.beside([] if self.chosen is None else [self.chosen.id])
+
+    def beside(self, answers: Collection[int]) -> int:
+        """Tokens that are part of none of some branches; ``answers``: their numbers."""
+        kept: dict[int, int] = {}  # by branch: its own tokens up to the last that is part of one
+        for branch in reversed(self.branches):  # children come after their parents
+            if branch.id in answers:
+                kept[branch.id] = branch.tokens
+            if branch.parent is not None and branch.id in kept:
+                shared = branch.position - self.branches[branch.parent].position
+                kept[branch.parent] = max(kept.get(branch.parent, 0), shared)
+        return self.generated - sum(kept.values())
 
     @property
     def chosen(self) -> Branch | None:

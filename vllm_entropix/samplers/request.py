@@ -147,6 +147,7 @@ class RequestSettings(BaseModel):
     fork_budget: int | None = _fork("budget")
     fork_horizon: int | None = _fork("horizon")
     fork_select: str | None = _fork("select")
+    fork_answer: str | None = _fork("answer")
 
     # What the request says of a chain, once its sampler is known to be one: see samplers/registry.py.
     _chain: ChainRequest | None = PrivateAttr(default=None)

@@ -262,7 +262,16 @@ class Forks(Section):
         "confidence",
         min_length=1,
         max_length=100,
-        description="How branches are compared: `confidence`, `entropy`, `margin`, or a chooser that another package has.",
+        description="How branches are compared: `confidence`, `entropy`, `margin`, `vote`, `weighted-vote`, `all` (all are "
+        "returned), or a chooser that another package has.",
+        json_schema_extra={"unit": ""},
+    )
+    answer: str | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="Where the answer stands in a text, for `vote` and `margin`: `last-number`, `boxed`, `last-line`, or "
+        "`after:TEXT`; unset: `margin` is that of all tokens.",
         json_schema_extra={"unit": ""},
     )
 

@@ -9,6 +9,7 @@ from tests.support.engine import engine, generate, scheduler_of
 from vllm_entropix import traces
 from vllm_entropix.engine.forks import seed_of_branch
 from vllm_entropix.forks import choice
+from vllm_entropix.records.scores import scores_of_entries
 
 pytestmark = pytest.mark.engine
 
@@ -272,6 +273,21 @@ def test_all_branches_are_no_stream(llm):
     assert_nothing_left(llm)
 
 
+def test_an_answer_that_forked_is_scored_as_any_other(llm):
+    asked = {**FORKS, "entropix_trace": "on", "entropix_scores": "on"}
+    for settings in ({}, {"entropix_fork_horizon": 3}, {"entropix_abstain_score": "entropy_max", "entropix_abstain_above": 0}):
+        [output] = generate(llm, [PROMPT], [params(extra_args={**asked, **settings})])
+        [completion] = output.outputs
+        expected = scores_of_entries(completion.entropix_trace).model_dump()
+        told = completion.entropix_scores.model_dump()
+        abstained = True if "entropix_abstain_score" in settings else None
+        assert completion.stop_reason == ("entropix_abstain" if abstained else None)
+        assert told.pop("abstained") is abstained
+        for name, value in told.items():
+            assert value == (expected[name] if expected[name] is None else pytest.approx(expected[name], rel=1e-5)), name
+        assert told["tokens"] == 24
+
+
 def test_a_chooser_that_fails_harms_nobody(llm, monkeypatch):
     monkeypatch.setitem(choice.BUILT_IN, "broken", lambda contenders: 1 / 0)
     asked = {**FORKS, "entropix_fork_select": "broken", "entropix_fork_horizon": 4}
@@ -390,7 +406,6 @@ def test_many_that_fork_under_a_small_cache(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"extra_args": {**FORKS, "entropix_scores": "on"}}, "entropix_forks can't be had with scores of the answer"),
         (
             {"extra_args": {**FORKS, "samplers": "vllm", "entropix_fork_entropy": 1}},
             "entropix_forks can't be had with vLLM's own sampler",

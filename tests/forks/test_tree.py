@@ -262,10 +262,11 @@ def test_a_score_that_is_no_number_loses():
     assert [branch.score for branch in tree.branches] == [None, -1e9]
 
 
-def test_of_a_rare_token_the_most_that_it_can_have_is_known():
+def test_a_rare_tokens_record_tells_its_log_probability():
     tree, _ = scripted({})
-    tree.feed(0, [9, 9, 7, 9], [record([(7, 0.6), (8, 0.3)]), record([(7, 0.4), (8, 0.1)]), record([(7, 0.4)]), None], False)
-    assert tree.branches[0].logprobs == [pytest.approx(math.log(0.1)), pytest.approx(math.log(0.1)), math.log(0.4), None]
+    records = [record([(7, 0.6), (8, 0.3)], logprob=-4.5), record([(7, 0.4)], logprob=-0.9), record([(7, 0.6)]), None]
+    tree.feed(0, [9, 7, 9, 9], records, False)
+    assert tree.branches[0].logprobs == [-4.5, math.log(0.4), None, None]
 
 
 def test_the_tree_is_told():

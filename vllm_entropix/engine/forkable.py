@@ -145,7 +145,6 @@ def _problems(
             f"set {PREFIX}_clarification to off",
         ),
         (sampler == VLLM, "vLLM's own sampler", "name another"),
-        (request.is_scored(resolved["config"]["scores"]["default"]), "scores of the answer", leave_out),
         (request.chain is not None, "a chain of samplers, whose state branches don't take over", "name one sampler"),
         (
             settings.select == choice.ALL and params.output_kind.name != "FINAL_ONLY",

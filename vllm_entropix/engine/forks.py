@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import math
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from vllm_entropix.forks.tree import Birth, Tree
 from vllm_entropix.observability import prometheus
 from vllm_entropix.records.branches import ForkTree
 from vllm_entropix.records.fields import names
+from vllm_entropix.records.scores import AnswerScores
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.samplers.registry import parse_request
@@ -305,8 +306,12 @@ class _Answer:
             other.index = index
             output.outputs.append(other)
         tree = self.tree.described(chosen)
+        scores = {
+            number: frontend.score_branch(self.sequences[number].state, completion)
+            for number, completion in zip(numbers, output.outputs, strict=True)
+        }
         if self.traced:
-            self._write(tree, numbers)
+            self._write(tree, scores)
         if self._counted:
             beside = tree.beside(numbers)
             prometheus.count_forked_answer(tree.generated - beside, beside)
@@ -314,11 +319,11 @@ class _Answer:
             frontend.tell_forks(completion, self.tree.described(number), self.traced)
         return output
 
-    def _write(self, tree: ForkTree, chosen: Collection[int]) -> None:
-        """Have all branches written to disk, if traces are; ``chosen``: numbers of those that are the answer."""
+    def _write(self, tree: ForkTree, chosen: Mapping[int, AnswerScores | None]) -> None:
+        """Have all branches written to disk, if traces are; ``chosen``: number of one that is the answer → its scores."""
         if len(tree.branches) == 1:
             [only] = self.sequences
-            frontend.write_finished(only.state, str(only.output.outputs[0].finish_reason))
+            frontend.write_finished(only.state, str(only.output.outputs[0].finish_reason), chosen[0])
             return
         label = getattr(self.sequences[0].state, "entropix_label", None)
         branches = [one.model_copy(update={"chosen": one.id in chosen}) for one in tree.branches]
@@ -326,7 +331,7 @@ class _Answer:
             # What ended as it began has been told nothing by the engine.
             sequence.state.entropix_label = label
             reason = _PRUNED if branch.pruned_at is not None else str(sequence.output.outputs[0].finish_reason)
-            frontend.write_finished(sequence.state, reason, None, branch, branches if branch.chosen else None)
+            frontend.write_finished(sequence.state, reason, chosen.get(branch.id), branch, branches if branch.chosen else None)
 
     @property
     def _cached(self) -> int:
@@ -342,7 +347,7 @@ class _Answer:
         sequence = self._add(request)
         state = sequence.state
         state.detokenizer.update(shared, False)
-        state.entropix_traces = {0: _trace_of_branch(parent.entropix_traces[0], birth)}
+        frontend.begin_branch(state, parent, _trace_of_branch(parent.entropix_traces[0], birth))
         sequence.noted = birth.position + 1
         above = self.sequences[birth.parent].seed
         sequence.seed = None if above is None else seed_of_branch(above, birth.position, birth.rank)

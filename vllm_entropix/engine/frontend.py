@@ -88,13 +88,14 @@ def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], An
         collected[state.request_index].extend(b"", tokens)  # beyond the cap
     finish_reason = arguments["finish_reason"]
     finished = answers.get(state.request_index) if answers and finish_reason is not None else None
-    if finished is not None:
+    # Which branch of an answer that forks is the answer isn't known yet.
+    is_branch = getattr(state, "entropix_is_branch", False)
+    if finished is not None and not is_branch:
         _score(finished, arguments)
     result = make()
     if not collected and not answers:
         return result
-    # Which branch of an answer that forks is written, if any, isn't known yet.
-    if finish_reason is not None and not getattr(state, "entropix_is_branch", False):
+    if finish_reason is not None and not is_branch:
         write_finished(state, str(finish_reason), finished.scores if finished is not None else None)
     if result is not None:
         for completion in result.outputs:
@@ -111,6 +112,34 @@ def _score(answer: _Answer, arguments: dict[str, Any]) -> None:
             prometheus.count_answer(values)
     if answer.scores.abstained:
         arguments["stop_reason"] = ABSTAINED
+
+
+def begin_branch(state: Any, parent: Any, trace: TokenTrace) -> None:
+    """Give a branch of an answer that forks what it has in common with its parent.
+
+    Args:
+        state: the frontend's RequestState of the branch.
+        parent: that of the branch that it parts from.
+        trace: of the tokens that they share, and of the one that it parts with.
+    """
+    state.entropix_traces = {0: trace}
+    answers: dict[int, _Answer] | None = getattr(parent, "entropix_answers", None)
+    if answers:
+        tally = Tally()
+        tally.add_values(trace.values())
+        state.entropix_answers = {0: _Answer(tally, answers[0].abstention, answers[0].counted)}
+
+
+def score_branch(state: Any, completion: Any) -> AnswerScores | None:
+    """Score a branch that became the answer, if scores were asked for, and hang them on its output."""
+    answers: dict[int, _Answer] | None = getattr(state, "entropix_answers", None)
+    if not answers:
+        return None
+    arguments = {"stop_reason": completion.stop_reason}
+    _score(answers[0], arguments)
+    completion.__class__ = TracedCompletion
+    completion.stop_reason, completion.entropix_scores = arguments["stop_reason"], answers[0].scores
+    return answers[0].scores
 
 
 def _hang_on(completion: Any, collected: dict[int, TokenTrace], answers: dict[int, _Answer], kind: RequestOutputKind) -> None:

@@ -311,14 +311,9 @@ def _shared(branches: Sequence[Branch], known: int = 0) -> int:
 
 
 def _logprob(token: int, record: TokenRecord) -> float | None:
-    """Log-probability of a token by its record, or by that of a token drawn in its place; None: nothing is known.
-
-    What no record tells of a token is at most the probability that recorded alternatives leave, and that of the least of them.
-    """
-    known = {other: probability for other, probability in record.alternatives if probability is not None}
-    if token not in known:
-        value: float | None = getattr(record, "logprob", None)
-        if value is not None or not known:
-            return value
-    probability = known.get(token, min(*known.values(), 1 - sum(known.values())))
-    return math.log(probability) if probability > 0 else -math.inf
+    """Log-probability of a token by its record, or by that of the token drawn in its place; None: not known."""
+    probability = next((probability for other, probability in record.alternatives if other == token), None)
+    if probability is not None:
+        return math.log(probability) if probability > 0 else -math.inf
+    value: float | None = record.logprob
+    return value

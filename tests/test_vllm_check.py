@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from tests.support import used_of_vllm
 from vllm_entropix.engine import vllm_check
-from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
+from vllm_entropix.engine.expected import ATTRIBUTES, COPY_ON_WRITE, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
 from vllm_entropix.engine.patches import PATCHES
 from vllm_entropix.engine.sources import Sources
 from vllm_entropix.engine.versions import MINORS
@@ -60,6 +60,17 @@ def change(copied):
 def test_the_installed_version_is_as_expected():
     assert vllm_check.problems() == []
     assert vllm_check.problems_of_sources(ROOT) == []
+
+
+def test_blocks_can_be_copied_on_write():
+    assert vllm_check.copy_on_write_problems() == []
+
+
+@pytest.mark.parametrize("module", sorted(COPY_ON_WRITE))
+def test_where_blocks_cant_be_copied_on_write_it_is_told(monkeypatch, module):
+    classes = {f"{name}Else": names for name, names in COPY_ON_WRITE[module].items()}
+    monkeypatch.setattr(vllm_check, "COPY_ON_WRITE", {module: classes})
+    assert len(vllm_check.copy_on_write_problems.__wrapped__()) == len(classes)
 
 
 def test_a_copy_is_as_expected(copied):
@@ -111,7 +122,8 @@ def test_all_that_is_used_of_vllm_is_listed():
         assert names <= set(NAMES.get(module, ())), f"imported from {module} and not in expected.NAMES"
     functions = [name for table in (FUNCTIONS, FUNCTIONS_OF_SERVERS) for of_module in table.values() for name in of_module]
     listed = {name.rpartition(".")[2] for name in functions}
-    listed.update(name for classes in ATTRIBUTES.values() for names in classes.values() for name in names)
+    for table in (ATTRIBUTES, COPY_ON_WRITE):
+        listed.update(name for classes in table.values() for names in classes.values() for name in names)
     listed.update(name for names in NAMES.values() for name in names)
     used = used_of_vllm.attributes()
     ours = {name for name in used if name.startswith("entropix_")}  # hung on vLLM's objects

@@ -126,6 +126,32 @@ def test_a_branch_is_what_a_request_of_its_own_is(llm, branches):
     assert_nothing_left(llm)
 
 
+@pytest.mark.both_runners
+def test_a_branch_begins_with_its_parents_blocks(llm, branches, monkeypatch):
+    # Nothing is computed again, wherever in a block the answer forks.
+    settings = [params(seed=seed, max_tokens=32) for seed in range(2)]
+    prompts = [PROMPT, PROMPT * 3]
+    llm.reset_prefix_cache()
+    outputs = generate(llm, prompts, settings)
+    for states, tree in branches:
+        root = len(states[0].prompt_token_ids)
+        assert len(tree) > 1
+        for state, branch in zip(states[1:], tree[1:], strict=True):
+            if branch.position < 28:  # or its parent had ended, perhaps
+                assert state.num_cached_tokens == root + branch.position
+    assert_nothing_left(llm)
+    # Token for token the same as by the prefix cache.
+    told = sorted([branch.token_ids for branch in tree] for _, tree in branches)
+    branches.clear()
+    llm.reset_prefix_cache()
+    monkeypatch.delattr(scheduler_of(llm).kv_cache_manager, "get_computed_blocks")  # vLLM's own is left
+    others = generate(llm, prompts, settings)
+    assert [tokens(output) for output in outputs] == [tokens(output) for output in others]
+    assert sorted([branch.token_ids for branch in tree] for _, tree in branches) == told
+    found = [state.num_cached_tokens for states, _ in branches for state in states[1:]]
+    assert {number % scheduler_of(llm).block_size for number in found} == {0}
+
+
 def test_branches_are_reproducible_and_other_requests_are_left_alone(llm):
     settings = [params(), params(extra_args=None, seed=9), params(seed=6)]
     first = generate(llm, [PROMPT] * 3, settings)
@@ -323,8 +349,9 @@ def test_a_branch_that_the_engine_gives_up_is_pruned(llm, branches, monkeypatch)
 
 
 def test_a_server_may_let_all_fork_that_can(tiny):
-    server = {"forks": {**SERVER["forks"], "branches": 3, "entropy": 0.5}}
+    server = {"forks": {**SERVER["forks"], "branches": 3, "entropy": 0.5, "mechanism": "prefix-cache"}}
     llm = engine(tiny, sampler="entropix", sampler_config=server)
+    assert "get_computed_blocks" not in vars(scheduler_of(llm).kv_cache_manager)  # vLLM's own is left
     [forked, two] = generate(llm, [PROMPT] * 2, [params(extra_args=None), params(extra_args=None, n=2)])
     assert len(forked.outputs[0].entropix_forks.branches) > 1
     assert [hasattr(completion, "entropix_forks") for completion in two.outputs] == [False, False]

@@ -49,6 +49,7 @@ HOLDERS = {
     "engine/runner_v1.py": ("runner", "scheduler_output", "sampler"),
     "engine/runner_v2.py": ("runner", "context", "ctx", "sampling_params", "_slots", "slots", "_prefill_length"),
     "engine/scheduler.py": ("scheduler_output", "model_runner_output", "output", "outputs", "result"),
+    "engine/shared_blocks.py": ("scheduler", "manager", "request", "parent", "group", "block"),
     "engine/worker.py": ("worker", "runner"),
     "attention/observer.py": ("layer", "impl", "module", "builder", "common_attn_metadata", "metadata"),
     "attention/layouts.py": ("layer",),

@@ -152,6 +152,32 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.sample.logits_processor": ("LogitsContext", "LogitsProcessor"),
 }
 
+# What branches of answers take to share blocks that are copied on write. Where it isn't there, the prefix cache does.
+COPY_ON_WRITE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "vllm.v1.core.kv_cache_manager": {
+        "KVCacheManager": ("coordinator", "create_kv_cache_blocks", "get_computed_blocks", "take_kv_cache_block_copies"),
+    },
+    "vllm.v1.core.kv_cache_coordinator": {
+        "KVCacheCoordinator": ("single_type_managers",),
+    },
+    "vllm.v1.core.single_type_kv_cache_manager": {
+        "SingleTypeKVCacheManager": ("_apply_cow", "_has_partial_local_hit", "block_size", "req_to_blocks"),
+        "FullAttentionManager": (),
+    },
+    "vllm.v1.core.kv_cache_utils": {
+        "KVCacheBlock": ("is_null",),
+    },
+    "vllm.v1.core.sched.output": {
+        "SchedulerOutput": ("kv_cache_block_copies",),
+    },
+    "vllm.v1.core.sched.scheduler": {
+        "Scheduler": ("connector", "kv_cache_manager", "requests"),
+    },
+    "vllm.v1.request": {
+        "Request": ("num_computed_tokens", "num_preemptions", "num_tokens", "request_id", "sampling_params"),
+    },
+}
+
 # Module → class → attributes.
 ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "vllm.config.vllm": {

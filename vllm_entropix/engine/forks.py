@@ -364,7 +364,8 @@ class _Answer:
         params = root.clone()
         params.max_tokens = root.max_tokens - birth.position - 1
         params.seed = sequence.seed
-        params.extra_args = {**root.extra_args, BRANCH: {"prompt_length": len(self.request.prompt_token_ids)}}
+        origin = {"prompt_length": len(self.request.prompt_token_ids), "of": self.sequences[birth.parent].request_id}
+        params.extra_args = {**root.extra_args, BRANCH: origin}
         request = copy(request)
         request.sampling_params = params
         request.prompt_token_ids = [*self.request.prompt_token_ids, *shared, birth.token]

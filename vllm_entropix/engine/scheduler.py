@@ -16,6 +16,7 @@ from vllm_entropix.engine.carrier import (
     attach_to_sequence,
 )
 from vllm_entropix.engine.resolved import Resolved
+from vllm_entropix.engine.shared_blocks import share_blocks
 from vllm_entropix.rows.table import Told
 from vllm_entropix.samplers import registry
 
@@ -32,6 +33,8 @@ class EntropixSchedulerMixin:
         self._entropix_cap = resolved.config.trace.max_tokens
         self._entropix_to_disk = resolved.config.trace.path is not None
         self._entropix_model = self.vllm_config.model_config.served_model_name  # type: ignore[attr-defined]
+        if resolved.config.forks.mechanism == "auto":
+            share_blocks(self)
         # Traced tokens of the running requests.
         self._entropix_sent: dict[str, int] = {}
         # What the running requests that are scored abstain by: score, above and below; None: by nothing.

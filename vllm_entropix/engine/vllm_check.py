@@ -6,10 +6,11 @@ import functools
 import importlib
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_entropix.engine.expected import ATTRIBUTES, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
+from vllm_entropix.engine.expected import ATTRIBUTES, COPY_ON_WRITE, FUNCTIONS, FUNCTIONS_OF_SERVERS, LATER, NAMES
 from vllm_entropix.engine.sources import Sources
 from vllm_entropix.engine.versions import MINORS
 
@@ -71,12 +72,25 @@ def _installed_problems(root: Path) -> list[str]:
     return _attribute_problems(Sources(root))
 
 
+@functools.cache
+def copy_on_write_problems() -> list[str]:
+    """What the installed vLLM lacks for blocks that branches share; empty if it lacks nothing."""
+    import vllm
+
+    return _without_attributes(Sources(Path(vllm.__file__).parent.parent), COPY_ON_WRITE)
+
+
 def _attribute_problems(sources: Sources) -> list[str]:
     found = []
     for module, names in NAMES.items():
         has = sources.names(module)
         found += [f"{module} is missing"] if has is None else _without(module, "name", names, has)
-    for module, classes in ATTRIBUTES.items():
+    return found + _without_attributes(sources, ATTRIBUTES)
+
+
+def _without_attributes(sources: Sources, table: Mapping[str, Mapping[str, tuple[str, ...]]]) -> list[str]:
+    found = []
+    for module, classes in table.items():
         for name, attributes in classes.items():
             has = sources.attributes(module, name)
             found += (

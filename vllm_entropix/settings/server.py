@@ -266,6 +266,12 @@ class Forks(Section):
         "returned), or a chooser that another package has.",
         json_schema_extra={"unit": ""},
     )
+    mechanism: Literal["auto", "prefix-cache"] = Field(
+        "auto",
+        description="How branches share what is computed: `auto`, the parent's own blocks, copied on write, where vLLM has "
+        "that; `prefix-cache`, whole blocks alone.",
+        json_schema_extra={"unit": ""},
+    )
     answer: str | None = Field(
         None,
         min_length=1,

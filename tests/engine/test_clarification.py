@@ -17,7 +17,8 @@ CLARIFICATION = "hm?"  # three tokens of the test models' tokenizer
 
 
 def settings(**clarification):
-    return {"thresholds": ALWAYS_LOST, "clarification": {"text": CLARIFICATION, **clarification}}
+    forks = {"floor": 0, "distance": 4, "inside_words": True}
+    return {"thresholds": ALWAYS_LOST, "clarification": {"text": CLARIFICATION, **clarification}, "forks": forks}
 
 
 def params(**settings):
@@ -47,6 +48,22 @@ def test_cooldown_and_maximum(llm):
         tokens = list(output.outputs[0].token_ids)
         for start in (0, 8, 16):
             assert tokens[start : start + 3] == ids(llm, CLARIFICATION)
+
+
+def test_branches_remember_what_was_inserted_before_them(llm, monkeypatch):
+    processor = llm.llm_engine.output_processor
+    forget, seen = processor.forget_branches, []
+
+    def forget_branches(request_ids):
+        seen.extend(one.state for one in processor._entropix_branches[request_ids[0]].answer.sequences)
+        forget(request_ids)
+
+    monkeypatch.setattr(processor, "forget_branches", forget_branches)
+    generate(llm, ["a"], [params(max_tokens=32, extra_args={"entropix_forks": 8, "entropix_fork_entropy": 0})])
+    assert len(seen) > 4
+    for state in seen:
+        records = state.entropix_traces[0]
+        assert "".join("F" if record.forced else "." for record in records) == "FFF.....FFF.....FFF............."
 
 
 def test_off_per_request_and_for_greedy_rows(llm):

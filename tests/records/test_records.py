@@ -9,11 +9,12 @@ from typing import get_args
 import cloudpickle
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vllm_entropix.engine.carrier import by_request
+from vllm_entropix.engine.carrier import StepRecords, by_request
 from vllm_entropix.records.choice import choice_json
 from vllm_entropix.records.encoding import record_values
 from vllm_entropix.records.fields import all_fields, names, record_bytes
@@ -55,6 +56,14 @@ def test_a_step_without_alternatives():
 def test_large_slots_are_found():
     slot = 2**24 - 1
     assert list(by_request(step([slot, slot - 1]), {slot: Told("last", True)})) == ["last"]
+
+
+def test_what_is_remembered_goes_with_the_last_row_of_whom_may_fork():
+    forks = {1: Told("a", True, forks=True), 2: Told("b", True), 3: Told("c", True, forks=True)}
+    states = torch.arange(5 * 4, dtype=torch.uint8).reshape(5, 4)
+    made = StepRecords.from_device(forks, torch.from_numpy(step([3, 0, 2, 1, 3])), states)
+    assert made.states_by_request() == {"c": bytes(states[4].numpy()), "a": bytes(states[3].numpy())}
+    assert StepRecords.from_device(forks, torch.from_numpy(step([3]))).states_by_request() == {}
 
 
 def trace_of_values(values: np.ndarray, not_kept: int = 0) -> TokenTrace:

@@ -57,6 +57,15 @@ def test_a_fork_continues_as_its_parent():
         assert step(child, 5, position) == step(parent, 2, position)
 
 
+def test_bytes_of_many_are_those_of_each():
+    state = ring()
+    for slot, position in ((1, 3), (1, 4), (2, 9)):
+        step(state, slot, position)
+    told = state.as_bytes(torch.tensor([2, 0, 1, 1]))
+    assert told.shape == (4, state.nbytes)
+    assert [bytes(row.numpy()) for row in told] == [state.to_bytes(slot) for slot in (2, 0, 1, 1)]
+
+
 def test_bytes_of_another_ring_are_refused():
     with pytest.raises(ValueError, match="doesn't fit"):
         ring().from_bytes(1, ring(draft_tokens=1).to_bytes(1))

@@ -259,6 +259,7 @@ class RunnerAdapter(ABC):
         top_k = params.top_k if params.top_k > 0 else self.vocabulary
         own = {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k, "min_p": params.min_p}
         branch = (params.extra_args or {}).get(BRANCH)
+        branches = self.config.forks.branches if settings.forks is None else settings.forks
         return Sequence(
             constants=self.batch.samplers[sampler].numbers_of_request(settings, own),
             sampled=sampled,
@@ -269,6 +270,9 @@ class RunnerAdapter(ABC):
             prompt_length=prompt_length if branch is None else branch["prompt_length"],
             sampler=sampler,
             base=(params.temperature, params.top_p, top_k, params.min_p),
+            # Chains whose samplers remember something don't fork (see forkable), so it is the clarification alone.
+            forks=self.batch.clarification is not None and branches > 1,
+            state=None if branch is None else branch.get("state"),
         )
 
     def after_forward(self) -> None:  # noqa: B027  (V1 needs nothing here)
@@ -299,7 +303,9 @@ class RunnerAdapter(ABC):
         """
         self.batch.drawn(token_ids, number)
         for requests, records in self._undrawn:
-            self._records.append(StepRecords.from_device(requests, records))
+            forks = any(told.forks for told in requests.values())
+            states = self.batch.states(records[:, 0].long()) if forks else None
+            self._records.append(StepRecords.from_device(requests, records, states))
         self._undrawn = []
 
     def measure(self, rows: Rows, wanted: Tensor) -> AttentionStatistics | None:

@@ -19,8 +19,8 @@ from vllm_entropix.rows.table import Told
 
 # Request id → (what they are for, rows, their records one after the other).
 Records = dict[str, tuple[Told, int, bytes]]
-# Attribute of ModelRunnerOutput that holds them.
-RECORDS = "entropix_records"
+# Attributes of ModelRunnerOutput: records, and request id → what is remembered of a sequence that may fork.
+RECORDS, STATES = "entropix_records", "entropix_states"
 # Keys in kv_transfer_params, the one field of EngineCoreOutput that takes any plugin's data, for records that are kept, counted
 # and summed up. They never leave the frontend: bytes there would break the HTTP response.
 TRACED, COUNTED, SCORED = "entropix_traced", "entropix_counted", "entropix_scored"
@@ -28,7 +28,9 @@ TRACED, COUNTED, SCORED = "entropix_traced", "entropix_counted", "entropix_score
 WRITTEN = "entropix_written"
 # Comes with the records that are summed up, of a sequence that abstains beyond a bound: score, above and below.
 ABSTAINS = "entropix_abstains"
-OURS = frozenset({TRACED, COUNTED, SCORED, WRITTEN, ABSTAINS})
+# Comes with traced records of a sequence that may fork: what its samplers remember of it, as bytes.
+STATE = "entropix_state"
+OURS = frozenset({TRACED, COUNTED, SCORED, WRITTEN, ABSTAINS, STATE})
 
 
 @dataclass
@@ -40,28 +42,40 @@ class StepRecords:
         values: float32 ``[rows, columns]`` on the host: slot (0 for rows to skip), record, alternatives. Complete once
             ``ready`` has returned.
         ready: waits for the copy.
+        states: uint8 ``[rows, bytes]`` on the host, what is remembered of each row's sequence; None: nothing is to be told.
     """
 
     requests: dict[int, Told]
     values: Tensor
     ready: Callable[[], None]
+    states: Tensor | None = None
 
     @classmethod
-    def from_device(cls, requests: dict[int, Told], values: Tensor) -> StepRecords:
+    def from_device(cls, requests: dict[int, Told], values: Tensor, states: Tensor | None = None) -> StepRecords:
         """Send values that are still on a device on their way, without waiting for it."""
         if values.device.type == "cpu":
-            return cls(requests, values, _nothing_to_wait_for)
-        # Pinned memory, and an event that is waited for where the output is completed.
-        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        on_host.copy_(values, non_blocking=True)
+            return cls(requests, values, _nothing_to_wait_for, states)
+        on_host = _on_its_way(values)
+        states = None if states is None else _on_its_way(states)
+        # An event that is waited for where the output is completed.
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return cls(requests, on_host, event.synchronize)
+        return cls(requests, on_host, event.synchronize, states)
 
     def by_request(self) -> Records:
         """Each sequence's records, one after the other; without alternatives unless it is traced."""
         self.ready()
         return by_request(self.values.numpy(), self.requests)
+
+    def states_by_request(self) -> dict[str, bytes]:
+        """What is remembered of each sequence that may fork, as of its last row."""
+        if self.states is None:
+            return {}
+        self.ready()
+        rows = {slot: row for row, slot in enumerate(self.values[:, 0].tolist()) if slot}
+        told = {slot: self.requests.get(slot) for slot in rows}  # a whole number as a float finds the integer's entry
+        states = self.states.numpy()
+        return {one.request_id: states[rows[slot]].tobytes() for slot, one in told.items() if one is not None and one.forks}
 
 
 def by_request(values: np.ndarray, requests: Mapping[int, Told]) -> Records:
@@ -86,22 +100,31 @@ def by_request(values: np.ndarray, requests: Mapping[int, Told]) -> Records:
     return found
 
 
-def _joined(parts: list[StepRecords]) -> Records:
-    """Records by request id; a step's batch may have been sampled in several parts, each with whole sequences."""
-    return {request_id: records for part in parts for request_id, records in part.by_request().items()}
+def _on_its_way(values: Tensor) -> Tensor:
+    """A copy in the host's pinned memory, complete once the device has come so far."""
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return on_host.copy_(values, non_blocking=True)
+
+
+def _attach(output: Any, parts: list[StepRecords]) -> None:
+    """Hang records and states on a ModelRunnerOutput; a batch may have been sampled in parts, each with whole sequences."""
+    setattr(output, RECORDS, {request_id: records for part in parts for request_id, records in part.by_request().items()})
+    states = {request_id: state for part in parts for request_id, state in part.states_by_request().items()}
+    if states:
+        setattr(output, STATES, states)
 
 
 def attach_to_step(output: Any, parts: list[StepRecords]) -> Any:
     """A step's ModelRunnerOutput with its records, once it is complete."""
     if not hasattr(output, "get_output"):
-        setattr(output, RECORDS, _joined(parts))
+        _attach(output, parts)
         return output
     # Asynchronous scheduling: the output is completed later, in another thread.
     original = output.get_output
 
     def get_output() -> Any:
         result = original()
-        setattr(result, RECORDS, _joined(parts))
+        _attach(result, parts)
         return result
 
     output.get_output = get_output

@@ -7,9 +7,10 @@ from typing import Any
 
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.forks import answers, choice
-from vllm_entropix.samplers import registry
+from vllm_entropix.samplers import chain, registry
 from vllm_entropix.samplers.observed import VLLM
 from vllm_entropix.samplers.request import PREFIX, RequestSettings
+from vllm_entropix.samplers.stage import StatefulStage
 from vllm_entropix.settings.errors import ConfigError
 from vllm_entropix.settings.server import Forks
 
@@ -119,6 +120,11 @@ def _problems(
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     sampler = registry.sampler_of(request, resolved["config"])
     has_regimes = any(field.name == "regime" for field in registry.class_of(sampler).fields)
+    followed: list[str] = []
+    if request.chain is not None:
+        stages = {name: chain.stages()[name] for name in request.chain.names}
+        has_regimes = any(field.name == "regime" for stage in stages.values() for field in stage.fields)
+        followed = [name for name, stage in stages.items() if issubclass(stage, StatefulStage)]
     leave_out = "leave one of them out"
     return [
         (
@@ -139,13 +145,8 @@ def _problems(
             f"the sampler {sampler}, which knows no regimes, and no entropy to fork at",
             f"give {PREFIX}_fork_entropy",
         ),
-        (
-            resolved["clarification"] is not None and request.clarification is not False,
-            "a clarification, whose state branches don't take over",
-            f"set {PREFIX}_clarification to off",
-        ),
         (sampler == VLLM, "vLLM's own sampler", "name another"),
-        (request.chain is not None, "a chain of samplers, whose state branches don't take over", "name one sampler"),
+        (bool(followed), f"{', '.join(followed)}, which would have to follow what other branches drew", "leave it out"),
         (
             settings.select == choice.ALL and params.output_kind.name != "FINAL_ONLY",
             f"all branches in a stream, by {PREFIX}_fork_select {choice.ALL}",

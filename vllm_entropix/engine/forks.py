@@ -364,7 +364,12 @@ class _Answer:
         params = root.clone()
         params.max_tokens = root.max_tokens - birth.position - 1
         params.seed = sequence.seed
-        origin = {"prompt_length": len(self.request.prompt_token_ids), "of": self.sequences[birth.parent].request_id}
+        origin: dict[str, Any] = {
+            "prompt_length": len(self.request.prompt_token_ids),
+            "of": self.sequences[birth.parent].request_id,
+        }
+        if (remembered := getattr(parent, "entropix_state", None)) is not None:
+            origin["state"] = remembered
         params.extra_args = {**root.extra_args, BRANCH: origin}
         request = copy(request)
         request.sampling_params = params

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_entropix.engine.carrier import ABSTAINS, COUNTED, SCORED, TRACED, WRITTEN, without_ours
+from vllm_entropix.engine.carrier import ABSTAINS, COUNTED, SCORED, STATE, TRACED, WRITTEN, without_ours
 from vllm_entropix.observability import disk, prometheus
 from vllm_entropix.records.branches import Branch, ForkTree
 from vllm_entropix.records.scores import Abstention, AnswerScores, Tally
@@ -65,6 +65,7 @@ def receive_records(state: Any, arguments: dict[str, Any], make: Callable[[], An
         if traced or counted or scored:
             if WRITTEN in carried:
                 state.entropix_label = carried[WRITTEN]
+            state.entropix_state = carried.get(STATE)
             arguments["kv_transfer_params"] = without_ours(carried)
     if counted and tokens:
         prometheus.count(counted, tokens)

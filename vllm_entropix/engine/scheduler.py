@@ -10,6 +10,8 @@ from vllm_entropix.engine.carrier import (
     COUNTED,
     RECORDS,
     SCORED,
+    STATE,
+    STATES,
     TRACED,
     WRITTEN,
     Records,
@@ -52,6 +54,7 @@ class EntropixSchedulerMixin:
                 del of_running[request_id]
         if not records:
             return result
+        states: dict[str, bytes] = getattr(model_runner_output, STATES, {})
         for outputs in result.values():
             for output in outputs.outputs:
                 record = records.get(output.request_id)
@@ -59,6 +62,8 @@ class EntropixSchedulerMixin:
                     carried = self._carry(output, *record)
                     if labels and TRACED in carried and output.request_id in labels:
                         carried[WRITTEN] = labels[output.request_id]
+                    if TRACED in carried and output.request_id in states:
+                        carried[STATE] = states[output.request_id]
                     if carried:
                         attach_to_sequence(output, carried)
         return result

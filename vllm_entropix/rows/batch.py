@@ -82,10 +82,28 @@ class BatchSampler:
         slot = self.sequences.add(request_id, sequence)
         if not begins:
             return
-        for ring in (self.state, *(() if self.clarification is None else (self.clarification.state,))):
+        begin = 0
+        for ring in self._rings:
             if self.sequences.slots > ring.slots:
                 ring.grow(self.sequences.slots)
-            ring.forget(slot)
+            if sequence.state is None:
+                ring.forget(slot)
+            else:
+                ring.from_bytes(slot, sequence.state[begin : begin + ring.nbytes])
+                begin += ring.nbytes
+
+    @property
+    def _rings(self) -> tuple[PositionRing, ...]:
+        """Where sequences are remembered, in a fixed order."""
+        return (self.state,) if self.clarification is None else (self.state, self.clarification.state)
+
+    def states(self, slots: Tensor) -> Tensor:
+        """What is remembered of sequences, for those that part from them (:attr:`Sequence.state`): uint8 ``[rows, bytes]``.
+
+        Args:
+            slots: int64 ``[rows]``.
+        """
+        return torch.cat([ring.as_bytes(slots) for ring in self._rings], dim=1)
 
     def begin_step(self) -> None:
         """What was written before is drawn by now, or never will be."""

@@ -76,10 +76,24 @@ class PositionRing:
         self.positions[slots, index] = positions.to(torch.int32)
         self.records[slots, index] = records.to(self.records.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is remembered of a sequence."""
+        return self.length * (self.positions.element_size() + self.records.shape[-1] * self.records.element_size())
+
+    def as_bytes(self, slots: Tensor) -> Tensor:
+        """All that is remembered of sequences: uint8 ``[rows, nbytes]``, without waiting for the device.
+
+        Args:
+            slots: int64 ``[rows]``.
+        """
+        parts = (self.positions[slots], self.records[slots].flatten(1))
+        return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+
     def to_bytes(self, slot: int) -> bytes:
-        """All that is remembered of a sequence."""
-        positions, records = self.positions[slot].cpu().numpy(), self.records[slot].cpu().numpy()
-        return bytes(positions.tobytes() + records.tobytes())
+        """The same of one sequence."""
+        slots = torch.tensor([slot], device=self.positions.device)
+        return bytes(self.as_bytes(slots)[0].cpu().numpy())
 
     def from_bytes(self, slot: int, data: bytes) -> None:
         """Begin a sequence with what was remembered of another.

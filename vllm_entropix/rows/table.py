@@ -28,6 +28,8 @@ class Sequence:
         sampler: name of its sampler; None: the server's.
         base: its own temperature, top_p, top_k and min_p.
         scored: is the record per token wanted for scores of the answer?
+        forks: may it fork, so that what is remembered of it goes with its records?
+        state: what was remembered of the sequence that it parts from; None: it begins anew.
     """
 
     constants: list[float]
@@ -38,6 +40,8 @@ class Sequence:
     sampler: str | None = None
     base: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
     scored: bool = False
+    forks: bool = False
+    state: bytes | None = None
 
 
 class Told(NamedTuple):
@@ -47,11 +51,13 @@ class Told(NamedTuple):
         request_id: of the sequence.
         traced: they are returned, with alternatives.
         scored: they are summed up.
+        forks: what is remembered of the sequence goes with them.
     """
 
     request_id: str
     traced: bool
     scored: bool = False
+    forks: bool = False
 
 
 BASE = ("temperature", "top_p", "top_k", "min_p")
@@ -135,7 +141,7 @@ class SequenceTable:
         self.sampler[slot] = self.number[name]
         self.sampled[slot] = sequence.sampled
         self.traced[slot] = sequence.traced or sequence.scored
-        self._told[slot] = Told(request_id, sequence.traced, sequence.scored)
+        self._told[slot] = Told(request_id, sequence.traced, sequence.scored, sequence.forks)
         self.allow_clarification[slot] = sequence.allow_clarification
         self.prompt_length[slot] = sequence.prompt_length
         numbers = dict(zip(self.columns[name], sequence.constants, strict=True))

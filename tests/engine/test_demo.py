@@ -65,6 +65,15 @@ def test_a_chain_runs_beside_entropix(shown):
     assert "Finn" in told
 
 
+def test_a_story_forks_and_its_tree_is_drawn(shown):
+    story = next(panel for panel in shown[0].stdout.split("╭") if panel.startswith("─ story "))
+    told = story.partition("│ forks ")[2]
+    branches = re.findall(r"(?:├── |└── )'.*' at token (\d+), (\d+) tokens?", told)
+    assert len(branches) >= 1
+    assert told.count(", the answer") == 1
+    assert ", given up at token " in told
+
+
 def test_progress_is_shown(shown):
     assert "in one batch" in shown[0].stderr
 

@@ -35,6 +35,7 @@ SHOWCASE: list[dict[str, Any]] = [
         "messages": [{"role": "user", "content": "Tell me a story about a brave fox called Finn."}],
         "expected_answer": None,
         "chain": {"samplers": "dry;top_n_sigma;xtc;min_p;temperature", "dry_multiplier": 0.8, "xtc_probability": 0.5},
+        "forks": {"entropix_forks": 3, "entropix_fork_entropy": 1.5, "entropix_fork_horizon": 16},
     },
     {
         "name": "lost whistle",

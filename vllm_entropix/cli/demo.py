@@ -24,7 +24,7 @@ from vllm_entropix._version import __version__
 from vllm_entropix.cli.checks import require_model
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.observability.report import Source, write_report
-from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table
+from vllm_entropix.observability.terminal import TracedText, coloured, legend, printable, summary_table, tree_of
 from vllm_entropix.records.line import TraceLine
 from vllm_entropix.records.schema import TokenEntry
 from vllm_entropix.records.tokens import token_texts
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 # Where the prompts are that any model but the shipped one is asked.
 _HERE = Path(__file__).parent
 MODES = ("entropix", "greedy", "plain")
-# Of prompts that name one.
-CHAIN = "chain"
+# Of prompts that name a chain, or how to fork.
+CHAIN, FORKS = "chain", "forks"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Prompt:
         messages: a chat to answer.
         expected: the answer, where it can be checked; several with ``|`` between them, any of which will do.
         chain: a chain of samplers that continues it, too, and its settings, as ``vllm_xargs`` have them.
+        forks: the same of an answer that forks.
     """
 
     name: str
@@ -62,11 +63,13 @@ class Prompt:
     messages: list[dict[str, str]] | None = None
     expected: str | None = None
     chain: dict[str, Any] | None = None
+    forks: dict[str, Any] | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
         """How its tokens are drawn: once in each of these."""
-        return MODES if self.chain is None else (*MODES, CHAIN)
+        more = {CHAIN: self.chain, FORKS: self.forks}
+        return (*MODES, *(mode for mode, settings in more.items() if settings is not None))
 
     @property
     def shown(self) -> str:
@@ -117,6 +120,7 @@ def load_prompts(path: Path) -> list[Prompt]:
                     entry.get("messages"),
                     entry.get("expected_answer"),
                     entry.get("chain"),
+                    entry.get("forks"),
                 )
                 for entry in data["prompts"]
             ]
@@ -200,9 +204,17 @@ def _has_gpu() -> bool:
 
 def _parameters(mode: str, prompt: Prompt, config: EntropixConfig, max_tokens: int, seed: int) -> SamplingParams:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     if mode == "entropix":
         return SamplingParams(max_tokens=max_tokens, seed=seed, extra_args={"entropix_trace": "on"})
+    if mode == FORKS:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"entropix_trace": "on", **(prompt.forks or {})},
+        )
     if mode == "greedy":
         return SamplingParams(max_tokens=max_tokens, temperature=0.0, extra_args={"entropix": "off"})
     base = config.base
@@ -271,6 +283,9 @@ def _show(
             if mode == CHAIN:
                 parts[-1] += Text(printable(_written(prompt.chain or {})), style="dim")
             parts.append(Padding(Text(printable(text)), (0, 0, 0, 2)))
+            if mode == FORKS:
+                tree = outputs[index, mode].outputs[0].entropix_forks
+                parts.append(Padding(tree_of(tree.branches, lambda token: tokenizer.decode([token])), (0, 0, 0, 2)))
         if prompt.description:
             parts += [Text(), Text(printable(prompt.description), style="dim")]
         console.print(Panel(Group(*parts), title=Text(printable(prompt.name), style="bold"), title_align="left"))
@@ -291,12 +306,17 @@ def _report(
     model: str | None,
 ) -> None:
     lines = []
-    for index, prompt in enumerate(prompts):
-        output = outputs[index, "entropix"]
+    told = [
+        (prompt, mode, outputs[index, mode])
+        for index, prompt in enumerate(prompts)
+        for mode in prompt.modes
+        if mode in ("entropix", FORKS)
+    ]
+    for prompt, mode, output in told:
         [trace] = traces(output)
         if trace is not None:
             line = TraceLine.from_completion(
-                request_id=prompt.name,
+                request_id=prompt.name if mode != FORKS else f"{prompt.name}, forks",
                 prompt_token_ids=output.prompt_token_ids,
                 completion=output.outputs[0],
                 trace=trace,

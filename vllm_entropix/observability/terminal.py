@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from vllm_entropix.records import fields
+from vllm_entropix.records.branches import Branch
 from vllm_entropix.records.regimes import Regime, regime_of
 from vllm_entropix.records.schema import TokenEntry
 from vllm_entropix.records.trace import TokenRecord
@@ -44,6 +46,30 @@ def coloured(sequence: TracedText) -> Text:
         regime = regime_of(record)
         text.append(printable(piece), style=FORCED_STYLE if record.forced else regime.style if regime is not None else "")
     return text
+
+
+def tree_of(branches: Sequence[Branch], text_of: Callable[[int], str]) -> Tree:
+    """The branches of an answer that forked, each below the one that it parted from.
+
+    Args:
+        branches: the first one first.
+        text_of: token → its text.
+    """
+    drawn: dict[int, Tree] = {}
+    for branch in branches:
+        label = Text()
+        if branch.token is not None:
+            label.append(f"{printable(text_of(branch.token))!r} ", style="bold")
+            label.append(f"at token {branch.position + 1}, ")
+        label.append(f"{branch.tokens} {'token' if branch.tokens == 1 else 'tokens'}")
+        if branch.score is not None:
+            label.append(f", score {branch.score:.2f}")
+        if branch.chosen:
+            label.append(", the answer", style="bold green")
+        elif branch.pruned_at is not None:
+            label.append(f", given up at token {branch.pruned_at}", style="dim")
+        drawn[branch.id] = Tree(label) if branch.parent is None else drawn[branch.parent].add(label)
+    return drawn[branches[0].id]
 
 
 def legend() -> Text:

@@ -140,6 +140,7 @@ class TraceLine(BaseModel):
             texts=list(token_texts(tokenizer, token_ids)),
             finish_reason=completion.finish_reason,
             not_kept=len(token_ids) - len(records),
+            forks=getattr(getattr(completion, "entropix_forks", None), "branches", None),
             scores=getattr(completion, "entropix_scores", None) or (scores_of_entries(records) if not trace.not_kept else None),
             records=records,
             alternative_texts={token: tokenizer.decode([token]) for token in sorted(alternatives)},

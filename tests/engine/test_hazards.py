@@ -316,6 +316,7 @@ def lora_adapter(folder, rank=4):
 def test_lora(tmp_path):
     """A row with an adapter and one without, in a batch: each has the statistics of its own model."""
     from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
 
     from tests.support.models import tiny_llama
 
@@ -324,7 +325,7 @@ def test_lora(tmp_path):
     llm = engine(
         base,
         sampler="entropix",
-        sampler_config={"attention": {"layers": "all"}},
+        sampler_config={"attention": {"layers": "all"}, "forks": {"floor": 0, "inside_words": True}},
         enable_lora=True,
         max_lora_rank=8,
         # On a CPU vLLM gives rows without an adapter the one in the last place, in a batch with others: leave that empty.
@@ -348,3 +349,21 @@ def test_lora(tmp_path):
                 expected = values[:, len(token_ids) - 1 + index].mean().item()
                 assert getattr(record, metric) == pytest.approx(expected, abs=1e-4), (name, metric)
     assert outputs["plain"].outputs[0].token_ids != outputs["adapted"].outputs[0].token_ids
+
+    # Branches have the adapter of their answer.
+    forks = {"entropix_forks": 4, "entropix_fork_entropy": 0, "entropix_fork_select": "all"}
+    asked = params(temperature=0.0, max_tokens=12, output_kind=RequestOutputKind.FINAL_ONLY, extra_args=forks)
+    drive.add("forked", prompt_of(token_ids), asked, lora_request=request)
+    branches = drive.finish()["forked"].outputs
+    assert len(branches) > 2
+    for completion in branches:
+        shared = [*token_ids, *completion.token_ids[: completion.entropix_forks.chosen.position + 1]]
+        left = len(token_ids) + 12 - len(shared)
+        if left:
+            drive.add(
+                f"fresh {completion.index}", prompt_of(shared), params(temperature=0.0, max_tokens=left), lora_request=request
+            )
+    for name, output in drive.finish().items():
+        if name.startswith("fresh"):
+            tokens = list(output.outputs[0].token_ids)
+            assert list(branches[int(name.split()[1])].token_ids)[-len(tokens) :] == tokens

@@ -24,7 +24,10 @@ pytestmark = [
 
 TRACED = {"entropix_trace": "on"}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-SURE = {"thresholds": {"lelv": {"entropy_below": 64.0, "varentropy_below": 4096.0}}}
+SURE = {
+    "thresholds": {"lelv": {"entropy_below": 64.0, "varentropy_below": 4096.0}},
+    "forks": {"floor": 0, "inside_words": True, "distance": 4},
+}
 # Otherwise one continuation has nearly all of the probability, and a test of frequencies proves little.
 SPREAD = {"thresholds": {"lelv": {"entropy_below": 0.0}}, "adaptive": {"samples": 2}}
 LOST = {"lelv": {"entropy_below": 0.0}, "helv": {"entropy_above": 0.0, "varentropy_below": 4096.0}}
@@ -140,9 +143,16 @@ def trim_drafts(llm, monkeypatch):
 
 
 def test_argmax_gives_the_same_tokens_and_traces(tiny, monkeypatch):
-    asked = [params(max_tokens=24, allowed_token_ids=list(range(64, 80)))] * len(PROMPTS)
-    plain, speculated, counts = both(tiny, SURE, PROMPTS, asked)
+    settings = {"max_tokens": 24, "allowed_token_ids": list(range(64, 80))}
+    asked = [params(**settings)] * len(PROMPTS)
+    # So many branches that no bound is met: which of them fork first doesn't matter.
+    forks = {"entropix_forks": 64, "entropix_fork_entropy": 0, "entropix_fork_select": "all"}
+    forked = [params(**{**settings, "max_tokens": 12}, extra_args=forks)]
+    plain, speculated, counts = both(tiny, SURE, [*PROMPTS, PROMPTS[0]], [*asked, *forked])
     assert 0 < counts.accepted < counts.drafted
+    branches = [sorted(list(completion.token_ids) for completion in outputs.pop().outputs) for outputs in (plain, speculated)]
+    assert branches[0] == branches[1]
+    assert len(branches[0]) > 4
     assert_argmax_alike(speculated, plain)
 
     llm = engine(tiny, sampler="entropix", sampler_config=SURE, speculative_config=NGRAM)  # the one that is open

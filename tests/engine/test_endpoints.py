@@ -146,6 +146,31 @@ def test_scores_where_there_are_no_choices_and_of_token_ids(client, claude, url)
     assert trace_of(json.loads(text)["choices"][0]).scores.tokens == 12
 
 
+def test_answers_that_fork(client, claude):
+    story = [{"role": "user", "content": "Tell me a story about a brave fox called Finn."}]
+    forks = {"entropix_forks": 3, "entropix_fork_entropy": 0.3}
+    asked, all_asked = ({"vllm_xargs": {**forks, **more}} for more in ({}, {"entropix_fork_select": "all"}))
+    answer = client.responses.create(model="demo", input=story, max_output_tokens=40, extra_body=asked)
+    message = claude.messages.create(model="demo", messages=story, max_tokens=40, extra_body=asked)
+    for one in (answer, message):
+        told = trace_of(one).forks
+        assert len(told) > 1
+        assert one.usage.output_tokens == sum(branch.tokens for branch in told)
+    # All branches are choices, and what they share counts once.
+    several = client.chat.completions.create(model="demo", messages=story, max_tokens=40, extra_body=all_asked)
+    trees = [trace_of(choice).forks for choice in several.choices]
+    assert len(trees) == len(trees[0]) > 1
+    assert sorted(branch.id for tree in trees for branch in tree if branch.chosen) == list(range(len(trees)))
+    assert several.usage.completion_tokens == sum(branch.tokens for branch in trees[0])
+    assert several.usage.completion_tokens_details.entropix_pruned_tokens == 0
+    for refused in (
+        lambda: client.responses.create(model="demo", input=story, max_output_tokens=4, extra_body=all_asked),
+        lambda: claude.messages.create(model="demo", messages=story, max_tokens=4, extra_body=all_asked),
+    ):
+        with pytest.raises((openai.BadRequestError, anthropic.BadRequestError), match="whose answers have no choices"):
+            refused()
+
+
 def test_litellm_and_the_helper_of_openai(client, url):
     ask = {"messages": MESSAGES, "max_tokens": 40, "seed": 2, "extra_body": ASK}
     expected = ids(trace_of(client.chat.completions.create(model="demo", **ask).choices[0]))

@@ -18,6 +18,7 @@ from vllm_entropix.engine.collected import Collected
 from vllm_entropix.engine.internal import wrap_internal
 from vllm_entropix.engine.placement import is_ours, misplaced, refusal
 from vllm_entropix.engine.resolved import resolved_values
+from vllm_entropix.forks.choice import ALL
 from vllm_entropix.samplers import chained
 from vllm_entropix.samplers.registry import (
     name_of_sampler,
@@ -41,10 +42,12 @@ class Endpoint:
     Attributes:
         place: dotted path of the table in its requests that settings are read from; None if it has none.
         carries_traces: can its answers carry a trace?
+        has_choices: can they hold several answers?
     """
 
     place: str | None = "vllm_xargs"
     carries_traces: bool = True
+    has_choices: bool = True
 
 
 def wrap_handler(original: Callable[..., Any], endpoint: Endpoint) -> Callable[..., Any]:
@@ -200,23 +203,30 @@ def _told(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: A
         raise ConfigError(f"{asked} can't be had on this endpoint, whose answers have no place for it; leave it out")
     if asked is not None and getattr(request, "background", False):
         raise ConfigError(f"{asked} can't be had with background, since nobody waits for the answer; leave one of them out")
-    if asked is None and not _tells_branches(settings, request, endpoint, resolved):
-        return None
-    return name_of_sampler(settings, resolved["config"]), asked is not None
+    forks = _tells_branches(settings, request, endpoint, resolved)
+    return (name_of_sampler(settings, resolved["config"]), asked is not None) if asked is not None or forks else None
 
 
 def _tells_branches(settings: RequestSettings, request: Any, endpoint: Endpoint, resolved: Mapping[str, Any] | None) -> bool:
-    """Does an answer tell its branches? None is refused for want of a place for them: the answer is what was asked for.
+    """Does an answer tell its branches? Where nothing has a place for them, it is what was asked for all the same.
 
     Args:
         settings: of the request.
         request: vLLM's.
         endpoint: that it came to.
         resolved: our settings in the engine's configuration; None: it doesn't run entropix.
+
+    Raises:
+        ConfigError: all branches are wanted, and there is a place for one answer.
     """
-    if resolved is None or not endpoint.carries_traces or getattr(request, "background", False):
+    if resolved is None or endpoint.place is None:  # vLLM's own requests don't fork
         return False
-    return settings.forks_of(Forks.model_validate(resolved["config"]["forks"])).branches > 1
+    forks = settings.forks_of(Forks.model_validate(resolved["config"]["forks"]))
+    if forks.branches > 1 and forks.select == ALL and not endpoint.has_choices:
+        raise ConfigError(
+            f"{PREFIX}_fork_select {ALL} can't be had on this endpoint, whose answers have no choices; name another chooser"
+        )
+    return forks.branches > 1 and endpoint.carries_traces and not getattr(request, "background", False)
 
 
 def _table(source: Any, place: str | None) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from tests.support.odd_values import LARGE, anything
 from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig, as_mapping
+from vllm_entropix.samplers.registry import parse_request
 from vllm_entropix.settings.errors import ConfigError
 
 PRESETS = ("jax-2024-10", "torch-2024-10")
@@ -81,7 +82,22 @@ NUMBERS = {
 
 
 def test_the_shipped_presets():
-    assert EntropixConfig.preset_names() == PRESETS
+    assert EntropixConfig.preset_names() == ("explore", PRESETS[0], "think", PRESETS[1])
+
+
+@pytest.mark.parametrize(("name", "changed"), [("explore", {"base.temperature": 1.0}), ("think", {})])
+def test_presets_that_fork_are_the_default_but_for_what_they_say(name, changed):
+    preset, default = EntropixConfig.preset(name), EntropixConfig()
+    assert dict(preset.numbers()) == dict(default.numbers()) | changed
+    assert preset.forks.branches == 4
+    assert (
+        preset.model_copy(update={"forks": default.forks, "base": default.base, "preset_name": default.preset_name}) == default
+    )
+    # A request that names one forks as it does, but for what the request says itself.
+    assert parse_request({"entropix_preset": name}).forks_of(default.forks) == preset.forks
+    own = parse_request({"entropix_preset": name, "entropix_forks": 2}).forks_of(default.forks)
+    assert own == preset.forks.model_copy(update={"branches": 2})
+    assert parse_request({"entropix_preset": PRESETS[1]}).forks_of(preset.forks) == preset.forks
 
 
 @pytest.mark.parametrize("preset", PRESETS)

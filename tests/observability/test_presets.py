@@ -60,16 +60,16 @@ def test_the_list_explains_presets_and_settings():
     told = run()
     assert "jax-2024-10 (default): The SamplerConfig of entropix's JAX version" in told
     assert "torch-2024-10: The constants in the code of entropix's PyTorch version" in told
-    lines = {line[2:].split()[0]: line for line in told.splitlines()[4:]}
+    assert "explore: Branches that start from unlikely tokens" in told
+    lines = {line[2:].split()[0]: line for line in told.splitlines()[6:]}
     assert list(lines) == NAMES  # each on one line
-    assert lines["thresholds.helv.entropy_above"].split(maxsplit=4) == [
+    assert lines["thresholds.helv.entropy_above"].split(maxsplit=6) == [
         "*",
         "thresholds.helv.entropy_above",
-        "5.0",
-        "3.0",
+        *("5.0", "5.0", "5.0", "3.0"),
         "HELV needs a logits entropy above this. [0, 64] bits",
     ]
-    assert lines["base.temperature"].startswith("  ")  # equal in both
+    assert lines["base.top_p"].startswith("  ")  # equal in all
     assert told.isascii() or not set("│┃━─┏╇") & set(told)
 
 
@@ -80,7 +80,7 @@ def test_it_can_be_read_on_eighty_columns(arguments):
     assert max(map(len, lines)) <= 80
     for name in NAMES:
         # Name and value on one line, what it means on the next, in whole words.
-        [at] = [number for number, line in enumerate(lines) if line[2:].split()[:1] == [name]]
+        [at] = [number for number, line in enumerate(lines) if line[2:].split(" ")[0] == name]
         assert len(lines[at].split()) > 1
         assert lines[at + 1].startswith("      ")
     assert "      HELV needs a logits entropy above this. [0, 64] bits" in lines or arguments
@@ -143,5 +143,5 @@ def test_toml_of_any_text_whatever_the_terminals_encoding(tmp_path):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ConfigError, match="there are jax-2024-10, torch-2024-10"):
+    with pytest.raises(ConfigError, match="there are explore, jax-2024-10, think, torch-2024-10"):
         run("llama")

@@ -104,13 +104,16 @@ def print_listing(about: Sequence[str], headings: Sequence[str], rows: Sequence[
     for sentence in about:
         console.print(Text(sentence))
     console.print()
-    console.print(Text(f"  {line('setting', headings).rstrip()}", style="bold"))
-    for row in rows:
-        mark = "* " if row.stands_out else "  "
-        told = Text(mark + line(row.name, row.values).rstrip(), style="bold" if row.stands_out else "")
+
+    def show(mark: str, name: str, cells: Sequence[str], style: str) -> None:
+        told = Text(f"{mark} {line(name, cells).rstrip()}", style=style)
         over = len(told) > console.width
         begun, *rest = told.wrap(console, console.width - (6 if over else 0))
         console.print(begun)
         for more in rest:
             console.print(Padding(more, (0, 0, 0, 6)))
+
+    show(" ", "setting", headings, "bold")
+    for row in rows:
+        show("*" if row.stands_out else " ", row.name, row.values, "bold" if row.stands_out else "")
         console.print(Padding(Text(row.meaning, style="dim"), (0, 0, 0, 6)))

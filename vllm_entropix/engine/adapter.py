@@ -259,7 +259,7 @@ class RunnerAdapter(ABC):
         top_k = params.top_k if params.top_k > 0 else self.vocabulary
         own = {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k, "min_p": params.min_p}
         branch = (params.extra_args or {}).get(BRANCH)
-        branches = self.config.forks.branches if settings.forks is None else settings.forks
+        branches = settings.forks_of(self.config.forks).branches
         return Sequence(
             constants=self.batch.samplers[sampler].numbers_of_request(settings, own),
             sampled=sampled,

@@ -18,6 +18,8 @@ from vllm_entropix.settings.server import Forks
 # since no user may give it.
 BRANCH = "vllm_entropix_branch"
 _ASKED = f"{PREFIX}_forks"
+# How keys begin that may make a request fork.
+_MAY_ASK = (f"{PREFIX}_fork", f"{PREFIX}_preset")
 # Parameters that a branch can't have, and their values that ask for nothing. They look at the tokens that were generated, of
 # which the engine takes those before a branch's own for its prompt, or they ask for what the engine tells of all tokens.
 _NOTHING: tuple[Any, ...] = (None, 0, False, [])
@@ -60,17 +62,19 @@ def how_to_fork(vllm_config: Any, params: Any) -> Forks | None:
         return None
     config = resolved["config"]
     by_default = config["forks"]["branches"] > 1
-    if not by_default and not (isinstance(extra_args, dict) and any(name.startswith(f"{PREFIX}_fork") for name in extra_args)):
+    if not by_default and not (isinstance(extra_args, dict) and any(name.startswith(_MAY_ASK) for name in extra_args)):
         return None
     request = registry.parse_request(extra_args, config)
-    asked = (request.forks or 1) > 1
     given = request.fork_keys()
     if not request.enabled:
         if given:
             raise ConfigError(f"{given[0]} is given, but {PREFIX} is off for this request; leave one of them out")
         return None
-    settings = request.forks_of(Forks.model_validate(config["forks"]))
-    if given and request.forks is None and not by_default:
+    server = Forks.model_validate(config["forks"])
+    settings = request.forks_of(server)
+    # By itself, or by a preset that does.
+    asked = settings.branches > 1 and (request.forks is not None or settings != server)
+    if given and request.forks is None and settings.branches == 1:
         raise ConfigError(f"{given[0]} is given without {_ASKED}; say there how many branches may live at once")
     if settings.branches == 1:
         return None

@@ -244,11 +244,13 @@ class RequestSettings(BaseModel):
         return [str(fields[name].alias) for name in fields if name.startswith("fork") and getattr(self, name) is not None]
 
     def forks_of(self, server: Forks) -> Forks:
-        """How this request forks."""
+        """How this request forks: as its preset, if that one does, or else as the server; but for what it says itself."""
+        preset = None if self.preset is None else _preset(self.preset, "corrected").forks
+        base = server if preset is None or preset.branches == 1 else preset
         own = {"branches": self.forks} | {
             name.removeprefix("fork_"): getattr(self, name) for name in type(self).model_fields if name.startswith("fork_")
         }
-        return server.model_copy(update={name: value for name, value in own.items() if value is not None})
+        return base.model_copy(update={name: value for name, value in own.items() if value is not None})
 
     def config(self, server: EntropixConfig) -> EntropixConfig:
         """The configuration that this request starts from: the server's, or the preset it names."""

@@ -166,25 +166,6 @@ def test_branches_are_reproducible_and_other_requests_are_left_alone(llm):
     assert first[0].outputs[0].entropix_forks == again[0].outputs[0].entropix_forks
 
 
-def test_the_branches_of_five_tokens_are_all_answers(tiny, monkeypatch):
-    llm = engine(tiny, sampler="entropix", sampler_config={"forks": {**SERVER["forks"], "distance": 1}})
-    contenders = []
-
-    def look(given):
-        contenders.extend(given)
-        return choice.confidence(given)
-
-    monkeypatch.setitem(choice.BUILT_IN, "look", look)
-    allowed = [10, 11, 12, 13, 14]
-    asked = {"entropix_forks": 64, "entropix_fork_width": 5, "entropix_fork_entropy": 0, "entropix_fork_select": "look"}
-    [output] = generate(llm, [PROMPT], [params(max_tokens=2, allowed_token_ids=allowed, extra_args=asked)])
-    found = {tuple(one.token_ids): math.exp(sum(one.logprobs)) for one in contenders}
-    assert set(found) == set(product(allowed, repeat=2))
-    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
-    assert found[tuple(tokens(output))] == max(found.values())
-    assert_nothing_left(llm)
-
-
 @pytest.mark.both_runners
 def test_a_horizon_prunes_and_a_trace_is_of_the_answer(llm, branches):
     asked = {**FORKS, "entropix_fork_horizon": 3, "entropix_trace": "on"}
@@ -350,16 +331,6 @@ def test_a_branch_that_the_engine_gives_up_is_pruned(llm, branches, monkeypatch)
     assert_nothing_left(llm)
 
 
-def test_a_server_may_let_all_fork_that_can(tiny):
-    server = {"forks": {**SERVER["forks"], "branches": 3, "entropy": 0.5, "mechanism": "prefix-cache"}}
-    llm = engine(tiny, sampler="entropix", sampler_config=server)
-    assert "get_computed_blocks" not in vars(scheduler_of(llm).kv_cache_manager)  # vLLM's own is left
-    [forked, two] = generate(llm, [PROMPT] * 2, [params(extra_args=None), params(extra_args=None, n=2)])
-    assert len(forked.outputs[0].entropix_forks.branches) > 1
-    assert [hasattr(completion, "entropix_forks") for completion in two.outputs] == [False, False]
-    assert_nothing_left(llm)
-
-
 @pytest.mark.both_runners
 def test_an_abort_ends_all_branches(llm):
     running = llm.llm_engine
@@ -406,30 +377,6 @@ def test_a_branch_may_begin_with_the_end(llm, branches):
     chosen = completion.entropix_forks.chosen.id
     assert (completion.finish_reason, completion.stop_reason) == (("length", None) if chosen == 0 else ("stop", token))
     assert_nothing_left(llm)
-
-
-def test_many_that_fork_under_a_small_cache(tiny, monkeypatch):
-    llm = engine(tiny, sampler="entropix", sampler_config=SERVER, num_gpu_blocks_override=11, block_size=32, max_model_len=256)
-    scheduler, preempted = scheduler_of(llm), []
-    preempt = scheduler._preempt_request
-
-    def count(request, *args, **kwargs):
-        preempted.append(request.request_id)
-        return preempt(request, *args, **kwargs)
-
-    monkeypatch.setattr(scheduler, "_preempt_request", count)
-    states = []
-    monkeypatch.setattr(llm.llm_engine.output_processor, "forget_branches", forgetting(llm, states))
-    settings = [params(max_tokens=32, seed=seed) for seed in range(4)]
-    outputs = generate(llm, [f"{number} {PROMPT} {PROMPT}" for number in range(4)], settings)
-    assert [len(tokens(output)) for output in outputs] == [32] * 4
-    assert {request_id.count("-") for request_id in preempted} == {1, 2}  # first branches, and others
-    assert_nothing_left(llm)
-    # The first branch of each is what it is alone.
-    for number, (_, tree) in enumerate(sorted(states, key=lambda one: int(one[0][0].external_req_id))):
-        assert len(tree) > 1
-        [alone] = generate(llm, [f"{number} {PROMPT} {PROMPT}"], [params(max_tokens=32, seed=number, extra_args=None)])
-        assert tree[0].token_ids == tokens(alone)
 
 
 @pytest.mark.parametrize(
@@ -491,6 +438,59 @@ def test_a_grammar_is_refused(llm):
 
     with pytest.raises(ValueError, match="can't be had with structured_outputs"):
         generate(llm, [PROMPT], [params(structured_outputs=StructuredOutputsParams(choice=["a", "b"]))])
+
+
+def test_the_branches_of_five_tokens_are_all_answers(tiny, monkeypatch):
+    llm = engine(tiny, sampler="entropix", sampler_config={"forks": {**SERVER["forks"], "distance": 1}})
+    contenders = []
+
+    def look(given):
+        contenders.extend(given)
+        return choice.confidence(given)
+
+    monkeypatch.setitem(choice.BUILT_IN, "look", look)
+    allowed = [10, 11, 12, 13, 14]
+    asked = {"entropix_forks": 64, "entropix_fork_width": 5, "entropix_fork_entropy": 0, "entropix_fork_select": "look"}
+    [output] = generate(llm, [PROMPT], [params(max_tokens=2, allowed_token_ids=allowed, extra_args=asked)])
+    found = {tuple(one.token_ids): math.exp(sum(one.logprobs)) for one in contenders}
+    assert set(found) == set(product(allowed, repeat=2))
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    assert found[tuple(tokens(output))] == max(found.values())
+    assert_nothing_left(llm)
+
+
+def test_a_server_may_let_all_fork_that_can(tiny):
+    server = {"forks": {**SERVER["forks"], "branches": 3, "entropy": 0.5, "mechanism": "prefix-cache"}}
+    llm = engine(tiny, sampler="entropix", sampler_config=server)
+    assert "get_computed_blocks" not in vars(scheduler_of(llm).kv_cache_manager)  # vLLM's own is left
+    [forked, two] = generate(llm, [PROMPT] * 2, [params(extra_args=None), params(extra_args=None, n=2)])
+    assert len(forked.outputs[0].entropix_forks.branches) > 1
+    assert [hasattr(completion, "entropix_forks") for completion in two.outputs] == [False, False]
+    assert_nothing_left(llm)
+
+
+def test_many_that_fork_under_a_small_cache(tiny, monkeypatch):
+    llm = engine(tiny, sampler="entropix", sampler_config=SERVER, num_gpu_blocks_override=11, block_size=32, max_model_len=256)
+    scheduler, preempted = scheduler_of(llm), []
+    preempt = scheduler._preempt_request
+
+    def count(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", count)
+    states = []
+    monkeypatch.setattr(llm.llm_engine.output_processor, "forget_branches", forgetting(llm, states))
+    settings = [params(max_tokens=32, seed=seed) for seed in range(4)]
+    outputs = generate(llm, [f"{number} {PROMPT} {PROMPT}" for number in range(4)], settings)
+    assert [len(tokens(output)) for output in outputs] == [32] * 4
+    assert {request_id.count("-") for request_id in preempted} == {1, 2}  # first branches, and others
+    assert_nothing_left(llm)
+    # The first branch of each is what it is alone.
+    for number, (_, tree) in enumerate(sorted(states, key=lambda one: int(one[0][0].external_req_id))):
+        assert len(tree) > 1
+        [alone] = generate(llm, [f"{number} {PROMPT} {PROMPT}"], [params(max_tokens=32, seed=number, extra_args=None)])
+        assert tree[0].token_ids == tokens(alone)
 
 
 @pytest.mark.parametrize(

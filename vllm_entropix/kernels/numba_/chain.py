@@ -18,6 +18,10 @@ _TEMPERATURE, _DYNATEMP, _TOP_K, _TOP_P, _MIN_P, _TOP_N_SIGMA, _TYP_P, _XTC, _DR
 _T, _RANGE, _EXPONENT, _K, _P, _MIN, _SIGMAS, _TYPICAL, _PI, _THRESHOLD = range(len(NUMBERS))
 # Of sums and ratios, as of float32: see ``distribution.survivors``.
 _SLACK = 16 * float(np.finfo(np.float32).eps)
+# Candidates that are weighed together, so that their weights stay in the first-level cache.
+_BLOCK = 2048
+# Temperatures below this are as good as 0.
+_COLDEST = 1e-38
 # Candidates of a part of the order that are put in order at last.
 _FEW = 64
 _BINS = 1024
@@ -68,11 +72,9 @@ def chain_of_rows(
             line[:] = -np.inf
             line[token[0]] = 0.0
             continue
-        count = 0
         for token_id in range(line.shape[0]):
-            if line[token_id] > -np.inf:
-                line[count], ids[count] = line[token_id], token_id
-                count += 1
+            ids[token_id] = token_id
+        count = _without_dropped(line, ids, line.shape[0])
         count = _through(stages[:split], own, places[row], penalties[row], line, ids, count)
         least = _least_of_top_choices(line, count, own[_THRESHOLD]) if split < len(stages) and own[_PI] > 0 else -1
         if least < 0:
@@ -121,11 +123,55 @@ def _through(stages: Any, own: Any, places: Any, penalties: Any, line: Any, ids:
 
 
 @compiled()
+def _without_dropped(line: Any, ids: Any, count: int) -> int:
+    """Leave out what is -inf; how many are left. Of most rows nothing is, which vector instructions see."""
+    dropped = 0
+    for i in range(count):
+        dropped += line[i] == -np.inf
+    if not dropped:
+        return count
+    kept = 0
+    for i in range(count):
+        if line[i] > -np.inf:
+            line[kept], ids[kept] = line[i], ids[i]
+            kept += 1
+    return kept
+
+
+@compiled()
+def _weigh(line: Any, highest: Any, weights: Any) -> None:
+    """Fill ``weights`` with exp(l - highest) of these candidates."""
+    for i in range(line.shape[0]):
+        weights[i] = exponential(line[i] - highest)
+
+
+# The order of sums is LLVM's, so that it may add several side by side.
+@compiled(fastmath={"reassoc", "nsz"})
+def _sum(weights: Any) -> float:
+    total = 0.0
+    for i in range(weights.shape[0]):
+        total += np.float64(weights[i])
+    return total
+
+
+@compiled(fastmath={"reassoc", "nsz"})
+def _sum_of_products(weights: Any, line: Any, highest: Any) -> float:
+    """Sum of the weights times l - highest."""
+    total = 0.0
+    for i in range(weights.shape[0]):
+        total += np.float64(weights[i]) * np.float64(line[i] - highest)
+    return total
+
+
+@compiled()
 def _total(line: Any, count: int, highest: Any) -> float:
     """Sum of the candidates' weights exp(l - highest)."""
+    weights = np.empty(_BLOCK, dtype=np.float32)
     total = 0.0
-    for i in range(count):
-        total += exponential(line[i] - highest)
+    for start in range(0, count, _BLOCK):
+        length = min(_BLOCK, count - start)
+        _weigh(line[start : start + length], highest, weights[:length])
+        total += _sum(weights[:length])
     return total
 
 
@@ -156,10 +202,13 @@ def _spread(line: Any, count: int) -> float:
 @compiled()
 def _entropy(line: Any, count: int, highest: Any, total: float) -> float:
     """Entropy of the candidates in nats."""
+    weights = np.empty(_BLOCK, dtype=np.float32)
     found = 0.0
-    for i in range(count):
-        below = line[i] - highest
-        found -= exponential(below) * np.float64(below)
+    for start in range(0, count, _BLOCK):
+        length = min(_BLOCK, count - start)
+        part = line[start : start + length]
+        _weigh(part, highest, weights[:length])
+        found -= _sum_of_products(weights[:length], part, highest)
     return float(found / total + np.log(total))
 
 
@@ -183,14 +232,15 @@ def _scale(line: Any, ids: Any, count: int, temperature: float) -> int:
         best = _best(line, count)
         line[0], ids[0] = line[best], ids[best]
         return 1
-    highest = largest(line[:count])
-    kept = 0
-    for i in range(count):
-        scaled = np.float32(np.float64(line[i] - highest) / temperature)
-        if scaled > -np.inf:
-            line[kept], ids[kept] = scaled, ids[i]
-            kept += 1
-    return kept
+    _multiply(line[:count], largest(line[:count]), np.float32(1 / max(temperature, _COLDEST)))
+    return _without_dropped(line, ids, count)
+
+
+@compiled()
+def _multiply(line: Any, highest: Any, factor: Any) -> None:
+    """Replace each l by (l - highest) · factor."""
+    for i in range(line.shape[0]):
+        line[i] = (line[i] - highest) * factor
 
 
 @compiled()
@@ -238,6 +288,10 @@ def _keep_mass(line: Any, ids: Any, count: int, typical: bool, limit: float) -> 
         best = _best(line, count)
         line[0], ids[0] = line[best], ids[best]
         return 1
+    if not typical:
+        # Candidates below this weigh less, all taken together, than what is left out: the border is among the others. A little
+        # lower, so that rounding decides nothing.
+        count = _keep_within(line, ids, count, np.log(0.999 * (1.0 - limit) / count) + log_total)
     limit *= total
     members = np.arange(0)  # all, at first
     size, before = count, 0.0
@@ -338,15 +392,25 @@ def _write(line: Any, ids: Any, count: int, greedy: bool) -> None:
         line[token] = 0.0
         return
     highest = largest(line[:count])
-    log_total = np.log(_total(line, count, highest))
+    _subtract(line[:count], highest, np.float32(np.log(_total(line, count, highest))))
     end = line.shape[0]
+    if count == end:  # each stands in its place
+        return
     # From the end: no candidate's place is before its index.
     for i in range(count - 1, -1, -1):
-        value = np.float32(np.float64(line[i] - highest) - log_total)
-        line[ids[i] + 1 : end] = -np.inf
-        end = ids[i]
-        line[end] = value
+        value, token_id = line[i], ids[i]
+        for between in range(token_id + 1, end):
+            line[between] = -np.inf
+        line[token_id] = value
+        end = token_id
     line[:end] = -np.inf
+
+
+@compiled()
+def _subtract(line: Any, highest: Any, log_total: Any) -> None:
+    """Replace each l by l - highest - log_total."""
+    for i in range(line.shape[0]):
+        line[i] = (line[i] - highest) - log_total
 
 
 @compiled()

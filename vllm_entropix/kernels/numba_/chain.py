@@ -393,6 +393,12 @@ def _write(line: Any, ids: Any, count: int, greedy: bool) -> None:
         return
     highest = largest(line[:count])
     _subtract(line[:count], highest, np.float32(np.log(_total(line, count, highest))))
+    _put_back(line, ids, count, np.float32(-np.inf))
+
+
+@compiled()
+def _put_back(line: Any, ids: Any, count: int, dropped: Any) -> None:
+    """Move what stands at the front of a row to its tokens' places; elsewhere stands ``dropped``."""
     end = line.shape[0]
     if count == end:  # each stands in its place
         return
@@ -400,10 +406,10 @@ def _write(line: Any, ids: Any, count: int, greedy: bool) -> None:
     for i in range(count - 1, -1, -1):
         value, token_id = line[i], ids[i]
         for between in range(token_id + 1, end):
-            line[between] = -np.inf
+            line[between] = dropped
         line[token_id] = value
         end = token_id
-    line[:end] = -np.inf
+    line[:end] = dropped
 
 
 @compiled()
@@ -421,12 +427,9 @@ def _write_mixture(
     highest, highest_left = largest(line[:count]), largest(rest[:left])
     share = (1 - probability) / _total(line, count, highest)
     share_left = probability / _total(rest, left, highest_left)
-    weights = np.empty(count, dtype=np.float64)
     for i in range(count):
-        weights[i] = share * exponential(line[i] - highest)
-    line[:] = 0.0
-    for i in range(count):
-        line[ids[i]] = weights[i]
+        line[i] = share * exponential(line[i] - highest)
+    _put_back(line, ids, count, np.float32(0.0))
     for i in range(left):
         line[rest_ids[i]] += share_left * exponential(rest[i] - highest_left)
     if greedy:

@@ -5,6 +5,7 @@ The reference is PyTorch, which every device has. numba's and Triton's kernels g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ class Draws:
         most_drawn: an upper bound of top_k where the best of several draws is kept.
         everywhere: the host knows that all rows are ``written``.
         maxima: of the logits, as the backend's statistics have them.
+        elsewhere: bool ``[rows]`` each: rows that their samplers write themselves, and whose candidates nobody wants here.
     """
 
     parameters: Parameters
@@ -47,6 +49,7 @@ class Draws:
     most_drawn: int
     everywhere: bool = False
     maxima: Tensor | None = None
+    elsewhere: Sequence[Tensor] = ()
 
 
 class Backend:
@@ -92,6 +95,8 @@ class Backend:
     def write(self, logits: Tensor, draws: Draws) -> None:
         """Overwrite rows of ``logits [rows, vocab]`` with the log-probabilities of their draw."""
         parameters, forced, written = draws.parameters, draws.forced, draws.written
+        for rows in draws.elsewhere:
+            parameters = parameters.as_argmax(rows)  # no candidates are wanted there
         count = int(parameters.top_k.max()) if self.asks_device else draws.most_candidates
         kept, probabilities = shape(logits, parameters, draws.order, count)
         is_forced = (forced >= 0).unsqueeze(-1)

@@ -48,13 +48,17 @@ class Parameters:
         )
 
     def where(self, mask: Tensor, others: Parameters) -> Parameters:
-        """These in the rows of the bool ``mask``, and ``others`` in the rest."""
+        """These in the rows of the bool ``mask``, and ``others`` in the rest; what both share costs nothing."""
+
+        def one(mine: Tensor, theirs: Tensor) -> Tensor:
+            return mine if mine is theirs else mine.where(mask, theirs)
+
         return Parameters(
-            temperature=self.temperature.where(mask, others.temperature),
-            top_p=self.top_p.where(mask, others.top_p),
-            top_k=self.top_k.where(mask, others.top_k),
-            min_p=self.min_p.where(mask, others.min_p),
-            samples=self.samples.where(mask, others.samples),
+            temperature=one(self.temperature, others.temperature),
+            top_p=one(self.top_p, others.top_p),
+            top_k=one(self.top_k, others.top_k),
+            min_p=one(self.min_p, others.min_p),
+            samples=one(self.samples, others.samples),
         )
 
 

@@ -181,13 +181,11 @@ class BatchSampler:
             decided = replace(decided, written={})  # vLLM draws all of them
         bounds = (int(of[rows.host_slots].max()) for of in (table.most_candidates, table.most_drawn))
         most_candidates, most_drawn = bounds
-        parameters = decided.parameters
         for whole, write in decided.whole:
-            parameters = parameters.as_argmax(whole)  # no candidates are wanted there
             write(logits, whole)
         for order, written in decided.written.items():
             draws = Draws(
-                parameters,
+                decided.parameters,
                 order,
                 decided.forced,
                 written,
@@ -196,6 +194,7 @@ class BatchSampler:
                 most_drawn,
                 everywhere and len(decided.written) == 1 and not decided.whole,
                 statistics.maxima,
+                [whole for whole, _ in decided.whole],
             )
             backend.write(logits, draws)
         records = decided.records
@@ -260,8 +259,8 @@ class BatchSampler:
         plan: Plan | None = None
         plans: list[tuple[Tensor, Plan]] = []
         if others:
-            sampled, traced = table.device_sampled[rows.slots], table.device_traced[rows.slots]
-            attention, alone = _attention(rows, measure, sampled, traced), len(present) == 1
+            alone = len(present) == 1
+            attention = _attention(rows, measure, lambda: (table.device_sampled[rows.slots], table.device_traced[rows.slots]))
             plans = self._plans(backend, others, logits, statistics, rows, attention, alone)
             plan = _mixed(plans, alone)
         measured = None if plan is None else plan.attention
@@ -299,7 +298,7 @@ class BatchSampler:
         table = self.sequences
         sampled = table.device_sampled[rows.slots]
         traced = table.device_traced[rows.slots]
-        attention, alone = _attention(rows, measure, sampled, traced), len(present) == 1
+        attention, alone = _attention(rows, measure, lambda: (sampled, traced)), len(present) == 1
         plans = self._plans(backend, present, logits, statistics, rows, attention, alone)
         plan = _mixed(plans, alone)
         measured = plan.attention
@@ -405,11 +404,17 @@ def _rules(samplers: Mapping[str, Sampler], backend: str) -> dict[str, KernelRul
     return {name: rule for name, rule in found.items() if rule is not None}
 
 
-def _attention(rows: Rows, measure: Measure | None, sampled: Tensor, traced: Tensor) -> Attention:
-    """What plans ask for attention: of sampled rows that they want, and of all traced ones; bool ``[rows]`` each."""
+def _attention(rows: Rows, measure: Measure | None, of_rows: Callable[[], tuple[Tensor, Tensor]]) -> Attention:
+    """What plans ask for attention: of sampled rows that they want, and of all traced ones.
+
+    ``of_rows`` gives which are sampled and which are traced, bool ``[rows]`` each.
+    """
 
     def attention(wanted: Tensor) -> AttentionStatistics | None:
-        return None if measure is None else measure(rows, rows.valid & (traced | (sampled & wanted)))
+        if measure is None:
+            return None
+        sampled, traced = of_rows()
+        return measure(rows, rows.valid & (traced | (sampled & wanted)))
 
     return attention
 
@@ -458,12 +463,17 @@ def _with_distributions(decided: Decisions, plans: list[tuple[Tensor, Plan]], sa
 
     ``number`` samplers are in the batch, with and without a plan of ``plans``.
     """
-    whole = [(mine & sampled, one.write) for mine, one in plans if one.write is not None]
-    after_draw = [(mine & sampled, one.after_draw) for mine, one in plans if one.after_draw is not None]
-    written = decided.written if len(whole) < number else {}
-    for mine, _ in whole:
-        written = {order: rows & ~mine for order, rows in written.items()}
-    return replace(decided, written=written, whole=whole, after_draw=after_draw)
+    written, whole, after_draw = dict(decided.written), [], []
+    for mine, one in plans:
+        if one.write is None and one.after_draw is None:
+            continue
+        own = mine & sampled
+        if one.write is not None:
+            whole.append((own, one.write))
+            written[one.order] = written[one.order] ^ own  # they were among these
+        if one.after_draw is not None:
+            after_draw.append((own, one.after_draw))
+    return replace(decided, written=written if len(whole) < number else {}, whole=whole, after_draw=after_draw)
 
 
 def _mixed(plans: list[tuple[Tensor, Plan]], alone: bool) -> Plan:
@@ -475,9 +485,8 @@ def _mixed(plans: list[tuple[Tensor, Plan]], alone: bool) -> Plan:
     for mine, plan in others:
         parameters = plan.parameters.where(mine, parameters)
         attention = attention.overlaid(mine, plan.attention) if attention and plan.attention else attention or plan.attention
-    nothing = torch.full_like(parameters.temperature, torch.nan)
     fields = {
-        name: torch.where(mine, values.to(nothing.dtype), nothing)
+        name: torch.where(mine, values.to(parameters.temperature.dtype), torch.nan)
         for mine, plan in plans
         for name, values in plan.fields.items()
     }

@@ -20,7 +20,7 @@ from vllm_entropix.attention.paged_keys import PlainKeys
 from vllm_entropix.attention.ranks import measure_over_ranks_by_triton
 from vllm_entropix.kernels.ranks import RankGroup
 from vllm_entropix.kernels.triton_.attention import shares, workspace
-from vllm_entropix.kernels.triton_.kept_queries import keep_queries
+from vllm_entropix.kernels.triton_.kept_queries import keep_queries, rows_of_queries
 
 BFLOAT16, FP8, FLOAT32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
 # Shapes of models: heads, key heads, head size, types of queries and keys, and what else their layers do.
@@ -56,6 +56,7 @@ def step(layers, ranks=1):
     rows = len(queries)
     keep_queries(queries, torch.arange(rows + 1, dtype=torch.int32), torch.empty_like(queries).unsqueeze(1), rows)
     requests, lengths, wanted = torch.arange(rows), torch.ones(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
+    rows_of_queries(requests, lengths, requests.to(torch.int32), 1)
     if ranks == 1:
         measure_layers(layers, requests, lengths, wanted, EntropixConfig())
     else:

@@ -16,7 +16,7 @@ from vllm_entropix.kernels.triton_.attention.workspace import (
 )
 
 READING_KEYS = ("_attend", "_deviate_again", "_measure_whole")
-KERNELS = {"_keep", "_plan", "_merge_splits", "_deviate", "_finish", *READING_KEYS}
+KERNELS = {"_keep", "_find", "_plan", "_merge_splits", "_deviate", "_finish", *READING_KEYS}
 
 
 @pytest.fixture(scope="module")

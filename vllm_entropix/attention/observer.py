@@ -244,15 +244,17 @@ class AttentionObserver:
     def statistics_per_layer(self, requests: Tensor, positions: Tensor, wanted: Tensor | None = None) -> AttentionStatistics:
         """The same for each observed layer, in ascending order: every metric is ``[layers, rows]``."""
         if measured_by_triton([self._layer(index) for index in self.layers], requests.device):
+            from vllm_entropix.kernels.triton_.kept_queries import rows_of_queries
+
             everything = torch.ones_like(requests, dtype=torch.bool) if wanted is None else wanted
-            lengths = positions + 1
             layers = [
                 LayerRows(self._layer(index), self._queries[index].flatten(0, 1), self._steps[index].block_table)
                 for index in sorted(self.layers)
             ]
             # All groups of layers have the same requests.
             step = next(iter(self._steps.values()))
-            kept = Kept(self._rows_of_queries(step, requests, lengths), step.longest, self._workspace, self._exchange)
+            query_rows, lengths = rows_of_queries(requests, positions, step.seq_lens, self.rows_per_request)
+            kept = Kept(query_rows, step.longest, self._workspace, self._exchange)
             if self.ranks is None:
                 return measure_layers(layers, requests, lengths, everything, self.config, kept)
             assert step.bounds is not None

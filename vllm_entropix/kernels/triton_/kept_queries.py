@@ -1,4 +1,7 @@
-"""Queries of each request's last rows, copied out of the forward pass: one launch a layer, which CUDA graphs may capture."""
+"""Queries of each request's last rows, copied out of the forward pass: one launch a layer, which CUDA graphs may capture.
+
+One more finds where a row's queries are among them.
+"""
 
 # Triton's compiler looks at a kernel's annotations, and knows none of Python's.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -11,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 2048
+_ROWS = 32
 # A copy doesn't care what it copies.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -50,3 +54,35 @@ def keep_queries(queries: Tensor, starts: Tensor, kept: Tensor, requests: int) -
         WIDTH=width,
         BLOCK=min(_BLOCK, triton.next_power_of_2(width)),
     )
+
+
+_FOUND = ("requests", "positions", "ends", "query_rows", "lengths", "rows", "per_request")
+
+
+@triton.jit(do_not_specialize=_FOUND)
+def _find(requests, positions, ends, query_rows, lengths, rows, per_request, BLOCK: tl.constexpr):  # noqa: N803
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = row < rows
+    request = tl.load(requests + row, mask=there, other=0).to(tl.int64)
+    length = tl.load(positions + row, mask=there, other=0).to(tl.int64) + 1
+    before_last = tl.load(ends + request, mask=there, other=0).to(tl.int64) - length
+    offset = tl.minimum(tl.maximum(before_last, 0), per_request - 1)
+    tl.store(query_rows + row, request * per_request + offset, mask=there)
+    tl.store(lengths + row, length, mask=there)
+
+
+def rows_of_queries(requests: Tensor, positions: Tensor, ends: Tensor, per_request: int) -> tuple[Tensor, Tensor]:
+    """Which of a layer's kept queries are those of some rows, and the rows' lengths: int64 ``[rows]`` each.
+
+    Args:
+        requests: int64 ``[rows]``, the rows' requests.
+        positions: int64 ``[rows]``, in their sequences.
+        ends: integers ``[requests]``, each request's length after its last row.
+        per_request: how many rows are kept of each.
+    """
+    query_rows, lengths = torch.empty_like(requests), torch.empty_like(positions)
+    rows = len(requests)
+    _find[(triton.cdiv(rows, _ROWS),)](
+        *(requests, positions, ends, query_rows, lengths, rows, per_request), BLOCK=_ROWS, num_warps=1
+    )
+    return query_rows, lengths

@@ -216,6 +216,9 @@ def _decide(
         record = records + row * record_stride
         # Rows that nothing is told of have slot 0, and a record all the same.
         keeps = mine & (tells > 0)
+        # What nobody tells, such as another sampler's field, is null.
+        for index in tl.range(record_stride):
+            tl.store(record + index, nan, mask=keeps)
         sampler = tl.load(samplers + slot)
         planner = tl.where(alone != 0, first, sampler)
         t, p, m = tl.load(given_temperature + row), tl.load(given_top_p + row), tl.load(given_min_p + row)
@@ -399,8 +402,7 @@ def decide(
     written = torch.empty(count, dtype=torch.bool, device=device)
     columns = 1 + len(names())
     tells = traced or counted
-    # A field of another sampler is null; without one, the kernel writes all columns.
-    records = torch.full((count if tells else 0, columns), torch.nan, dtype=torch.float32, device=device)
+    records = torch.empty(count if tells else 0, columns, dtype=torch.float32, device=device)
     ring = None if clarification is None else clarification.state
     bounded = clarification is not None and clarification.end_below < math.inf
     # Where there is nothing to point to, the kernel looks at nothing; of the same type, so that it is the same kernel.

@@ -129,7 +129,9 @@ def _begin(
     groups,
     state,
     largest_of_rows,
+    tallies,
     BLOCK: tl.constexpr,  # noqa: N803
+    BINS: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
     LIMIT: tl.constexpr,  # noqa: N803
 ):
@@ -154,6 +156,7 @@ def _begin(
     least = _least_border(
         maxima, groups, vocabulary, largest, t, tl.load(min_p + row), portion, tl.load(log_normaliser + row), GROUPS
     )
+    tl.store(tallies + row * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int64))
     tl.store(largest_of_rows + row, largest)
     tl.store(state + _ALONE, _MANY)
     tl.store(state + _PATH, 0)
@@ -424,14 +427,14 @@ def filter_wide_rows(
     if not rows or vocabulary <= LIMIT:
         return
     state, largest, tallies, counts, before = kept or buffers(rows, vocabulary, logits.device)
-    tallies[:rows].zero_()
     tiles, groups = before.shape[1], maxima.shape[1]
     # The weight of a vocabulary of equal tokens is less than 2**62.
     scale = float(2 ** (62 - vocabulary.bit_length()))
     line, grid = (logits, logits.stride(0), vocabulary), (rows, tiles)
     _begin[(rows,)](
-        *(*line, temperature, top_p, top_k, min_p, forced, sampled, log_normaliser, maxima, groups, state, largest),
+        *(*line, temperature, top_p, top_k, min_p, forced, sampled, log_normaliser, maxima, groups, state, largest, tallies),
         BLOCK=_BLOCK,
+        BINS=_BINS,
         GROUPS=triton.next_power_of_2(groups),
         LIMIT=LIMIT,
         num_warps=8,

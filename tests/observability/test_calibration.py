@@ -1,4 +1,4 @@
-"""Thresholds from target shares: borders that give them, halves that agree, and a file that a server takes."""
+"""Borders from target shares, parameters that are neutral, halves that agree, and a file that a server takes."""
 
 import tomllib
 
@@ -7,19 +7,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_entropix.observability import neutral
 from vllm_entropix.observability.calibration import (
     DEFAULT_SHARES,
+    NO_HELV,
     Measured,
     calibrate,
+    corrected,
     doubts,
+    half,
     parse_shares,
     preset_text,
     propose,
     regimes_of,
 )
+from vllm_entropix.observability.hints import never_forced
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import ConfigError
+from vllm_entropix.settings.server import Clarification
+
+PARAMETERS = {"helv", "lehv", "hehv", "adaptive"}
 
 
 def distributions(tokens, seed, sure=0.8):
@@ -63,8 +71,8 @@ def test_where_too_few_are_evenly_lost_helv_takes_all_there_are():
     measured = distributions(5000, 0)
     thresholds = propose(measured, {"LELV": 0.1, "HELV": 0.75, "LEHV": 0.05, "HEHV": 0.05})
     found = got(measured, thresholds)
-    assert 0.2 < found["HELV"] < 0.74
-    assert thresholds.helv.varentropy_below == thresholds.lehv.varentropy_above
+    assert 0.1 < found["HELV"] < 0.74
+    assert thresholds.helv.varentropy_below == pytest.approx(0.75 * thresholds.lehv.varentropy_above)
     assert found["LEHV"] == pytest.approx(0.05, abs=0.001)
 
 
@@ -84,7 +92,8 @@ def test_any_tokens_give_thresholds_in_range(points, shares):
         return
     high_entropy, high_varentropy = thresholds.hehv.entropy_above, thresholds.hehv.varentropy_above
     assert max(thresholds.helv.varentropy_below, thresholds.lelv.varentropy_below) <= high_varentropy
-    assert thresholds.lelv.entropy_below <= thresholds.helv.entropy_above == high_entropy
+    assert thresholds.lelv.entropy_below <= high_entropy
+    assert thresholds.helv.entropy_above in (high_entropy, NO_HELV["entropy_above"])
     assert thresholds.lehv.entropy_below == thresholds.hehv.entropy_above
     EntropixConfig.from_dict({"thresholds": thresholds.model_dump()})
 
@@ -92,12 +101,13 @@ def test_any_tokens_give_thresholds_in_range(points, shares):
 def test_halves_are_of_prompts_and_agree():
     prompts = [distributions(60, seed) for seed in range(80)]
     found = calibrate(prompts, DEFAULT_SHARES, EntropixConfig())
-    assert found.prompts == (40, 40)
-    assert found.tokens == (2400, 2400)
+    assert sorted([*found.split[0], *found.split[1]]) == list(range(80))
+    for part in (found.fitting, found.checking):
+        assert (part.prompts, part.tokens) == (40, 2400)
     assert sum(found.targets.values()) == pytest.approx(1)
     for regime in REGIMES:
-        assert found.fitting[regime].value == pytest.approx(found.targets[regime], abs=0.002)
-        check = found.checking[regime]
+        assert found.fitting.shares[regime].value == pytest.approx(found.targets[regime], abs=0.002)
+        check = found.checking.shares[regime]
         assert check.low <= check.value <= check.high
         assert abs(check.value - found.targets[regime]) < 0.03
     assert found == calibrate(prompts, DEFAULT_SHARES, EntropixConfig())
@@ -111,7 +121,7 @@ def test_intervals_know_that_tokens_of_a_prompt_are_alike():
     mixed = [Measured(tokens.entropy[rows], tokens.varentropy[rows]) for rows in order]
 
     def width(prompts):
-        share = calibrate(prompts, DEFAULT_SHARES, EntropixConfig()).checking["LELV"]
+        share = calibrate(prompts, DEFAULT_SHARES, EntropixConfig()).checking.shares["LELV"]
         return share.high - share.low
 
     assert width(alike) > 2 * width(mixed)
@@ -144,6 +154,61 @@ def test_a_proposal_that_makes_little_sense_is_doubted(shares, words):
     assert bool(said) == bool(words)
 
 
+@pytest.mark.parametrize("strength", [neutral.COOL, 1.0, neutral.WARM, 2.0])
+@pytest.mark.parametrize("base", [{}, {"temperature": 1.7, "top_p": 0.05, "top_k": 1}])
+def test_the_mean_temperature_is_the_base_temperature(base, strength):
+    prompts = [distributions(60, seed) for seed in range(80)]
+    found = calibrate(prompts, DEFAULT_SHARES, EntropixConfig.preset(base=base), strength=strength)
+    assert found.fitting.temperature.value == pytest.approx(1, abs=1e-4)
+    for part in (found.fitting, found.checking):
+        assert abs(part.temperature.value - 1) < 0.02
+        assert part.temperature.low <= part.temperature.value <= part.temperature.high
+        assert set(part.clamped.values()) == {0.0}
+    numbers = dict(found.config.numbers())
+    adaptive = [numbers[f"adaptive.temperature_{name}"] for name in ("offset", "logits")]
+    # No token that there can be is drawn at 0 or below, where the base would be taken.
+    for metrics in (0, 20 + numbers["thresholds.hehv.varentropy_above"]):
+        assert adaptive[0] + adaptive[1] * metrics > 0.1
+    warmer = (strength > 1) - (strength < 1)
+    assert np.sign(adaptive[1]) == warmer
+    assert np.sign(numbers["hehv.temperature_offset"] - numbers["lehv.temperature_offset"]) == warmer
+
+
+def test_published_constants_are_hot_and_stand_on_their_clamps():
+    told = half([distributions(60, seed) for seed in range(40)], EntropixConfig(), 0)
+    assert told.temperature.low > 1.1
+    assert told.clamped["ADAPTIVE"] > 0.5
+
+
+def test_a_second_run_corrects_what_the_first_found():
+    prompts = [distributions(60, seed) for seed in range(80)]
+    found = calibrate(prompts, DEFAULT_SHARES, EntropixConfig())
+    # Drawn with what was found, texts have become less sure.
+    again = [Measured(part.entropy * 1.3, part.varentropy * 1.3) for part in prompts]
+    before = half([again[place] for place in found.split[1]], found.config, 0)
+    after = corrected(found, again)
+    assert abs(before.temperature.value - 1) > 0.02 > abs(after.checking.temperature.value - 1)
+    assert after.fitting.temperature.value == pytest.approx(1, abs=1e-4)
+    assert after.config.thresholds == found.config.thresholds
+    assert after.with_regimes
+    with pytest.raises(ConfigError, match="one has 0"):
+        corrected(found, [Measured(np.empty(0), np.empty(0))] * 80)
+
+
+def test_a_model_without_helv_is_said_to_have_none():
+    def uneven(seed):
+        drawn = distributions(60, seed)
+        return Measured(drawn.entropy, np.where(drawn.entropy > 3, np.maximum(drawn.varentropy, 6), drawn.varentropy))
+
+    found = calibrate([uneven(seed) for seed in range(80)], DEFAULT_SHARES, EntropixConfig())
+    assert not found.has_helv
+    assert found.fitting.shares["HELV"].value == found.checking.shares["HELV"].value == 0
+    said = " ".join(doubts(found))
+    assert "no HELV: above" in said
+    assert "HELV gets" not in said
+    assert never_forced(found.config.model_copy(update={"clarification": Clarification(text="hm?")}), 50_000) is not None
+
+
 def test_shares_as_users_write_them():
     assert parse_shares(None) == DEFAULT_SHARES
     assert parse_shares("lelv=0.5, HEHV=0.01") == {**DEFAULT_SHARES, "LELV": 0.5, "HEHV": 0.01}
@@ -159,14 +224,14 @@ def test_the_file_is_a_configuration(tmp_path, base):
     found = calibrate([distributions(60, seed) for seed in range(20)], DEFAULT_SHARES, base)
     path = tmp_path / "preset.toml"
     path.write_text(preset_text(found, base, "some model"))
-    assert EntropixConfig.from_file(path) == base.model_copy(update={"thresholds": found.thresholds})
-    assert set(tomllib.loads(path.read_text())) <= {"preset", "fidelity", "thresholds"}
+    assert EntropixConfig.from_file(path) == found.config
+    assert set(tomllib.loads(path.read_text())) <= {"preset", "fidelity", "thresholds", *PARAMETERS}
 
 
 @pytest.mark.parametrize("name", ["a\nb", 'x = 1 # "]', "[/red]", "\x00\x1b[2J\u2028", "\U0001f98a", "\udcff"])
 def test_a_models_name_changes_no_setting(tmp_path, name):
     found = calibrate([distributions(60, seed) for seed in range(20)], DEFAULT_SHARES, EntropixConfig())
     path = tmp_path / "preset.toml"
-    path.write_text(preset_text(found, EntropixConfig(), name), encoding="utf-8", errors="replace")
-    assert EntropixConfig.from_file(path) == EntropixConfig().model_copy(update={"thresholds": found.thresholds})
-    assert set(tomllib.loads(path.read_text(encoding="utf-8"))) == {"preset", "thresholds"}
+    path.write_text(preset_text(found, EntropixConfig(), name, notes=(name,)), encoding="utf-8", errors="replace")
+    assert EntropixConfig.from_file(path) == found.config
+    assert set(tomllib.loads(path.read_text(encoding="utf-8"))) == {"preset", "thresholds", *PARAMETERS}

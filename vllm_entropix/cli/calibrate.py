@@ -163,11 +163,11 @@ def _show(console: Console, measured: Measured, base: EntropixConfig, found: Cal
 
     console.print(_quantiles(measured))
     console.print()
-    console.print(_plane(measured, base.model_copy(update={"thresholds": found.thresholds})))
+    console.print(_plane(measured, found.config))
     console.print()
     console.print(_shares_table(found))
     console.print()
-    console.print(_thresholds_table(base, found))
+    console.print(_settings_table(base, found))
     for sentence in doubts(found):
         console.print(Text(f"• {sentence}", style="yellow"))
 
@@ -219,29 +219,51 @@ def _plane(measured: Measured, config: EntropixConfig) -> Text:
 
 
 def _shares_table(found: Calibration) -> Table:
+    fitting, checking = found.fitting, found.checking
     table = Table(title="Share of tokens by regime, under the proposal", title_justify="left", title_style="bold")
     table.add_column("regime")
-    for header in ("asked for", f"fitting half\n{found.tokens[0]} tokens", f"checking half\n{found.tokens[1]} tokens", "95 %"):
+    for header in (
+        "asked for",
+        f"fitting half\n{fitting.tokens} tokens",
+        f"checking half\n{checking.tokens} tokens",
+        "95 %",
+        "at a clamp,\nfitting",
+        "at a clamp,\nchecking",
+    ):
         table.add_column(header, justify="right")
     for regime in Regime:
-        check = found.checking[regime.name]
+        check = checking.shares[regime.name]
         table.add_row(
             Text(regime.name, style=regime.style),
             f"{found.targets[regime.name]:.1%}",
-            f"{found.fitting[regime.name].value:.1%}",
+            f"{fitting.shares[regime.name].value:.1%}",
             f"{check.value:.1%}",
             f"{check.low:.1%} to {check.high:.1%}",
+            f"{fitting.clamped[regime.name]:.1%}",
+            f"{checking.clamped[regime.name]:.1%}",
         )
+    mean = checking.temperature
+    table.add_section()
+    table.add_row(
+        Text("temperature"),
+        "1.000",
+        f"{fitting.temperature.value:.3f}",
+        f"{mean.value:.3f}",
+        f"{mean.low:.3f} to {mean.high:.3f}",
+    )
+    table.caption = "temperature: mean of the tokens that aren't argmax, relative to the base temperature"
+    table.caption_justify = "left"
     return table
 
 
-def _thresholds_table(base: EntropixConfig, found: Calibration) -> Table:
-    table = Table(title="Thresholds", title_justify="left", title_style="bold")
+def _settings_table(base: EntropixConfig, found: Calibration) -> Table:
+    """What of the base is replaced."""
+    table = Table(title="Settings", title_justify="left", title_style="bold")
     table.add_column("setting")
     table.add_column(base.preset_name, justify="right")
     table.add_column("proposed", justify="right")
-    before = base.thresholds.model_dump()
-    for regime, borders in found.thresholds.model_dump().items():
-        for name, value in borders.items():
-            table.add_row(f"thresholds.{regime}.{name}", f"{before[regime][name]:g}", f"{value:g}", style=None)
+    after = dict(found.config.numbers())
+    for name, value in base.numbers():
+        if name.startswith("thresholds.") or value != after[name]:
+            table.add_row(name, f"{value:g}", f"{after[name]:g}")
     return table

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -21,6 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Engines of tests run with no calibration that somebody keeps of their models.
+os.environ["ENTROPIX_CALIBRATIONS"] = tempfile.mkdtemp(prefix="entropix-calibrations-")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A thread for each of the tests that run side by side; vLLM would bind those of all engines to the same core.

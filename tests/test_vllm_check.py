@@ -114,6 +114,7 @@ NOT_LISTED = {
     "value": "of an enum, where the attribute is one",
     "all_special_ids": "of transformers' tokenizers",
     "apply_chat_template": "of transformers' tokenizers",
+    "chat_template": "of transformers' tokenizers",
 }
 
 

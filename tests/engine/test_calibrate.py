@@ -11,7 +11,9 @@ import pytest
 
 from tests.support.engine import close_engine, engine, generate
 from vllm_entropix.demo_model import shipped_model
+from vllm_entropix.engine.resolved import RESOLVED
 from vllm_entropix.records.regimes import REGIMES
+from vllm_entropix.samplers.entropix import calibrations
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
 pytestmark = pytest.mark.engine
@@ -30,11 +32,11 @@ def calibrated(tmp_path_factory):
     close_engine()
     folder = tmp_path_factory.mktemp("calibrated")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    command = [COMMAND, "calibrate", "demo", "--prompts", folder / "prompts.txt", "--chat", "--max-tokens", "96"]
+    command = [COMMAND, "calibrate", "demo", "--prompts", folder / "prompts.txt", "--max-tokens", "96"]
     command += ["-o", folder / "preset.toml", "--svg", folder / "shown.svg"]
     command += ["--engine", '{"max_model_len": 512, "enforce_eager": true, "dtype": "float32"}']
     command += ["--shares", "LELV=0.5,HELV=0.03"]
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "COLUMNS": "120"}
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "COLUMNS": "120", "ENTROPIX_CALIBRATIONS": str(folder / "kept")}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder, ended.stdout
@@ -42,12 +44,30 @@ def calibrated(tmp_path_factory):
 
 def test_it_shows_distributions_and_shares(calibrated):
     folder, told = calibrated
+    assert "Prompts go through the model's chat template." in told
     for words in ("entropy, bits", "varentropy, bits²", "fitting half", "checking half", "thresholds.helv.varentropy_below"):
         assert words in told
-    assert re.search(r"LELV\s+│\s+50\.0%\s+│\s+50\.\d%", told)
+    # The shares are those of tokens that were drawn with what was found.
+    assert re.search(r"LELV\s+│\s+50\.0%\s+│\s+(4[5-9]|5[0-5])\.\d%", told)
+    assert re.search(r"temperature\s+│\s+1\.000\s+│\s+1\.000", told)
     assert re.search(r"HELV\s+│\s+3\.0%\s+│\s+\d\.\d%", told)
     assert f"--sampler-config {folder / 'preset.toml'}" in re.sub(r"\s+", " ", told)
     assert (folder / "shown.svg").read_text().startswith("<svg")
+
+
+def test_a_server_finds_it_again(calibrated, monkeypatch):
+    folder, told = calibrated
+    monkeypatch.setenv(calibrations.FOLDER, str(folder / "kept"))
+    own = calibrations.fingerprint(str(shipped_model()))
+    assert own is not None
+    found = calibrations.find(own)
+    assert found is not None
+    assert Path(found).read_text() == (folder / "preset.toml").read_text()
+    assert re.sub(r"\s", "", found) in re.sub(r"\s", "", told)
+    llm = engine(shipped_model(), sampler="entropix")
+    resolved = llm.llm_engine.vllm_config.additional_config[RESOLVED]["config"]
+    assert resolved["thresholds"] == EntropixConfig.from_file(found).thresholds.model_dump()
+    close_engine()  # others with the same arguments run without it
 
 
 def test_the_proposal_is_what_an_engine_samples_with(calibrated):

@@ -237,6 +237,11 @@ def test_a_setting_of_another_sampler_is_refused(server, given, owner, chosen):
     registry.parse_request({**given, "samplers": owner}, {"sampler": server})
 
 
+def test_borders_that_an_engine_finds_are_none_without_one():
+    with pytest.raises(ConfigError, match=r"^thresholds is auto, which only an engine makes numbers of"):
+        registry.load_server({"thresholds": "auto"})
+
+
 def test_what_all_samplers_read_is_any_samplers():
     common = {"entropix_trace": "on", "entropix": "off", "entropix_clarification": "off", "samplers": "min_p"}
     assert registry.parse_request(common, {"sampler": "entropix"}).trace

@@ -35,6 +35,7 @@ HOLDERS = {
     "engine/adapter.py": ("runner", "vllm_config", "scheduler_output", "request", "params", "group", "groups", "pipeline"),
     "engine/admission.py": ("processor", "params"),
     "engine/patches.py": ("self", "vllm_config"),
+    "engine/calibrated.py": ("vllm_config", "model"),
     "engine/carrier.py": ("output", "result"),
     "engine/clarification.py": ("vllm_config",),
     "engine/decided.py": ("processor", "branch", "completion", "_state", "state"),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_entropix.bench.study import REQUEST_PARAMETERS, ModelSettings, Value
 from vllm_entropix.client import trace_of
 from vllm_entropix.records.schema import ChoiceTrace
+from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET
 from vllm_entropix.settings.errors import ConfigError, cut, quoted
 
 if TYPE_CHECKING:
@@ -197,7 +198,9 @@ def served(name: str, settings: ModelSettings, sampler_config: Mapping[str, Any]
         raise ConfigError(f"models.{name}.path is {quoted(path)}, which isn't there; give a model's folder, or a hub's name")
     command = [*_SERVE, path, "--host", "127.0.0.1", "--port", str(port)]
     quiet = ["--uvicorn-log-level", "warning"]  # or the log has a line per answer
-    sampler = ["--sampler", "entropix", "--sampler-config", json.dumps(dict(sampler_config))]
+    # Without a preset it would run with the calibration that the user happens to keep of this model.
+    config = dict(sampler_config) if "thresholds" in sampler_config else {"preset": DEFAULT_PRESET, **sampler_config}
+    sampler = ["--sampler", "entropix", "--sampler-config", json.dumps(config)]
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
     with log.open("ab") as output:
         process = subprocess.Popen(

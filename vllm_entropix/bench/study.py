@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints, ValidationError, field_validator,
 
 from vllm_entropix.bench.tasks import KINDS, Item, Task
 from vllm_entropix.samplers import chained, registry
+from vllm_entropix.samplers.entropix.calibrations import without_auto
 from vllm_entropix.settings.errors import ConfigError, quoted
 from vllm_entropix.settings.load import read_mapping
 from vllm_entropix.settings.section import Section, describe
@@ -179,6 +180,8 @@ class SamplerSettings(Section):
         given = [name for name in ("ranges", "as_tuned", "mean_temperature_of") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"it has {given[0]} and {given[1]}; leave one of them out")
+        if self.server:
+            registry.load_server(without_auto(self.server))
         if both := sorted(self.fixed.keys() & self.ranges.keys()):
             raise ValueError(f"{both[0]} is both fixed and drawn; leave one of them out")
         for name, value in self.fixed.items():
@@ -186,8 +189,6 @@ class SamplerSettings(Section):
         for name, values in self.ranges.items():
             for value in values.extremes:
                 self._check(f"ranges.{name}", name, value)
-        if self.server:
-            registry.load_server(self.server)
         return self
 
     @property
@@ -212,7 +213,7 @@ class SamplerSettings(Section):
             more = "" if self.sampler == PLAIN else ", and what `vllm-entropix samplers` lists for it"
             raise ValueError(f"its {key} is no parameter of {self.sampler}; there are {', '.join(REQUEST_PARAMETERS)}{more}")
         try:
-            registry.parse_request({"samplers": self.sampler, name: value}, registry.load_server({}))
+            registry.parse_request({"samplers": self.sampler, name: value}, registry.load_server(without_auto(self.server)))
         except ConfigError as error:
             raise ValueError(f"of its {key}, {error}") from None
 

@@ -1,4 +1,4 @@
-"""``vllm-entropix calibrate``: thresholds for a model, from what it says to prompts of yours."""
+"""``vllm-entropix calibrate``: borders and parameters of the regimes for a model, from what it says to prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +22,12 @@ from rich.text import Text
 from vllm_entropix.cli.checks import require_model
 from vllm_entropix.cli.demo import Prompt, load_prompts
 from vllm_entropix.demo_model import shipped_model
+from vllm_entropix.observability import neutral
 from vllm_entropix.observability.terminal import printable
 from vllm_entropix.records.fields import names
 from vllm_entropix.records.regimes import Regime
 from vllm_entropix.records.trace import traces
+from vllm_entropix.samplers.entropix import calibrations
 from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig
 from vllm_entropix.settings.errors import ConfigError
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from vllm_entropix.observability.calibration import Calibration, Measured
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+_PROMPTS = Path(__file__).with_name("calibration_prompts.txt")
 _COLUMNS, _ROWS = 64, 18
 _SMALLEST = 1e-6  # where the picture's logarithmic axes begin at the lowest
 _SHADES = " ·░▒▓█"
@@ -40,46 +45,92 @@ _SHADES = " ·░▒▓█"
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="Any model that vLLM can load; `demo` is the one that is shipped.")],
-    prompts: Annotated[Path, typer.Option(help="Text file with a prompt per line, or JSON like the demo's.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the proposal as a settings file (TOML).")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with a prompt per line, or JSON like the demo's; default: 24 questions that are shipped."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write what is found into this TOML file, too.")] = None,
     shares: Annotated[
         str | None,
         typer.Option(help="Target shares, as in LELV=0.5,HELV=0.02; default: LELV=0.4,HELV=0.01,LEHV=0.08,HEHV=0.03."),
     ] = None,
+    strength: Annotated[
+        float,
+        typer.Option(
+            min=0.5, max=2, help="Temperature where the model is unsure, relative to the base: above 1 warmer, below 1 cooler."
+        ),
+    ] = neutral.WARM,
     base: Annotated[str, typer.Option(help="Preset that everything else comes from.")] = DEFAULT_PRESET,
-    chat: Annotated[bool, typer.Option("--chat", help="Put each line into the model's chat template.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Put each prompt into the model's chat template; default: if it has one."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the draws and of the split.")] = 0,
     engine: Annotated[str, typer.Option(help="Arguments of vLLM's LLM as JSON, as in '{\"tensor_parallel_size\": 2}'.")] = "{}",
     svg: Annotated[Path | None, typer.Option(help="Also write what is shown as an SVG picture.")] = None,
 ) -> None:
-    """Run a model on prompts, show its entropies, and propose thresholds by the share of tokens of each regime."""
-    from vllm_entropix.observability.calibration import Measured, parse_shares, preset_text
+    """Run a model on prompts and find borders and parameters of its regimes; `serve` finds them again."""
+    from vllm_entropix.observability.calibration import Measured, corrected, parse_shares, preset_text
     from vllm_entropix.observability.calibration import calibrate as fit
 
     targets = parse_shares(shares)
     config = EntropixConfig.preset(base)
+    if not config.regimes:
+        raise ConfigError(f"--base is {base}, which switches regimes off; name another preset")
     arguments = _arguments(engine)
-    chosen = load_prompts(prompts)
+    chosen = load_prompts(prompts or _PROMPTS)
     path = str(shipped_model()) if model == "demo" else model
     require_model(path)
     console = Console(record=svg is not None, width=110 if svg is not None else None)
     llm = _start(console, path, base, seed, arguments)
-    measured = _measure(llm, chosen, chat, max_tokens)
-    found = fit(measured, targets, config, seed)
-    _show(console, Measured.joined(measured), config, found)
+    asked, how = _asked(llm, chosen, chat)
+    console.print(how)
+    drawn = _measure(llm, asked, max_tokens, neutral.without_regimes(config.base.min_p), "without regimes")
+    found = fit(drawn, targets, config, seed, strength)
+    again = _measure(llm, asked, max_tokens, _constants(found.config), "with what was found")
+    found = corrected(found, again, seed)
+    _show(console, Measured.joined(again), config, found)
     if svg is not None:
         console.save_svg(str(svg), title="vllm-entropix calibrate")
+    own = calibrations.fingerprint(path, arguments.get("revision"))
+    notes = [how, *([] if own is None else [calibrations.line(own)])]
+    text = preset_text(found, config, Path(path).name, notes)
     if output is not None:
         try:
             # A folder's name need not be UTF-8.
-            output.write_text(preset_text(found, config, Path(path).name), encoding="utf-8", errors="replace")
+            output.write_text(text, encoding="utf-8", errors="replace")
         except OSError as error:
             raise ConfigError(f"can't write {output}: {error.strerror}") from None
         command = f"  vllm serve {shlex.quote(path)} --sampler entropix --sampler-config {shlex.quote(str(output))}"
         # As Text, or brackets in a name would be markup.
         console.print(Text(printable(f"Wrote {output}. Serve with it:")), soft_wrap=True)
         console.print(Text(printable(command)), soft_wrap=True)
+    if own is None:
+        console.print("The model's files aren't on this machine, so a server won't find this calibration by itself.")
+    else:
+        told = f"Kept it in {calibrations.keep(own, text)}, where `vllm serve` with --sampler entropix finds it."
+        console.print(Text(printable(told)), soft_wrap=True)
+
+
+def _asked(llm: LLM, prompts: list[Prompt], chat: bool | None) -> tuple[list[Prompt], str]:
+    """The prompts as the model is asked them, and a sentence about how."""
+    template = llm.get_tokenizer().chat_template is not None
+    if chat and not template:
+        raise ConfigError("--chat is given, but the model has no chat template; leave it out")
+    if chat is False or not template:
+        why = "--no-chat was given" if template else "the model has no chat template"
+        return prompts, f"Prompts are texts that the model continues: {why}."
+    turned = [
+        prompt if prompt.text is None else replace(prompt, text=None, messages=[{"role": "user", "content": prompt.text}])
+        for prompt in prompts
+    ]
+    return turned, "Prompts go through the model's chat template."
+
+
+def _constants(config: EntropixConfig) -> dict[str, float]:
+    """Constants of a request under which it is drawn as by a server of this configuration."""
+    return {name: value for name, value in config.numbers() if math.isfinite(value)}
 
 
 def _arguments(text: str) -> dict[str, Any]:
@@ -101,25 +152,26 @@ def _start(console: Console, model: str, base: str, seed: int, arguments: dict[s
             from vllm import LLM
         except ImportError as error:
             raise ConfigError(f"vLLM can't be imported ({error}); install vllm-entropix[cuda] or vllm-entropix[cpu]") from None
-        # Drawn with the base parameters alone, so that the texts don't depend on thresholds that are yet to be found. Regimes
-        # take only the logits' metrics.
+        # Requests bring what is to be tried; regimes take only the logits' metrics.
         settings = {
             "preset": base,
-            "regimes": False,
+            "experiments": {"constants": True},
             "attention": {"enabled": False},
             "trace": {"alternatives": 0},
             "prometheus": False,
         }
         import torch
 
-        ours: dict[str, Any] = {"seed": seed, "disable_log_stats": True, "additional_config": {"entropix": settings}}
+        # Compiling a model takes longer than a few thousand tokens without it.
+        ours: dict[str, Any] = {"seed": seed, "disable_log_stats": True, "enforce_eager": True}
+        ours["additional_config"] = {"entropix": settings}
         if not torch.cuda.is_available():
             ours["kv_cache_memory_bytes"] = 1 << 30
         return LLM(model, **{**ours, **arguments})
 
 
-def _measure(llm: LLM, prompts: list[Prompt], chat: bool, max_tokens: int) -> list[Measured]:
-    """Run all prompts; entropies of the answers' tokens."""
+def _measure(llm: LLM, prompts: list[Prompt], max_tokens: int, constants: Mapping[str, float], how: str) -> list[Measured]:
+    """Run all prompts with these constants; entropies of the answers' tokens."""
     from vllm import SamplingParams
 
     from vllm_entropix.observability.calibration import Measured
@@ -127,24 +179,19 @@ def _measure(llm: LLM, prompts: list[Prompt], chat: bool, max_tokens: int) -> li
     tokenizer = llm.get_tokenizer()
     engine = llm.llm_engine
     room = llm.model_config.max_model_len
+    # The engine's seed, and none of its own: on a CPU vLLM can't cut a seeded request's prompt in pieces.
+    ours = {"entropix_trace": "on", "entropix_base": "preset", "entropix_constants": dict(constants)}
+    params = SamplingParams(max_tokens=max_tokens, extra_args=ours)
     for number, prompt in enumerate(prompts):
-        messages = prompt.messages
-        if prompt.text is not None and chat:
-            messages = [{"role": "user", "content": prompt.text}]
-        if messages is None:
-            ids = list(tokenizer.encode(prompt.text))
-        else:
-            ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+        ids = prompt.token_ids(tokenizer)
         if len(ids) >= room:
             raise ConfigError(f"the prompt {prompt.name!r} has {len(ids)} tokens, but the model takes {room} with the answer")
-        # The engine's seed, and none of its own: on a CPU vLLM can't cut a seeded request's prompt in pieces.
-        params = SamplingParams(max_tokens=max_tokens, extra_args={"entropix_trace": "on"})
-        engine.add_request(str(number), {"prompt_token_ids": ids}, params)
+        engine.add_request(f"{how}-{number}", {"prompt_token_ids": ids}, params)
     found: dict[int, Measured] = {}
     entropy, varentropy = (names().index(name) for name in ("entropy", "varentropy"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task("prompts", total=len(prompts))
+        task = progress.add_task(f"prompts, {how}", total=len(prompts))
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if not output.finished:
@@ -153,9 +200,12 @@ def _measure(llm: LLM, prompts: list[Prompt], chat: bool, max_tokens: int) -> li
                 if trace is not None:
                     values = trace.values().astype(np.float64)
                     finite = np.isfinite(values[:, [entropy, varentropy]]).all(1)
-                    found[int(output.request_id)] = Measured(values[finite, entropy], values[finite, varentropy])
+                    found[int(output.request_id.rpartition("-")[2])] = Measured(
+                        values[finite, entropy], values[finite, varentropy]
+                    )
                 progress.advance(task)
-    return [found[number] for number in sorted(found)]
+    nothing = Measured(np.empty(0), np.empty(0))
+    return [found.get(number, nothing) for number in range(len(prompts))]
 
 
 def _show(console: Console, measured: Measured, base: EntropixConfig, found: Calibration) -> None:

@@ -30,7 +30,7 @@ from vllm_entropix.records.schema import TokenEntry
 from vllm_entropix.records.tokens import token_texts
 from vllm_entropix.records.trace import TokenRecord, traces
 from vllm_entropix.samplers import registry
-from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
+from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig, as_mapping
 from vllm_entropix.settings.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ def demo(
     chosen = _selected(load_prompts(prompts or (shipped_model() if model is None else _HERE) / "prompts.json"), only or [])
     if sampler_config is None and model is None:
         sampler_config = str(shipped_model() / "entropix.toml")
-    settings = as_mapping(sampler_config)
+    # Without a preset the engine would run with a calibration that this program doesn't show.
+    settings = as_mapping(sampler_config or DEFAULT_PRESET)
     config = registry.load_server(settings)
     console = Console(record=svg is not None, width=130 if svg is not None else None)
     path = model or str(shipped_model())

@@ -20,6 +20,7 @@ from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.engine import expected, patches, vllm_check
 from vllm_entropix.engine.versions import SUPPORTED
 from vllm_entropix.samplers import registry
+from vllm_entropix.samplers.entropix.calibrations import without_auto
 from vllm_entropix.samplers.entropix.settings import as_mapping
 from vllm_entropix.settings.errors import ConfigError, quoted
 
@@ -140,14 +141,14 @@ def _settings(source: str) -> dict[str, Any] | Check:
     """What a user wants to try, or why it can't be had."""
     try:
         settings = as_mapping(source)
-        registry.load_server(settings)
+        registry.load_server(without_auto(settings))
     except ConfigError as error:
         return Check("--sampler-config", "broken", str(error), "`vllm-entropix presets` lists what there is")
     return settings
 
 
 def _good_settings(source: str) -> Check:
-    config = registry.load_server(source)
+    config = registry.load_server(without_auto(as_mapping(source)))
     return Check("--sampler-config", "ok", f"sampler {config.sampler}, preset {config.preset_name}, {config.fidelity}")
 
 

@@ -195,7 +195,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "vllm.config.cache": {
-        "CacheConfig": ("cache_dtype", "enable_prefix_caching"),
+        "CacheConfig": ("cache_dtype", "enable_prefix_caching", "gpu_memory_utilization"),
     },
     "vllm.config.model": {
         "ModelConfig": (
@@ -209,10 +209,16 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "is_diffusion",
             "logits_processors",
             "max_model_len",
+            "model",
+            "quantization",
+            "revision",
             "rswa_window",
             "runner_type",
             "served_model_name",
             "skip_tokenizer_init",
+            "tokenizer",
+            "tokenizer_revision",
+            "trust_remote_code",
             "try_get_generation_config",
             "use_mla",
         ),
@@ -226,6 +232,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "enable_batch_sharded_sampling",
             "enable_dbo",
             "prefill_context_parallel_size",
+            "tensor_parallel_size",
             "ubatch_size",
             "worker_cls",
         ),

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 
 from vllm_entropix.engine import gate
 from vllm_entropix.engine.arguments import KEY, FromCommandLine
+from vllm_entropix.engine.calibrated import with_calibration
 from vllm_entropix.engine.chains import with_breakers
 from vllm_entropix.engine.clarification import clarification_ids
 from vllm_entropix.engine.forkable import check_server
@@ -45,7 +46,10 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
         wanted = additional.get(KEY)
         if wanted is None or wanted is False:
             return vllm_config
-        config = registry.load_server(wanted)
+        parallel = vllm_config.parallel_config
+        # Otherwise this is one of several API servers.
+        says = parallel._api_process_count == 1 or parallel._api_process_rank < 0
+        config = registry.load_server(with_calibration(wanted, vllm_config, says))
         gate.refuse_unsupported(vllm_config, config)
         config = with_breakers(vllm_config.model_config, config)
         counted = config.prometheus and statistics
@@ -57,11 +61,11 @@ def finalise(vllm_config: VllmConfig, additional: Mapping[str, Any], statistics:
             raise SystemExit(f"vllm-entropix: {error}") from None
         raise
     vllm_config.additional_config = {**additional, RESOLVED: resolved.to_json()}
-    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    scheduler = vllm_config.scheduler_config
     parallel.worker_cls = qualified_name(WORKER, parallel.worker_cls)
     scheduler_class = scheduler.get_scheduler_cls()
     scheduler.scheduler_cls = qualified_name(SCHEDULER, f"{scheduler_class.__module__}.{scheduler_class.__qualname__}")
-    if parallel._api_process_count == 1 or parallel._api_process_rank < 0:  # otherwise this is one of several API servers
+    if says:
         _say(vllm_config, config, scheduler_class)
     return vllm_config
 

@@ -31,6 +31,7 @@ from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.observability import neutral
 from vllm_entropix.observability.terminal import printable
 from vllm_entropix.records.regimes import REGIMES, Regime
+from vllm_entropix.samplers.entropix.calibrations import SECTIONS
 from vllm_entropix.samplers.entropix.parameters import parameters
 from vllm_entropix.samplers.entropix.regimes import classify
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, Thresholds
@@ -445,12 +446,8 @@ def preset_text(calibration: Calibration, base: EntropixConfig, model: str, note
     settings: dict[str, Any] = {"preset": base.preset_name}
     if base.fidelity != "corrected":
         settings["fidelity"] = base.fidelity
-    before = EntropixConfig.preset(base.preset_name).model_dump()
-    settings["thresholds"] = found.thresholds.model_dump()
-    for section in ("helv", "lehv", "hehv", "adaptive"):
-        values = getattr(found.config, section).model_dump()
-        if differing := {name: value for name, value in values.items() if value != before[section][name]}:
-            settings[section] = differing
+    # In full, so that they mean the same over any preset.
+    settings |= found.config.model_dump(include=set(SECTIONS))
     return "\n".join(lines) + "\n" + tomli_w.dumps(settings)
 
 

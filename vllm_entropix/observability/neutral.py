@@ -24,7 +24,7 @@ _MOST_BITS = 20.0
 _DIGITS = 6
 
 # What takes no part: clamps that nothing meets, and slopes of 0.
-UNMOVED: Mapping[str, Mapping[str, float]] = {
+UNMOVED: Mapping[str, dict[str, float]] = {
     "helv": {"temperature_attention_entropy": 0.0, "temperature_max": 100.0},
     "lehv": {"temperature_interaction": 0.0, "temperature_max": 100.0, "top_k_disagreement": 0.0, "top_k_min": 1},
     "hehv": {
@@ -58,6 +58,27 @@ _FACTORS = (
     ("adaptive", "temperature_offset"),
     ("adaptive", "temperature_logits"),
 )
+
+# No token of this, whatever its metrics.
+_NO_REGIME = {
+    "thresholds.lelv.entropy_below": 0.0,
+    "thresholds.helv.entropy_above": 64.0,
+    "thresholds.lehv.entropy_below": 0.0,
+    "thresholds.hehv.entropy_above": 64.0,
+}
+
+
+def without_regimes(min_p: float) -> dict[str, float]:
+    """Constants of a request under which every token is drawn with the base parameters, whose min_p is this."""
+    adaptive = {f"adaptive.{name}": value for name, value in UNMOVED["adaptive"].items()}
+    return {
+        **_NO_REGIME,
+        **adaptive,
+        "adaptive.temperature_offset": 1.0,
+        "adaptive.temperature_logits": 0.0,
+        "adaptive.min_p": min_p,
+    }
+
 
 Sections = dict[str, dict[str, float]]
 """Section of the settings → setting → value."""

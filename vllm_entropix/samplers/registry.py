@@ -23,6 +23,7 @@ from vllm_entropix.records import fields
 from vllm_entropix.records.line import SamplerPart, register_part
 from vllm_entropix.samplers import chain, chained
 from vllm_entropix.samplers.base import Sampler
+from vllm_entropix.samplers.entropix.calibrations import is_auto
 from vllm_entropix.samplers.entropix.settings import EntropixConfig, as_mapping
 from vllm_entropix.samplers.folder import classes_of
 from vllm_entropix.samplers.observed import VLLM as VLLM
@@ -221,7 +222,10 @@ def load_server(wanted: Any) -> EntropixConfig:
     Raises:
         ConfigError: a setting is unknown or out of range, or there is no such sampler.
     """
-    config = server_settings().from_dict({} if wanted is True else as_mapping(wanted))
+    table = {} if wanted is True else as_mapping(wanted)
+    if is_auto(table):
+        raise ConfigError("thresholds is auto, which only an engine makes numbers of when it starts; leave it out here")
+    config = server_settings().from_dict(table)
     check(config.sampler, others=(VLLM,))
     if config.sampler == VLLM and not config.signals:
         raise ConfigError("the sampler vllm has no settings unless signals is true; set it, or leave entropix out")

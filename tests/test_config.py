@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from tests.support.odd_values import LARGE, anything
+from vllm_entropix.samplers.entropix.presets import PUBLISHED
 from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig, as_mapping
 from vllm_entropix.samplers.registry import parse_request
 from vllm_entropix.settings.errors import ConfigError
 
 PRESETS = ("jax-2024-10", "torch-2024-10")
+NEUTRAL = ("neutral-cool", "neutral-warm")
 
 # SEMANTICS 3, spelled out: first the original's `SamplerConfig`, then the constants that were hard-coded beside it.
 JAX_NUMBERS = {
@@ -82,7 +84,8 @@ NUMBERS = {
 
 
 def test_the_shipped_presets():
-    assert EntropixConfig.preset_names() == ("explore", PRESETS[0], "think", PRESETS[1])
+    assert EntropixConfig.preset_names() == tuple(sorted((*PRESETS, *NEUTRAL, "signals", "explore", "think")))
+    assert PUBLISHED == PRESETS
 
 
 @pytest.mark.parametrize(("name", "changed"), [("explore", {"base.temperature": 1.0}), ("think", {})])
@@ -103,6 +106,35 @@ def test_presets_that_fork_are_the_default_but_for_what_they_say(name, changed):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_holds_the_published_numbers(preset):
     assert dict(EntropixConfig.preset(preset).numbers()) == NUMBERS[preset]
+
+
+@pytest.mark.parametrize("preset", [*NEUTRAL, "signals"])
+def test_the_other_presets_take_a_request_at_its_word(preset):
+    config = EntropixConfig.preset(preset)
+    assert config.base.source == "request"
+    assert not config.attention.enabled
+    assert config.regimes == (preset != "signals")
+    assert config.clarification.text is None
+
+
+@pytest.mark.parametrize("preset", NEUTRAL)
+def test_neutral_presets_move_the_temperature_around_the_base_and_nothing_else(preset):
+    numbers = dict(EntropixConfig.preset(preset).numbers())
+    warmer = preset == "neutral-warm"
+    slope, offset = numbers["adaptive.temperature_logits"], numbers["adaptive.temperature_offset"]
+    factors = [numbers[f"{regime}.temperature_offset"] for regime in ("lehv", "hehv")]
+    assert (slope > 0, offset < 1, *(factor > 1 for factor in factors)) == (warmer,) * 4
+    # Wherever a token's metrics can be: 20 bits, and ADAPTIVE's varentropy.
+    for metrics in (0, 20 + numbers["thresholds.hehv.varentropy_above"]):
+        assert 0.1 < offset + slope * metrics < 10
+    moved = {name for name, value in numbers.items() if name.startswith(("helv", "lehv", "hehv", "adaptive")) and value}
+    assert moved == {
+        *(f"{regime}.temperature_offset" for regime in ("helv", "lehv", "hehv", "adaptive")),
+        *("adaptive.temperature_logits", "adaptive.samples", "adaptive.min_p"),
+        *(name for name in numbers if name.endswith(("_max", "_min")) and name != "adaptive.min_p_min"),
+    }
+    assert numbers["adaptive.samples"] == 1
+    assert numbers["adaptive.min_p"] == numbers["base.min_p"]
 
 
 @pytest.mark.parametrize(("preset", "varentropy", "rule"), [(PRESETS[0], "heads", "ever"), (PRESETS[1], "zero", "last-token")])

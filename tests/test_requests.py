@@ -82,6 +82,7 @@ def test_nothing_given_is_nothing_said():
         ({"entropix_top_k": HUGE}, ["entropix_top_k is <a number of thousands of digits>", "100000"]),
         ({"entropix_temperature": HUGE}, ["entropix_temperature is <a number"]),
         ({"entropix_trace": HUGE}, ["entropix_trace is <a number", "on or off"]),
+        ({"entropix_preset": "signals"}, ["entropix_preset is 'signals'", "switches regimes off does so for a whole server"]),
         ({"entropix_preset": HUGE}, ["entropix_preset is <a number", "jax-2024-10"]),
         ({"entropix_top_k": [[HUGE]]}, ["entropix_top_k is [[<a number"]),
         ({"entropix_temperature": 1e400}, ["entropix_temperature is inf"]),

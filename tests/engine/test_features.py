@@ -232,7 +232,7 @@ def test_wrong_settings_are_refused_and_the_engine_goes_on(llm):
         ({"entropix_temprature": 1}, "entropix_temprature"),
         ({"entropix": "perhaps"}, "perhaps"),
         ({"entropix_top_p": 1.5}, "1.5"),
-        ({"entropix_preset": "gpt"}, "explore, jax-2024-10, think, torch-2024-10"),
+        ({"entropix_preset": "gpt"}, "explore, jax-2024-10, neutral-cool, neutral-warm, think, torch-2024-10"),
     ):
         with pytest.raises(ValueError, match=named):
             generate(llm, ["a"], [params(extra_args=bad)])

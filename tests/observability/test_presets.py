@@ -59,17 +59,19 @@ def in_a_terminal(*arguments, command="presets", columns=80):
 def test_the_list_explains_presets_and_settings():
     told = run()
     assert "jax-2024-10 (default): The SamplerConfig of entropix's JAX version" in told
+    assert "neutral-cool: Around what a request asks for: cooler where the model is unsure" in told
     assert "torch-2024-10: The constants in the code of entropix's PyTorch version" in told
     assert "explore: Branches that start from unlikely tokens" in told
-    lines = {line[2:].split()[0]: line for line in told.splitlines()[6:]}
+    lines = {line[2:].split()[0]: line for line in told.splitlines()[9:]}
     assert list(lines) == NAMES  # each on one line
-    assert lines["thresholds.helv.entropy_above"].split(maxsplit=6) == [
+    assert lines["thresholds.helv.entropy_above"].split(maxsplit=4) == [
         "*",
         "thresholds.helv.entropy_above",
-        *("5.0", "5.0", "5.0", "3.0"),
+        "5.0",
+        "3.0",
         "HELV needs a logits entropy above this. [0, 64] bits",
     ]
-    assert lines["base.top_p"].startswith("  ")  # equal in all
+    assert lines["base.temperature"].startswith("  ")  # equal in both
     assert told.isascii() or not set("│┃━─┏╇") & set(told)
 
 
@@ -143,5 +145,7 @@ def test_toml_of_any_text_whatever_the_terminals_encoding(tmp_path):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ConfigError, match="there are explore, jax-2024-10, think, torch-2024-10"):
+    with pytest.raises(
+        ConfigError, match="there are explore, jax-2024-10, neutral-cool, neutral-warm, signals, think, torch-2024-10"
+    ):
         run("llama")

@@ -11,7 +11,7 @@ import typer
 
 from vllm_entropix.cli.listing import Row, allowed, print_listing, settings, shown, unit
 from vllm_entropix.samplers import registry
-from vllm_entropix.samplers.entropix.presets import preset_text
+from vllm_entropix.samplers.entropix.presets import PUBLISHED, preset_text
 from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig
 
 
@@ -21,8 +21,8 @@ def _preset(name: str) -> EntropixConfig:
 
 
 def markdown_table() -> str:
-    """All settings as a Markdown table (the README's), one column per preset."""
-    names = EntropixConfig.preset_names()
+    """All settings as a Markdown table (the README's), with a column for each published preset."""
+    names = PUBLISHED
     configs = [{name: value for name, value, _ in settings(_preset(preset))} for preset in names]
     lines = [f"| setting | {' | '.join(names)} | unit | range | what it is |", f"|---|{'---|' * len(names)}---|---|---|"]
     for name, _, field in settings(_preset(names[0])):
@@ -64,9 +64,11 @@ Listing = tuple[list[str], Sequence[str], list[Row]]
 
 
 def _compared() -> Listing:
-    """All presets, side by side."""
-    names = EntropixConfig.preset_names()
-    about = [f"{name}{' (default)' if name == DEFAULT_PRESET else ''}: {description(name)}" for name in names]
+    """All presets, and the published ones side by side."""
+    names = PUBLISHED
+    about = [
+        f"{name}{' (default)' if name == DEFAULT_PRESET else ''}: {description(name)}" for name in EntropixConfig.preset_names()
+    ]
     rows = []
     for cells in zip(*(settings(_preset(name)) for name in names), strict=True):
         values = tuple(shown(value) for _, value, _ in cells)

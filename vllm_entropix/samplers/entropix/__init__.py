@@ -82,6 +82,8 @@ class Entropix(Sampler):
         # Agreement is never negative, so LEHV widens by its slope at most.
         lehv = max(numbers["lehv.top_k_min"], top_k * (1 + max(0.0, numbers["lehv.top_k_disagreement"])))
         drawn = numbers["adaptive.top_k_max"]
+        if numbers["adaptive.top_k_interaction"] <= 0 <= numbers["adaptive.top_k_agreement"]:  # neither metric is negative
+            drawn = min(drawn, max(top_k, numbers["adaptive.top_k_min"]))
         return Bounds(math.ceil(max(top_k, lehv, drawn)), math.ceil(drawn))
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from vllm_entropix.settings.errors import ConfigError, quoted
 
+# The two that were published, whose values are shown side by side; of the others there is a sentence each.
+PUBLISHED = ("jax-2024-10", "torch-2024-10")
+
 
 @cache
 def preset_names() -> tuple[str, ...]:

@@ -299,6 +299,37 @@ def test_a_control_of_a_mean_temperature_follows_the_tuning_split():
     assert choose(found, []) == {}
 
 
+def test_a_control_by_chance_has_the_shares_of_the_tuning_split():
+    data = described("http://127.0.0.1:1/v1", plugin=True)
+    del data["models"]["stub"]["endpoint"]
+    data["models"]["stub"]["path"] = "somewhere"
+    experiments = {"constants": True, "random_regimes": True}
+    data["samplers"] = {
+        "regimes": {"sampler": "entropix", "ranges": {"entropix_temperature": [0.1, 1]}},
+        "chance": {
+            "sampler": "entropix", "as_tuned": "regimes", "with_shares": True, "server": {"experiments": experiments},
+        },
+    }  # fmt: skip
+    found = Study.model_validate(data)
+    tuned = found.parameters("regimes")[0]
+    tuning = [
+        Answer(
+            model="stub", phase="tuning", sampler="regimes", configuration=0, task="sums", item=str(item), draw=0, seed=0,
+            parameters=tuned, text="", finish_reason="stop", tokens=tokens, answer=None, correct=True, seconds=1,
+            signals={"share_lelv": lelv, "share_helv": 0.0, "share_lehv": 0.5, "share_hehv": 0.0},
+        )
+        for item, tokens, lelv in [(0, 30, 0.1), (1, 10, 0.5)]
+    ]  # fmt: skip
+    chosen = choose(found, tuning)["chance"].parameters
+    assert chosen.pop("entropix_constants") == (
+        '{"experiments.shares.lelv": 0.2, "experiments.shares.helv": 0.0, "experiments.shares.lehv": 0.5, '
+        '"experiments.shares.hehv": 0.0}'
+    )
+    assert chosen == tuned
+    with pytest.raises(ConfigError, match="takes the shares of regimes of regimes, but no answer"):
+        choose(found, [answer.model_copy(update={"signals": {}}) for answer in tuning])
+
+
 def test_results_can_be_read_compressed(tmp_path):
     import gzip
 

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from vllm_entropix.bench.study import Range, Study
 from vllm_entropix.bench.tasks import KINDS
@@ -166,6 +167,22 @@ def test_the_fingerprint_follows_what_changes_answers():
             "samplers.greedy.as_tuned is 'max_p', but it should be one of min_p",
         ),
         ("seed = 3", 'seed = 3\nagainst = ["plain"]', "against names 'plain'; there are greedy, min_p"),
+        (
+            "[samplers.min_p]",
+            '[samplers.late]\nmodels = ["two"]\n[samplers.min_p]',
+            "samplers.late.models names 'two'; there are one",
+        ),
+        ("[samplers.greedy]", '[samplers.greedy]\nmodels = ["one"]', "is one that others are compared with, so it runs on all"),
+        (
+            "fixed = { temperature = 0 }",
+            "fixed = { temperature = 0 }\nwith_shares = true",
+            "it has with_shares without as_tuned",
+        ),
+        (
+            "fixed = { temperature = 0 }",
+            'as_tuned = "min_p"\nwith_shares = true',
+            "which a server takes only with experiments.constants",
+        ),
         ('name = "small"', "", "name is missing"),
         ("[models.one]", '[models."a b"]', "models.a b"),
         ("seed = 3", "seed = ", "is not valid TOML"),
@@ -176,6 +193,18 @@ def test_what_is_wrong_is_one_sentence(tmp_path, before, after, told):
     message = refused(tmp_path, SMALL.replace(before, after, 1))
     assert told in message
     assert len(message) < 900
+
+
+def test_an_arm_may_run_on_some_models_alone():
+    text = SMALL.replace("[models.one]", '[models.two]\nendpoint = "http://127.0.0.1:2/v1"\n[models.one]')
+    text += '[samplers.late]\nas_tuned = "min_p"\nmodels = ["two"]\n'
+    found = study(text)
+    assert [found.runs("late", model) for model in ("one", "two")] == [False, True]
+    assert all(found.runs(arm, model) for arm in ("greedy", "min_p") for model in ("one", "two"))
+    with pytest.raises(ValidationError, match="follows min_p, which has models; give it the same"):
+        study(text.replace('models = ["two"]\n', "").replace("[samplers.min_p]", '[samplers.min_p]\nmodels = ["two"]'))
+    with pytest.raises(ValidationError, match="follows min_p, which doesn't run on two"):
+        study(text.replace("[samplers.min_p]", '[samplers.min_p]\nmodels = ["one"]'))
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vllm_entropix.bench.answers import Answer
 from vllm_entropix.bench.study import Study, Value
+from vllm_entropix.samplers.entropix.settings import SHARED
 from vllm_entropix.settings.errors import ConfigError
 
-_PREFIX = "entropix_"
+_PREFIX, _CONSTANTS = "entropix_", "entropix_constants"
 _FILTERS = ("top_p", "top_k", "min_p")
 
 
@@ -50,7 +52,7 @@ def choose(study: Study, answers: Iterable[Answer]) -> dict[str, Chosen]:
         answers: all of one model's to the tuning split.
 
     Raises:
-        ConfigError: a control follows a mean temperature that no answer tells.
+        ConfigError: a control follows a mean temperature, or shares of regimes, that no answer tells.
     """
     tuning = list(answers)
     by_sampler = accuracies(tuning)
@@ -65,13 +67,15 @@ def choose(study: Study, answers: Iterable[Answer]) -> dict[str, Chosen]:
     for name, arm in study.samplers.items():
         if arm.control_of not in chosen:
             continue
+        assert arm.control_of is not None
+        other = chosen[arm.control_of]
+        followed = [one for one in tuning if (one.sampler, one.configuration) == (arm.control_of, other.configuration)]
         if arm.as_tuned is not None:
-            chosen[name] = Chosen(0, {**chosen[arm.as_tuned].parameters, **arm.fixed}, None)
+            parameters = {**other.parameters, **arm.fixed}
+            if arm.with_shares:
+                parameters[_CONSTANTS] = _shares(name, arm.as_tuned, followed)
+            chosen[name] = Chosen(0, parameters, None)
         elif arm.mean_temperature_of is not None:
-            other = chosen[arm.mean_temperature_of]
-            followed = [
-                one for one in tuning if (one.sampler, one.configuration) == (arm.mean_temperature_of, other.configuration)
-            ]
             temperature = _mean_temperature(followed)
             if temperature is None:
                 raise ConfigError(
@@ -80,6 +84,21 @@ def choose(study: Study, answers: Iterable[Answer]) -> dict[str, Chosen]:
                 )
             chosen[name] = Chosen(0, {**_filters(other.parameters), "temperature": temperature, **arm.fixed}, None)
     return chosen
+
+
+def _shares(control: str, other: str, answers: Iterable[Answer]) -> str:
+    """Constants with the shares that regimes had among the tokens of these answers, as a request gives them."""
+    known = [
+        (one.tokens, one.signals) for one in answers if one.tokens and all(f"share_{name}" in one.signals for name in SHARED)
+    ]
+    if not known:
+        raise ConfigError(
+            f"samplers.{control} takes the shares of regimes of {other}, but no answer of the tuning split tells any; give a "
+            "task a tuning split, or leave this control out"
+        )
+    tokens = sum(count for count, _ in known)
+    shares = {name: sum(count * told[f"share_{name}"] for count, told in known) / tokens for name in SHARED}
+    return json.dumps({f"experiments.shares.{name}": float(f"{share:.4g}") for name, share in shares.items()})
 
 
 def _filters(parameters: Mapping[str, Value]) -> dict[str, Value]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_entropix.bench.study import REQUEST_PARAMETERS, ModelSettings, Value
 from vllm_entropix.client import trace_of
 from vllm_entropix.records.schema import ChoiceTrace
+from vllm_entropix.samplers.entropix import calibrations
 from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET
 from vllm_entropix.settings.errors import ConfigError, cut, quoted
 
@@ -202,6 +203,8 @@ def served(name: str, settings: ModelSettings, sampler_config: Mapping[str, Any]
     config = dict(sampler_config) if "thresholds" in sampler_config else {"preset": DEFAULT_PRESET, **sampler_config}
     sampler = ["--sampler", "entropix", "--sampler-config", json.dumps(config)]
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
+    # Those that the study makes, so that they lie beside its answers.
+    environment[calibrations.FOLDER] = str(log.resolve().parent / "calibrations")
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*command, *quiet, *sampler, *settings.arguments],

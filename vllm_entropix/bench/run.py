@@ -151,7 +151,7 @@ class _Runner:
             wanted = {
                 name: dict(enumerate(self._study.parameters(name)))
                 for name, arm in self._study.samplers.items()
-                if arm.control_of is None and self._is_wanted(name)
+                if arm.control_of is None and self._is_wanted(name) and self._study.runs(name, model)
             }
             self._phase(model, "tuning", wanted)
             tuning = (answer for answer in self._store.known.values() if (answer.model, answer.phase) == (model, "tuning"))
@@ -160,7 +160,7 @@ class _Runner:
         wanted = {
             name: {given[name].configuration: given[name].parameters}
             for name in self._study.samplers
-            if name in given and self._only.sampler in (None, name)
+            if name in given and self._only.sampler in (None, name) and self._study.runs(name, model)
         }
         self._phase(model, "test", wanted)
 

@@ -166,6 +166,11 @@ class SamplerSettings(Section):
     as_tuned: str | None = Field(
         None, description="Take the configuration that was chosen for this other arm: a control, which isn't tuned itself."
     )
+    with_shares: bool = Field(
+        False,
+        description="Beside as_tuned: give the shares of regimes among the other arm's tokens, for what is by chance.",
+    )
+    models: tuple[str, ...] = Field((), description="Models that it runs on; unset: all.")
     mean_temperature_of: str | None = Field(
         None, description="Take the mean temperature of this other arm's tokens that aren't argmax, and its top_p and min_p."
     )
@@ -180,8 +185,11 @@ class SamplerSettings(Section):
         given = [name for name in ("ranges", "as_tuned", "mean_temperature_of") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"it has {given[0]} and {given[1]}; leave one of them out")
-        if self.server:
-            registry.load_server(without_auto(self.server))
+        if self.with_shares and not self.as_tuned:
+            raise ValueError("it has with_shares without as_tuned, so there is nobody to have them of; name the other arm")
+        server = registry.load_server(without_auto(self.server))
+        if self.with_shares and not server.experiments.constants:
+            raise ValueError("it has with_shares, which a server takes only with experiments.constants; set it in server")
         if both := sorted(self.fixed.keys() & self.ranges.keys()):
             raise ValueError(f"{both[0]} is both fixed and drawn; leave one of them out")
         for name, value in self.fixed.items():
@@ -263,8 +271,25 @@ class Study(Section):
                     raise ValueError(
                         f"samplers.{name}.{key} is {quoted(arm.control_of)}, but it should be one of {', '.join(tuned)}"
                     )
+        for name, arm in self.samplers.items():
+            for model_name in arm.models:
+                if model_name not in self.models:
+                    raise ValueError(f"samplers.{name}.models names {quoted(model_name)}; there are {', '.join(self.models)}")
+                if arm.control_of is not None and not self.runs(arm.control_of, model_name):
+                    raise ValueError(
+                        f"samplers.{name} follows {arm.control_of}, which doesn't run on {model_name}; leave that out, too"
+                    )
+            if not arm.models and arm.control_of is not None and self.samplers[arm.control_of].models:
+                raise ValueError(f"samplers.{name} follows {arm.control_of}, which has models; give it the same")
+        for name in self.compared_with:
+            if self.samplers[name].models:
+                raise ValueError(
+                    f"samplers.{name} is one that others are compared with, so it runs on all; leave its models out"
+                )
         for name, model in self.models.items():
             for arm_name, arm in self.samplers.items():
+                if not self.runs(arm_name, name):
+                    continue
                 if model.endpoint is not None and arm.server:
                     raise ValueError(
                         f"samplers.{arm_name}.server needs a server of its own, but models.{name} is an endpoint; "
@@ -293,6 +318,11 @@ class Study(Section):
     def compared_with(self) -> tuple[str, ...]:
         """Samplers that each other one is compared with."""
         return self.against or (next(iter(self.samplers)),)
+
+    def runs(self, sampler: str, model: str) -> bool:
+        """Does a sampler run on a model?"""
+        named = self.samplers[sampler].models
+        return not named or model in named
 
     def fingerprint(self) -> str:
         """Changes with whatever changes an answer or which answers are asked for; not with how fast they come."""

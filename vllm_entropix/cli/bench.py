@@ -74,13 +74,16 @@ def _size(study: Any) -> str:
     splits = {name: study.split(name) for name in study.tasks}
     items = {phase: sum(len(split.of(phase)) for split in splits.values()) for phase in ("tuning", "test")}
     tuned = {name: len(study.parameters(name)) for name, arm in study.samplers.items() if arm.control_of is None}
-    tuning = items["tuning"] * sum(tuned.values())
-    test = items["test"] * sum(study.draws_of(name, "test") for name in study.samplers)
+    answers = 0
+    for model in study.models:
+        here = [name for name in study.samplers if study.runs(name, model)]
+        answers += items["tuning"] * sum(tuned.get(name, 0) for name in here)
+        answers += items["test"] * sum(study.draws_of(name, "test") for name in here)
     return (
         f"{len(study.models)} models; {items['tuning']} items to tune on and {items['test']} to test on, "
         f"of {len(splits)} tasks; "
         f"{sum(tuned.values())} configurations of {len(study.samplers)} samplers; "
-        f"{len(study.models) * (tuning + test):,} answers"
+        f"{answers:,} answers"
     )
 
 

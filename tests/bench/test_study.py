@@ -232,5 +232,9 @@ def test_the_evidence_study_keeps_its_protocol(monkeypatch, tmp_path):
         assert len(ranges) == 1
     published = (ROOT / "docs" / "evidence-protocol.md").read_text()
     assert all(f"| {name}" in published for name in ("greedy", "temperature", "top_p", "min_p", "top_n_sigma"))
-    assert {"greedy_threshold", "edt", "dynatemp"} <= found.samplers.keys()
+    assert {"greedy_threshold", "edt", "best_of_five"} <= found.samplers.keys()
+    assert {f"entropix_{name}" for name in ("published", "calibrated", "neutral_warm", "neutral_cool")} <= found.samplers.keys()
+    controls = [name for name, arm in found.samplers.items() if arm.control_of is not None]
+    assert len(controls) == 6
+    assert all(found.runs(name, model) for name in found.samplers.keys() - set(controls) for model in found.models)
     assert math.isclose(found.samplers["min_p"].ranges["min_p"].low, 0.01)

@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from vllm_entropix._version import __version__
 from vllm_entropix.cli import main as module
+from vllm_entropix.cli.calibrate import _asked
+from vllm_entropix.cli.demo import Prompt
 from vllm_entropix.cli.main import app, main
+from vllm_entropix.settings.errors import ConfigError
 
 COMMANDS = sorted(command.name for command in app.registered_commands)
 READERS = ("report {} -o {out}", "whatif {} --preset jax-2024-10", "export {} -o {out}", "calibrate demo --prompts {}")
@@ -183,3 +187,37 @@ def test_a_requirement_that_is_missing(missing):
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"vllm-entropix: {missing}")
     assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "how"),
+    [
+        ("{}", None, "Prompts go through the model's chat template."),
+        ("{}", True, "Prompts go through the model's chat template."),
+        ("{}", False, "Prompts are texts that the model continues: --no-chat was given."),
+        (None, None, "Prompts are texts that the model continues: the model has no chat template."),
+        (None, False, "Prompts are texts that the model continues: the model has no chat template."),
+    ],
+)
+def test_a_calibration_asks_as_it_says(template, chat, how):
+    llm = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(chat_template=template))
+    said = [{"role": "user", "content": "Hello"}]
+    asked, told = _asked(llm, [Prompt("text", text="Hello"), Prompt("chat", messages=said)], chat)
+    assert told == how
+    if "template." in how and template:
+        assert [prompt.messages for prompt in asked] == [said, said]
+        assert [prompt.text for prompt in asked] == [None, None]
+    else:
+        assert [prompt.text for prompt in asked] == ["Hello", "Hello\n"]
+        assert [prompt.messages for prompt in asked] == [None, None]
+
+
+def test_a_chat_template_that_isnt_there_is_refused():
+    llm = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(chat_template=None))
+    with pytest.raises(ConfigError, match=r"^--chat is given, but the model has no chat template; leave it out$"):
+        _asked(llm, [Prompt("text", text="Hello")], True)
+
+
+def test_a_preset_without_regimes_is_calibrated_by_nobody(monkeypatch, capsys):
+    sentence = refused(monkeypatch, capsys, "calibrate", "demo", "--base", "signals")
+    assert sentence.endswith("--base is signals, which switches regimes off; name another preset")

@@ -23,6 +23,7 @@ from vllm_entropix.bench.choose import choose
 from vllm_entropix.bench.run import CHOSEN, Only, read_chosen, run
 from vllm_entropix.bench.study import Study
 from vllm_entropix.cli.main import app
+from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET
 from vllm_entropix.settings.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -395,7 +396,9 @@ def test_a_server_is_kept_while_the_same_is_wanted_and_ends_with_the_study(tmp_p
     run(Study.model_validate(data), tmp_path / "results", CONSOLE)
     # Plain, odd; the test split begins with the one that is up: odd, plain.
     configs = [json.loads(arguments[arguments.index("--sampler-config") + 1]) for arguments in starts()]
-    assert configs == [{}, {"regimes": False}, {}]
+    # The preset is named, or a server would run with a calibration that somebody keeps.
+    plain = {"preset": DEFAULT_PRESET}
+    assert configs == [plain, {**plain, "regimes": False}, plain]
     assert all(arguments[0] == str(tmp_path) and arguments[-2:] == ["--dtype", "bfloat16"] for arguments in starts())
     assert "a line of the log" in (tmp_path / "results" / "server.log").read_text()
     ports = [int(arguments[arguments.index("--port") + 1]) for arguments in starts()]

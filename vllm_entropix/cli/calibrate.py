@@ -120,12 +120,18 @@ def _asked(llm: LLM, prompts: list[Prompt], chat: bool | None) -> tuple[list[Pro
         raise ConfigError("--chat is given, but the model has no chat template; leave it out")
     if chat is False or not template:
         why = "--no-chat was given" if template else "the model has no chat template"
-        return prompts, f"Prompts are texts that the model continues: {why}."
-    turned = [
+        texts = [
+            prompt
+            if prompt.messages is None
+            else replace(prompt, text="".join(f"{message['content']}\n" for message in prompt.messages), messages=None)
+            for prompt in prompts
+        ]
+        return texts, f"Prompts are texts that the model continues: {why}."
+    chats = [
         prompt if prompt.text is None else replace(prompt, text=None, messages=[{"role": "user", "content": prompt.text}])
         for prompt in prompts
     ]
-    return turned, "Prompts go through the model's chat template."
+    return chats, "Prompts go through the model's chat template."
 
 
 def _constants(config: EntropixConfig) -> dict[str, float]:

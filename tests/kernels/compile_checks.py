@@ -10,7 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_entropix.kernels.triton_ import candidates, logits_metrics, repetitions
+from vllm_entropix.kernels.chains import NUMBERS
+from vllm_entropix.kernels.triton_ import candidates, chain, logits_metrics, repetitions
 
 FLOATS, LONGS = "*fp32", "*i64"
 # Types of arguments by name, of all kernels; what isn't named here is float32 in memory, or a constant.
@@ -19,9 +20,12 @@ TYPES = {
     "row_stride": "i64",
     **dict.fromkeys(("top_k", "samples", "forced", "tokens", "enough", "found"), LONGS),
     "sampled": "*i1",
-    "ids": "*i32",
+    **dict.fromkeys(("ids", "stages"), "*i32"),
+    **dict.fromkeys(("split", "count"), "i32"),
+    "numbers": "*fp64",
 }
 ROW = {"BLOCK": 4096, "LIMIT": candidates.LIMIT}
+CHAIN = {"COLUMNS": len(NUMBERS), "BLOCK": chain._BLOCK, "SEARCHED": chain._SEARCHED, "DIGIT": chain._DIGIT}
 GROUPS = {"COLLECT": 2048, "GROUP": 64, "GROUPS": 2048}
 
 # Kernel, constants, types other than above, warps.
@@ -32,6 +36,7 @@ VARIANTS = (
     (logits_metrics._merge_tiles, {"TILES": 1, "tiles": 1}, {}, 1),
     (candidates._distribute, {**ROW, **GROUPS, "CAPACITY": 256, "STEP": 32}, {"chosen": "*i32"}, 8),
     (repetitions._repetitions, {"BLOCK": 128}, {}, 4),
+    (chain._chain, CHAIN, dict.fromkeys(("chosen", "greedy"), "*i1"), 16),
 )
 
 

@@ -57,6 +57,9 @@ CHECKS = (
     "the_sampler_decides_and_writes_by_them",
     "samplers_write_with_a_rule_and_without",
     "repetitions_equal_pytorch",
+    "chains_equal_pytorch",
+    "rows_of_chains_are_alone",
+    "chains_of_a_batch_equal_pytorch",
     "decisions_equal_those_of_pytorch",
     "decisions_of_several_samplers",
     "a_step_takes_few_launches",
@@ -86,7 +89,7 @@ def results():
 
 
 # All others are compiled by test_machine_code_attention.py and test_machine_code_rows.py, as steps launch them.
-KERNELS = {"_measure_tile", "_merge_tiles", "_distribute", "_repetitions"}
+KERNELS = {"_measure_tile", "_merge_tiles", "_distribute", "_repetitions", "_chain"}
 
 
 def test_kernels_compile_for_a_gpu():

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels import decision_checks
+from tests.kernels import chain_checks, decision_checks
 from tests.kernels.test_cpu import apply, mixed_logits, repeating_texts
 from tests.support import strange_rows as strange
 from tests.support.ranks import Meeting
@@ -889,6 +889,7 @@ CHECKS = (
     the_sampler_decides_and_writes_by_them,
     samplers_write_with_a_rule_and_without,
     repetitions_equal_pytorch,
+    *chain_checks.CHECKS,
     *decision_checks.CHECKS,
 )
 

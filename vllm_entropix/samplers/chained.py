@@ -321,7 +321,7 @@ class Chained(Sampler):
                 mine = number == one if mine is None else mine & (number == one)
             stages = self._chains[one]
             running = tuple(stage for stage in stages if not _changes_nothing(stage, sequences.host_numbers))
-            if self._warmed_up and rows.backend.name == "numba" and KernelPart.runs(running):
+            if self._warmed_up and KernelPart.runs(running, rows.backend.name):
                 parts.append(KernelPart(stages, running, rows, mine, _text(running, sequences)))
                 continue
             if mine is not None and rows.backend.asks_device:

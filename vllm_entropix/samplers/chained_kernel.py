@@ -1,4 +1,4 @@
-"""Rows of one chain by the CPU's kernel, where it knows the chain's stages: without a sort, and where they stand."""
+"""Rows of one chain by a kernel, where it knows the chain's stages: without a sort, and where they stand."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Nanoseconds per token of a vocabulary, roughly.
 _COST = 8
+# A GPU's rows are not copied: what moves single logits comes first, and what drops more than the smallest ones not behind XTC.
+_BEHIND_XTC = frozenset({"min_p", "temperature", "dynatemp"})
 
 
 class KernelPart:
@@ -40,40 +42,41 @@ class KernelPart:
         import torch
 
         self.stages, self.mine = stages, mine
-        count, vocabulary = rows.logits.shape
-        settings = rows.settings
-        self._codes = torch.tensor([STAGES.index(stage.name) for stage in running], dtype=torch.int64)
+        logits, settings = rows.logits, rows.settings
+        self._on_gpu = rows.backend.name == "triton"
+        self._codes = tuple(STAGES.index(stage.name) for stage in running)
         self._numbers = torch.stack([settings[name].double() for name in NUMBERS], dim=-1)
         self._greedy = settings["temperature"] < GREEDY_BELOW
         self._log_normaliser = rows.statistics.log_normaliser
-        self._places, self._penalties = torch.zeros(count, 0, dtype=torch.int64), torch.zeros(count, 0)
-        self._shares = torch.zeros(count)
-        dry: Any = next((stage for stage in running if stage.name == "dry"), None)
-        if dry is not None:
-            numbers = {name: settings[name].unsqueeze(-1) for name in dry.Settings.model_fields if name in settings.columns}
-            found = dry.penalties(StageRows(numbers, tokens), vocabulary, torch.float32)
-            if found is not None:
-                self._places, self._penalties = found
+        self._shares = logits.new_zeros(len(logits))
+        self._places, self._penalties = _penalties(running, rows, tokens)
 
     @staticmethod
-    def runs(running: Sequence[Stage]) -> bool:
-        """Does the kernel know these stages?"""
-        return all(stage.name in STAGES for stage in running)
+    def runs(running: Sequence[Stage], backend: str) -> bool:
+        """Does this backend's kernel know these stages, in their order?"""
+        names = [stage.name for stage in running]
+        if backend not in ("numba", "triton") or not all(name in STAGES for name in names):
+            return False
+        behind = names[names.index("xtc") + 1 :] if "xtc" in names else []
+        return backend == "numba" or ("dry" not in names[1:] and _BEHIND_XTC.issuperset(behind))
 
     def write(self, logits: Tensor, chosen: Tensor) -> None:
         """Overwrite those of its rows that are ``chosen``, bool ``[rows]``, of all logits."""
+        chosen = chosen if self.mine is None else chosen & self.mine
+        if self._on_gpu:
+            self._write_on_gpu(logits, chosen)
+            return
         import numpy as np
 
         from vllm_entropix.kernels.numba_.chain import chain_of_rows
         from vllm_entropix.kernels.numba_.threads import share_rows
 
-        chosen = chosen if self.mine is None else chosen & self.mine
         arguments = (
             logits.numpy(),
             chosen.numpy(),
             self._greedy.numpy(),
             self._log_normaliser.numpy(),
-            self._codes.numpy(),
+            np.array(self._codes, dtype=np.int64),
             self._numbers.numpy(),
             self._places.contiguous().numpy(),
             self._penalties.contiguous().numpy(),
@@ -81,6 +84,16 @@ class KernelPart:
         )
         costs = np.where(chosen.numpy(), _COST * logits.shape[1], 1)
         share_rows(costs, lambda first, last: chain_of_rows(*arguments, first, last))
+
+    def _write_on_gpu(self, logits: Tensor, chosen: Tensor) -> None:
+        from vllm_entropix.kernels.triton_.chain import chain_of_rows
+
+        if self._places.shape[-1]:
+            penalised = logits.gather(-1, self._places) - self._penalties.where(chosen.unsqueeze(-1), 0.0)
+            # Of a token that followed several repetitions the longest counts.
+            logits.scatter_reduce_(-1, self._places, penalised, "amin")
+        stages = tuple(code for code in self._codes if STAGES[code] != "dry")
+        self._shares = chain_of_rows(logits, chosen, self._greedy, stages, self._numbers)
 
     def drawn(self, tokens: Tensor) -> Drawn:
         """What the stages tell of the drawn tokens, int64 ``[rows]``."""
@@ -97,3 +110,22 @@ class KernelPart:
     def spread(self, values: Tensor, over: Tensor) -> Tensor:
         """``over``, with ``values`` in the part's rows."""
         return values.to(over.dtype) if self.mine is None else values.to(over.dtype).where(self.mine, over)
+
+
+def _penalties(running: Sequence[Stage], rows: RowView, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens, int64 ``[rows, any]``, and what DRY takes off their logits; none where it is switched off."""
+    import torch
+
+    from vllm_entropix.distribution.history import parts
+
+    logits, settings = rows.logits, rows.settings
+    dry: Any = next((stage for stage in running if stage.name == "dry"), None)
+    if dry is not None and tokens is not None:
+        numbers = {name: settings[name].unsqueeze(-1) for name in dry.Settings.model_fields if name in settings.columns}
+        shown = StageRows(numbers, tokens)
+        of_parts = [shown.with_text_of(part) for part in parts(*tokens.shape)]
+        found = [dry.penalties(some, logits.shape[-1], logits.dtype) for some in of_parts]
+        if None not in found:
+            places, penalties = zip(*found, strict=True)
+            return torch.cat(places), torch.cat(penalties)
+    return logits.new_zeros(len(logits), 0, dtype=torch.int64), logits.new_zeros(len(logits), 0)

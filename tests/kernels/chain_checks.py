@@ -1,0 +1,124 @@
+"""The Triton kernel of chains against the stages that PyTorch runs one after the other; see ``triton_checks``."""
+
+from unittest import mock
+
+import torch
+
+from vllm_entropix.distribution import backend
+from vllm_entropix.kernels.chains import NUMBERS, STAGES
+from vllm_entropix.kernels.triton_.chain import chain_of_rows
+from vllm_entropix.rows.batch import BatchSampler
+from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.table import BASE, Sequence
+from vllm_entropix.rows.text import RowText
+from vllm_entropix.samplers import chain, registry
+from vllm_entropix.samplers.chained_kernel import KernelPart
+from vllm_entropix.samplers.stage import StageRows
+
+# Settings of rows in turn: all on, sharply, and off.
+SETTINGS = (
+    (0.7, 0.4, 1.2, 40, 0.9, 0.02, 1.5, 0.8, 0.5, 0.05),
+    (1.3, 0.0, 1.0, 3, 0.3, 0.3, 0.4, 0.3, 0.9, 0.01),
+    (1.0, 0.0, 1.0, 0, 1.0, 0.0, -1.0, 1.0, 0.0, 0.1),
+    (0.5, 1.0, 0.0, 700, 0.99, 0.001, 3.0, 0.95, 1.0, 0.2),
+)
+CHAINS = (
+    (),
+    *((name,) for name in STAGES if name != "dry"),
+    ("top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"),
+    ("temperature", "typ_p", "top_k"),
+    ("dynatemp", "xtc", "min_p"),
+    ("top_p", "xtc", "min_p", "dynatemp"),
+    ("top_k", "xtc", "temperature", "min_p"),
+)
+
+
+def some_logits(rows, vocabulary, seed):
+    """Rows from flat to peaked, every third of them with many equal logits, and some of what was masked."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (
+        torch.randn(rows, vocabulary, generator=generator, device="cpu") * torch.linspace(1, 5, rows, device="cpu")[:, None]
+    )
+    logits[::3] = (logits[::3] * 2).round() / 2
+    if vocabulary > 4:
+        logits[1::3, ::4] = -torch.inf
+    return logits.to(torch.get_default_device())
+
+
+def by_kernel(names, logits, numbers, chosen=None, greedy=None):
+    rows = torch.arange(len(logits))
+    written = logits.clone()
+    shares = chain_of_rows(
+        written,
+        rows >= 0 if chosen is None else chosen,
+        rows < 0 if greedy is None else greedy,
+        tuple(map(STAGES.index, names)),
+        numbers,
+    )
+    return written, shares
+
+
+def chains_equal_pytorch():
+    for vocabulary in (1, 1000, 4100):
+        rows = 8
+        logits = some_logits(rows, vocabulary, vocabulary)
+        numbers = torch.tensor([SETTINGS[row // 2 % len(SETTINGS)] for row in range(rows)], dtype=torch.float64)
+        columns = {name: numbers[:, [column]].to(logits.dtype) for column, name in enumerate(NUMBERS)}
+        for names in CHAINS if vocabulary == 1000 else CHAINS[-5:]:
+            want = chain.outcome(chain.make_stages(names), logits, StageRows(columns)).probabilities
+            got, shares = by_kernel(names, logits, numbers)
+            torch.testing.assert_close(got.exp(), want, rtol=2e-4, atol=1e-6, msg=lambda told, names=names: f"{names}: {told}")
+            if "xtc" not in names:
+                assert not shares.any()
+
+
+def rows_of_chains_are_alone():
+    """Strange rows, greedy ones, and those that are left alone; a row's bits depend on nothing but the row."""
+    names = ("top_p", "xtc", "temperature")
+    logits = some_logits(8, 1000, 3)
+    logits[2, 7], logits[4, 8], logits[6, :] = torch.nan, torch.inf, -torch.inf
+    numbers = torch.tensor([SETTINGS[row % len(SETTINGS)] for row in range(8)], dtype=torch.float64)
+    numbers[5, NUMBERS.index("temperature")] = 0.0
+    rows = torch.arange(8)
+    got, _shares = by_kernel(names, logits, numbers, chosen=rows != 3, greedy=rows == 5)
+    assert torch.equal(got[3], logits[3])
+    for row, token in ((2, 7), (4, 8), (6, 0)):
+        assert got[row].exp().tolist() == [float(index == token) for index in range(1000)]
+    assert got[5].exp().sum() == got[5].exp().max() == 1
+    for row in (0, 1, 5, 7):
+        alone, _shares = by_kernel(names, logits[[row]], numbers[[row]], greedy=rows[[row]] == 5)
+        assert torch.equal(alone[0], got[row])
+
+
+def chains_of_a_batch_equal_pytorch():
+    """With texts that DRY looks at, beside a chain that PyTorch runs."""
+    config = registry.load_server({"sampler": "dry;min_p", "trace": {"alternatives": 0}})
+    dry = {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_sequence_breakers": [1]}
+    said = ({**dry, "xtc_probability": 0.5}, {"tfs_z": 0.9}, dry)
+    texts = ("dry;top_n_sigma;xtc;min_p;temperature", "tfs;temperature", "dry;min_p")
+    base, vocabulary, rows = (0.7, 1.0, 500.0, 0.01), 500, 6
+    logits = some_logits(rows, vocabulary, 5)
+    device, here = logits.device, torch.arange(rows)
+    tokens = torch.tensor([2, 3, 4, 2, 3, 4, 2, 3], dtype=torch.int32).repeat(rows, 1)
+    text = RowText(tokens, here, here * 0 + 7, here * 0, tokens[:, 7].long(), here, 8)
+    written = []
+    for kernels in (None, "triton"):
+        with mock.patch.object(backend, "kernels_for", return_value=kernels):
+            batch = BatchSampler(config, rows, None, device)
+        for row in range(rows):
+            asked = {"samplers": texts[row % 3], **said[row % 3]}
+            request = registry.parse_request(asked, config)
+            numbers = batch.samplers["chain"].numbers_of_request(request, dict(zip(BASE, base, strict=True)))
+            batch.add(str(row), Sequence(numbers, True, False, False, 1, sampler="chain", base=base))
+        batch.sequences.flush()
+        slots = batch.sequences.slots_of(map(str, range(rows)), rows)
+        described = Rows(torch.from_numpy(slots).to(device), slots, here * 0 + 7, text.input_ids, here >= 0, here, text=text)
+        drawn = logits.clone()
+        with mock.patch.object(KernelPart, "write", autospec=True, side_effect=KernelPart.write) as calls:
+            batch.apply(drawn, described, None)
+        assert calls.call_count == (2 if kernels else 0)
+        written.append(drawn)
+    torch.testing.assert_close(written[1].exp(), written[0].exp(), rtol=2e-4, atol=1e-6)
+
+
+CHECKS = (chains_equal_pytorch, rows_of_chains_are_alone, chains_of_a_batch_equal_pytorch)

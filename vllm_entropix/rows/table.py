@@ -207,7 +207,8 @@ class SequenceTable:
 
     def base_of_rows(self, slots: Tensor) -> Parameters:
         """Each row's own temperature, top_p, top_k and min_p, and one draw."""
-        temperature, top_p, top_k, min_p = self.device_base[slots].unbind(-1)
+        # A row's number beside the next one's, as kernels read them.
+        temperature, top_p, top_k, min_p = self.device_base.T.index_select(1, slots)
         return Parameters(temperature, top_p, top_k.to(torch.int64), min_p, torch.ones_like(slots))
 
     def samplers_of(self, slots: np.ndarray) -> list[str]:

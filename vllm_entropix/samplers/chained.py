@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_entropix.distribution.plan import Drawn, Parameters, Plan
+from vllm_entropix.kernels.chains import NUMBERS
 from vllm_entropix.records.fields import Field
 from vllm_entropix.records.line import SamplerPart
 from vllm_entropix.samplers import chain
@@ -164,7 +165,8 @@ def _numeric() -> dict[str, float]:
         for name, info in stage.Settings.model_fields.items():
             if info.annotation in (int, float):
                 found.setdefault(name, float(usual.get(name, info.default)))
-    return found
+    # The kernel's first, side by side as it reads them.
+    return {name: found[name] for name in NUMBERS} | found
 
 
 def _fields() -> tuple[Field, ...]:
@@ -317,17 +319,19 @@ class Chained(Sampler):
         parts: list[_Part | KernelPart] = []
         for one in present:
             mine, index = rows.mine, None
-            if mine is not None or len(present) > 1:
+            if len(present) > 1:
                 mine = number == one if mine is None else mine & (number == one)
+            # A single chain has all rows that the plan is made for, and others may be planned anyhow.
+            of_part = mine if len(present) > 1 else None
             stages = self._chains[one]
             running = tuple(stage for stage in stages if not _changes_nothing(stage, sequences.host_numbers))
             if self._warmed_up and KernelPart.runs(running, rows.backend.name):
-                parts.append(KernelPart(stages, running, rows, mine, _text(running, sequences)))
+                parts.append(KernelPart(stages, running, rows, of_part, _text(running, sequences)))
                 continue
             if mine is not None and rows.backend.asks_device:
                 # It pays to work on its rows alone, where asking for their indices costs nothing.
                 index = mine.nonzero().flatten()
-            parts.append(self._part(stages, running, rows, mine, index))
+            parts.append(self._part(stages, running, rows, of_part, index))
         parameters = rows.base
         for part in parts:
             told = _told(rows.base, [stage.name for stage in part.stages])

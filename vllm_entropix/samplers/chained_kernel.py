@@ -39,16 +39,15 @@ class KernelPart:
     def __init__(
         self, stages: Sequence[Stage], running: Sequence[Stage], rows: RowView, mine: Tensor | None, tokens: Tensor | None
     ) -> None:
-        import torch
-
         self.stages, self.mine = stages, mine
         logits, settings = rows.logits, rows.settings
         self._on_gpu = rows.backend.name == "triton"
         self._codes = tuple(STAGES.index(stage.name) for stage in running)
-        self._numbers = torch.stack([settings[name].double() for name in NUMBERS], dim=-1)
+        first = settings.columns[NUMBERS[0]]
+        self._numbers = settings.values[:, first : first + len(NUMBERS)].double()
         self._greedy = settings["temperature"] < GREEDY_BELOW
         self._log_normaliser = rows.statistics.log_normaliser
-        self._shares = logits.new_zeros(len(logits))
+        self._shares = logits.new_empty(0) if self._on_gpu else logits.new_zeros(len(logits))
         self._places, self._penalties = _penalties(running, rows, tokens)
 
     @staticmethod
@@ -128,4 +127,4 @@ def _penalties(running: Sequence[Stage], rows: RowView, tokens: Tensor | None) -
         if None not in found:
             places, penalties = zip(*found, strict=True)
             return torch.cat(places), torch.cat(penalties)
-    return logits.new_zeros(len(logits), 0, dtype=torch.int64), logits.new_zeros(len(logits), 0)
+    return logits.new_empty(len(logits), 0, dtype=torch.int64), logits.new_empty(len(logits), 0)

@@ -463,7 +463,7 @@ def chain_of_rows(logits: Tensor, chosen: Tensor, greedy: Tensor, stages: tuple[
         float32 ``[rows]``, of chosen rows: the share of the distribution in which XTC excluded top choices.
     """
     rows, vocabulary = logits.shape
-    shares = torch.zeros(rows, dtype=torch.float32, device=logits.device)
+    shares = torch.empty(rows, dtype=torch.float32, device=logits.device)
     xtc = STAGES.index("xtc")
     split = stages.index(xtc) if xtc in stages else len(stages)
     if rows:

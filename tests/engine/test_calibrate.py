@@ -55,7 +55,7 @@ def test_it_shows_distributions_and_shares(calibrated):
     assert (folder / "shown.svg").read_text().startswith("<svg")
 
 
-def test_a_server_finds_it_again(calibrated, monkeypatch):
+def test_it_is_kept_under_the_models_fingerprint(calibrated, monkeypatch):
     folder, told = calibrated
     monkeypatch.setenv(calibrations.FOLDER, str(folder / "kept"))
     own = calibrations.fingerprint(str(shipped_model()))
@@ -64,19 +64,18 @@ def test_a_server_finds_it_again(calibrated, monkeypatch):
     assert found is not None
     assert Path(found).read_text() == (folder / "preset.toml").read_text()
     assert re.sub(r"\s", "", found) in re.sub(r"\s", "", told)
-    llm = engine(shipped_model(), sampler="entropix")
-    resolved = llm.llm_engine.vllm_config.additional_config[RESOLVED]["config"]
-    assert resolved["thresholds"] == EntropixConfig.from_file(found).thresholds.model_dump()
-    close_engine()  # others with the same arguments run without it
 
 
-def test_the_proposal_is_what_an_engine_samples_with(calibrated):
+def test_an_engine_finds_the_proposal_and_samples_with_it(calibrated, monkeypatch):
     from vllm import SamplingParams
 
     folder, _ = calibrated
-    preset = folder / "preset.toml"
-    config = EntropixConfig.from_file(preset)
-    llm = engine(shipped_model(), sampler="entropix", sampler_config=str(preset))
+    monkeypatch.setenv(calibrations.FOLDER, str(folder / "kept"))
+    config = EntropixConfig.from_file(folder / "preset.toml")
+    llm = engine(shipped_model(), sampler="entropix")
+    resolved = llm.llm_engine.vllm_config.additional_config[RESOLVED]["config"]
+    found = config.model_dump(mode="json", include=set(calibrations.SECTIONS))
+    assert {name: resolved[name] for name in calibrations.SECTIONS} == found
     params = SamplingParams(max_tokens=96, extra_args={"entropix_trace": "on"})
     outputs = llm.chat(CHAT, [params] * len(CHAT), use_tqdm=False)
     records = [record for output in outputs for record in output.outputs[0].entropix_trace]
@@ -89,3 +88,4 @@ def test_the_proposal_is_what_an_engine_samples_with(calibrated):
         sure = record.entropy < borders.lelv.entropy_below and record.varentropy < borders.lelv.varentropy_below
         assert (record.regime == "LELV") == sure
     assert generate(llm, ["a"], [SamplingParams(max_tokens=2)])[0].finished
+    close_engine()  # others with the same arguments run without it

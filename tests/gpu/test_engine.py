@@ -95,10 +95,17 @@ def test_mode(name, folder_of, request, record_property):
 
     # What is compared then finds compiled kernels, and prefixes in the cache.
     observed(llm, PROMPTS, max_tokens=2)
-    outputs, per_layer = observed(llm, PROMPTS, max_tokens=TOKENS)
+    outputs, per_layer = observed(llm, PROMPTS, max_tokens=TOKENS, logprobs=0)
     # The dense statistics are those of the tokens that this run generated: two runs needn't round alike.
     errors = errors_to_dense(outputs, on_cpu(per_layer), Dense(folder))
     record_property("errors", json.dumps({metric: quantiles(values) for metric, values in errors.items()}))
+    # Logits are kept until the draw where attention was measured: whoever wrote there in between would show here.
+    of_tokens = [
+        abs(record.logprob - position[token].logprob)
+        for completion in (output.outputs[0] for output in outputs)
+        for record, token, position in zip(completion.entropix_trace, completion.token_ids, completion.logprobs, strict=True)
+    ]
+    record_property("log-probabilities", max(of_tokens))
     rows = len(errors[METRICS[0]])
     record_property("rows", rows)
     if on_gpu:
@@ -110,6 +117,8 @@ def test_mode(name, folder_of, request, record_property):
     else:
         records, waits = generate_mixed(llm), set()
 
+    assert bool(adapter.batch.lent) == (on_gpu and not mode.drafts)
+    assert max(of_tokens) < 1e-3
     assert rows == len(PROMPTS) * TOKENS or mode.drafts
     for metric, values in errors.items():
         assert_within(values, mode.bars, metric)

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.engine
 ARGUMENTS = (
     *("--sampler", "entropix", "--data-parallel-size", "2", "--served-model-name", "tiny", "--dtype", "float32"),
     *("--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 26)),
+    *("--sampler-config", '{"forks": {"floor": 0, "inside_words": true}}'),
 )
+FORKS = {"vllm_xargs": {"entropix_forks": 4, "entropix_fork_entropy": 0}}
 PROMPT, TOKENS, SEEDS = "Once upon a time", 20, (0, 1)
 
 
@@ -39,6 +41,11 @@ def values(url):
     text = urllib.request.urlopen(f"{url}/metrics").read().decode()
     families = text_string_to_metric_families(text)
     return {(sample.name, *sorted(sample.labels.items())): sample.value for family in families for sample in family.samples}
+
+
+def hits(found):
+    """Tokens that were found in the prefix caches of all engines."""
+    return sum(value for (name, *_), value in found.items() if name == "vllm:prefix_cache_hits_total")
 
 
 def test_both_engines_answer_and_count_in_one_place(tmp_path):
@@ -60,6 +67,20 @@ def test_both_engines_answer_and_count_in_one_place(tmp_path):
             found = list(pool.map(one, range(32)))
         time.sleep(1)  # counted a few times a second
         after = values(url)
+
+        def forked(index):
+            answer = client.completions.create(
+                model="tiny", prompt=f"{index} {PROMPT}", max_tokens=60, seed=index, extra_body=FORKS
+            )
+            return trace_of(answer.choices[0]).forks, answer.usage.prompt_tokens
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            trees = list(pool.map(forked, range(8)))
+        last = values(url)
+    # A branch runs on its parent's engine, which has what they share; near the end its parent may be gone.
+    shared = sum(tokens + branch.position for tree, tokens in trees for branch in tree[1:] if branch.position < 50)
+    assert all(len(tree) > 1 for tree, _ in trees)
+    assert hits(last) - hits(after) >= 0.9 * shared
     for index, trace in enumerate(found):
         assert [token.token_id for token in trace] == expected[index % 2]
     tokens = [token for trace in found for token in trace]

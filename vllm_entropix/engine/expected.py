@@ -277,6 +277,8 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "vllm.v1.engine.core_client": {
         "EngineCoreClient": ("add_request", "add_request_async"),
+        "DPLBAsyncMPClient": ("reqs_in_flight",),
+        "MPClient": ("core_engines",),
     },
     "vllm.outputs": {
         "CompletionOutput": ("finish_reason", "index", "stop_reason", "token_ids"),
@@ -317,6 +319,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "EngineCoreOutput": ("request_id", "new_token_ids", "kv_transfer_params"),
         "EngineCoreOutputs": ("outputs",),
         "EngineCoreRequest": (
+            "data_parallel_rank",
             "external_req_id",
             "mm_features",
             "prompt_embeds",

@@ -121,7 +121,7 @@ def _problems(
     vllm_config: Any, params: Any, request: RequestSettings, settings: Forks, resolved: Mapping[str, Any]
 ) -> list[tuple[bool, str, str]]:
     """(is it so?, what, the way out) for everything that a branch can't have."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model = vllm_config.model_config
     sampler = registry.sampler_of(request, resolved["config"])
     has_regimes = any(field.name == "regime" for field in registry.class_of(sampler).fields)
     followed: list[str] = []
@@ -137,7 +137,6 @@ def _problems(
             "start without --no-enable-prefix-caching",
         ),
         (vllm_config.kv_transfer_config is not None, "a KV connector", "leave out --kv-transfer-config"),
-        (parallel.data_parallel_size > 1, "data parallelism, where a branch may land on another engine", leave_out),
         (bool(getattr(model, "return_sampling_mask", False)), "sampling masks", "leave out --return-sampling-mask"),
         (
             bool(getattr(model, "enable_return_routed_experts", False)),

@@ -217,6 +217,7 @@ class _Answer:
         self._stream: DecidedStream | None = None
         self._counted: bool = resolved["counted"]
         self._live = 0  # branches, as they were counted last
+        self._rank: int | None = None
 
     def begin(self) -> None:
         """Take note of the first branch; its records are wanted, and its output when it has ended."""
@@ -247,6 +248,7 @@ class _Answer:
 
     def note(self, sequence: _Sequence) -> None:
         """Tell the tree what was drawn on a branch, and begin those that part from it."""
+        self._rank = self._find_rank() if self._rank is None else self._rank
         token_ids = sequence.state.detokenizer.output_token_ids[sequence.noted :]
         collected = getattr(sequence.state, "entropix_traces", None)
         records: list[Any] = list(collected[0][sequence.noted : sequence.noted + len(token_ids)]) if collected else []
@@ -333,6 +335,12 @@ class _Answer:
             reason = _PRUNED if branch.pruned_at is not None else str(sequence.output.outputs[0].finish_reason)
             frontend.write_finished(sequence.state, reason, chosen.get(branch.id), branch, branches if branch.chosen else None)
 
+    def _find_rank(self) -> int | None:
+        """The data-parallel engine that runs the first branch, which has what the others share; None: there is one alone."""
+        core = self.engine.engine_core
+        engine = getattr(core, "reqs_in_flight", {}).get(self.request.request_id)
+        return None if engine is None else core.core_engines.index(engine)  # in the order of ranks
+
     @property
     def _cached(self) -> int:
         """Tokens of the prompt that the root found in the cache; the others found the root's blocks."""
@@ -374,6 +382,8 @@ class _Answer:
         request = copy(request)
         request.sampling_params = params
         request.prompt_token_ids = [*self.request.prompt_token_ids, *shared, birth.token]
+        if self._rank is not None:
+            request.data_parallel_rank = self._rank
         self._submit(request)
 
     def _ends_with(self, birth: Birth) -> tuple[Any, Any]:

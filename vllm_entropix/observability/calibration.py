@@ -363,20 +363,24 @@ def regimes_of(measured: Measured, config: EntropixConfig) -> np.ndarray:
 
 def shares_of(prompts: Sequence[Measured], config: EntropixConfig, generator: np.random.Generator) -> dict[str, Share]:
     """Each regime's share of the tokens, with an interval from drawing the prompts again (a cluster bootstrap)."""
-    counts = np.stack([np.bincount(regimes_of(part, config), minlength=len(REGIMES)) for part in prompts])
+    counts = np.zeros((len(prompts), len(REGIMES)), dtype=np.int64)
+    np.add.at(counts, (_place_of_tokens(prompts), regimes_of(Measured.joined(prompts), config)), 1)
     shares = _ratios(counts, counts.sum(1, keepdims=True), generator)
     return dict(zip(REGIMES, shares, strict=True))
 
 
 def _mean_temperature(prompts: Sequence[Measured], config: EntropixConfig, generator: np.random.Generator) -> Share:
     """Mean temperature of the tokens that aren't argmax, relative to the base temperature; 1 if all are argmax."""
-    sums = []
-    for part in prompts:
-        temperature = _parameters(part, dict(config.numbers()))[0] / config.base.temperature
-        drawn = temperature > 0
-        sums.append((temperature[drawn].sum(), drawn.sum()))
-    totals, tokens = np.array(sums, dtype=np.float64).T
+    temperature = _parameters(Measured.joined(prompts), dict(config.numbers()))[0] / config.base.temperature
+    places = _place_of_tokens(prompts)
+    totals = np.bincount(places, weights=temperature, minlength=len(prompts))  # argmax has a temperature of 0
+    tokens = np.bincount(places[temperature > 0], minlength=len(prompts))
     return _ratios(totals[:, None], tokens[:, None], generator)[0] if tokens.sum() else Share(1.0, 1.0, 1.0)
+
+
+def _place_of_tokens(prompts: Sequence[Measured]) -> np.ndarray:
+    """The place among the prompts of the one that each token is of, ``[tokens]``."""
+    return np.repeat(np.arange(len(prompts)), [len(part) for part in prompts])
 
 
 def _ratios(parts: np.ndarray, wholes: np.ndarray, generator: np.random.Generator) -> list[Share]:

@@ -53,6 +53,7 @@ def test_signs_are_flipped_exactly_where_there_are_few():
     # 1 of 8 ways is as high, 1 as low: the sum of all three.
     assert sign_flip([np.array([1.0, 2.0, 3.0])], 10_000, 0) == pytest.approx(2 / 8)
     assert sign_flip([np.array([0.0, 0.0])], 10_000, 0) == 1.0
+    assert sign_flip([np.array([0.0, 0.5]), np.array([0.0])], 10_000, 0) == 1.0
     # |1 - 1| is the least there is.
     assert sign_flip([np.array([1.0, -1.0])], 10_000, 0) == 1.0
 

@@ -71,7 +71,7 @@ def sign_flip(tasks: Sequence[FloatArray], resamples: int, seed: int) -> float:
     """
     weighted = np.concatenate([task / (len(task) * len(tasks)) for task in tasks])
     weighted = weighted[weighted != 0]  # either sign of 0 is 0
-    if not len(weighted):
+    if len(weighted) < 2:  # one alone is as far from 0 with either sign
         return 1.0
 
     def total(sample: FloatArray, axis: int = -1) -> FloatArray:

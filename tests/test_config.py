@@ -124,6 +124,8 @@ def test_neutral_presets_move_the_temperature_around_the_base_and_nothing_else(p
     slope, offset = numbers["adaptive.temperature_logits"], numbers["adaptive.temperature_offset"]
     factors = [numbers[f"{regime}.temperature_offset"] for regime in ("lehv", "hehv")]
     assert (slope > 0, offset < 1, *(factor > 1 for factor in factors)) == (warmer,) * 4
+    # The entropy + varentropy at which ADAPTIVE has the base temperature is the same of both.
+    assert (1 - offset) / slope == pytest.approx(4.87, abs=0.05)
     # Wherever a token's metrics can be: 20 bits, and ADAPTIVE's varentropy.
     for metrics in (0, 20 + numbers["thresholds.hehv.varentropy_above"]):
         assert 0.1 < offset + slope * metrics < 10

@@ -17,7 +17,7 @@ from tests.support.runners import is_v2
 from tests.support.server import serve
 from vllm_entropix import traces
 from vllm_entropix.demo_model import shipped_model
-from vllm_entropix.samplers import Chain
+from vllm_entropix.samplers import Chain, names
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
@@ -107,6 +107,74 @@ def test_what_is_drawn_is_exact(llm, model_rows, text):
         assert counts.accepted > 20
         assert counts.drafted - counts.accepted > 20
     assert_distributed([tuple(ids) for ids in tokens(outputs)], expected, least_cells=6)
+
+
+# Sampler → a setting of it, and values of which the first that changes the distribution is drawn with.
+SHARES = tuple(step / 20 for step in range(19, 0, -1))
+TRIED = {
+    "adaptive_p": ("adaptive_target", (0.05, 0.95)),
+    "dry": ("dry_multiplier", (0.8,)),
+    "dynatemp": ("dynatemp_range", (0.3, 3.0)),
+    "edt": ("edt_theta", (1.0, 4.0)),
+    "epsilon": ("epsilon_cutoff", SHARES[::-1]),
+    "eta": ("eta_cutoff", SHARES[::-1]),
+    "greedy_threshold": ("greedy_threshold", (0.99,)),
+    "min_p": ("min_p", SHARES[::-1]),
+    "mirostat": ("mirostat_tau", (1.0, 0.5, 0.1)),
+    "mirostat_v2": ("mirostat_tau", (1.0, 0.5, 0.1)),
+    "p_less": (None, (None,)),
+    "penalties": ("frequency_penalty", (0.3,)),
+    "quadratic": ("smoothing_factor", (0.3, 2.0)),
+    "temperature": ("temperature", (0.5,)),
+    "tfs": ("tfs_z", SHARES),
+    "top_a": ("top_a", (*SHARES[::-1], 1.0)),
+    "top_h": ("top_h", SHARES),
+    "top_k": ("top_k", (3, 2)),
+    "top_n_sigma": ("top_n_sigma", (1.5, 1.0, 0.5)),
+    "top_p": ("top_p", SHARES),
+    "typ_p": ("typ_p", SHARES),
+    "xtc": ("xtc_probability", (0.6,)),
+}
+# Temperatures take the temperature's place; filters have more to drop from a distribution that isn't even.
+TEMPERATURES = ("temperature", "dynatemp", "edt")
+# Fields of a request's own.
+OWN = ("temperature", "top_k", "top_p", "min_p")
+
+
+def chain_that_matters(name, row):
+    """(names, settings, probabilities) of a chain in which the sampler changes the distribution of a row of logits."""
+    text = name if name in TEMPERATURES else f"temperature;{name}"
+    breakers = {"dry_sequence_breakers": []} if name == "dry" else {}
+    known, values = TRIED[name]
+    plain = Chain.parse("temperature", {"temperature": 0.4}).begin().distribution(row)[0]
+    for value in values:
+        settings = {"temperature": 0.4, **({} if known is None else {known: value})}
+        found = Chain.parse(text, {**settings, **breakers}).begin().distribution(row, [PROMPT])[0]
+        if (found - plain).abs().max() > 0.02:
+            return text, settings, found
+    pytest.fail(f"no value of {known} changes anything")
+
+
+@pytest.mark.skipif(is_v2(), reason="vLLM takes no min_p beside the drafts that this engine has on Model Runner V2")
+def test_each_sampler_draws_what_it_says(llm, model_rows):
+    """One token of all of them in one batch, beside the chain that notebooks have."""
+    assert {*TRIED, "entropix"} == set(names())  # entropix has tests of its own
+    samples, expected, asked = 100, {}, []
+    for name in TRIED:
+        text, settings, found = chain_that_matters(name, model_rows[()])
+        expected[name] = {token: float(found[token]) for token in ALLOWED}
+        own = {key: value for key, value in settings.items() if key in OWN}
+        said = {key: value for key, value in settings.items() if key not in OWN} | {"samplers": text}
+        said |= {"dry_sequence_breakers": [1]} if name == "dry" else {}
+        asked += [params(seed=seed, max_tokens=1, allowed_token_ids=ALLOWED, extra_args=said, **own) for seed in range(samples)]
+    drawn = [output.outputs[0].token_ids[0] for output in generate(llm, [{"prompt_token_ids": PROMPT}] * len(asked), asked)]
+    for number, name in enumerate(TRIED):
+        mine, best = drawn[number * samples : (number + 1) * samples], max(expected[name], key=expected[name].get)
+        if expected[name][best] > 0.99:  # too little of the others for a test of frequencies
+            assert sum(token != best for token in mine) <= 8, name
+            assert all(expected[name][token] > 0 for token in mine), name
+        else:
+            assert_distributed(mine, expected[name], least_cells=1)
 
 
 def test_chains_stand_beside_one_another_and_tell_of_themselves(llm):

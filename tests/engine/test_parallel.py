@@ -23,7 +23,8 @@ def four_layers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_one_worker(four_layers):
     with pytest.MonkeyPatch.context() as patch:
-        return layouts.results(layouts.layout(patch, four_layers))
+        llm = layouts.layout(patch, four_layers)
+        return {**layouts.results(llm), "branches": layouts.branches(llm)}
 
 
 def assert_equal(found, expected):
@@ -49,6 +50,8 @@ def test_tensor_parallel(monkeypatch, four_layers, of_one_worker):
     llm.collective_rpc(layouts.keep_digests)
     llm.collective_rpc(layouts.count_exchanges)
     assert_equal(layouts.results(llm), of_one_worker)
+    assert layouts.branches(llm) == of_one_worker["branches"]
+    assert len(of_one_worker["branches"]) > 4
     first, second = llm.collective_rpc(layouts.digests)
     assert len(first) > 50
     assert first == second, "the ranks drew from different bits"
@@ -62,6 +65,7 @@ def test_tensor_parallel(monkeypatch, four_layers, of_one_worker):
 def test_pipeline_parallel(monkeypatch, four_layers, of_one_worker):
     llm = layouts.layout(monkeypatch, four_layers, pipeline_parallel_size=2, distributed_executor_backend="mp")
     assert_equal(layouts.results(llm), of_one_worker)
+    assert layouts.branches(llm) == of_one_worker["branches"]
     close_engine()
 
 

@@ -27,7 +27,8 @@ def layout(monkeypatch, model, **arguments):
         monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         first, second, *_ = sorted(os.sched_getaffinity(0))
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
-    config = {"attention": {"layers": "all"}, "clarification": {"text": "hm?"}}
+    forks = {"floor": 0, "distance": 4, "inside_words": True}
+    config = {"attention": {"layers": "all"}, "clarification": {"text": "hm?"}, "forks": forks}
     return engine(model, sampler="entropix", sampler_config=config, max_num_batched_tokens=64, **arguments)
 
 
@@ -98,6 +99,15 @@ def results(llm):
         outputs = [*generate(llm, LONG, [greedy] * 2), *generate(llm, SHORT, [sampled, other, sampled])]
         found[layers] = [plain(output.outputs[0]) for output in outputs]
     return found
+
+
+def branches(llm):
+    """The tokens of each branch of an answer that forks."""
+    from vllm import SamplingParams
+
+    forks = {"entropix_forks": 64, "entropix_fork_entropy": 0, "entropix_fork_select": "all"}  # no bound is met
+    [output] = generate(llm, SHORT[:1], [SamplingParams(max_tokens=12, ignore_eos=True, seed=3, extra_args=forks)])
+    return sorted(list(completion.token_ids) for completion in output.outputs)
 
 
 def replace_extra(params, extra_args):

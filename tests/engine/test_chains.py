@@ -268,6 +268,8 @@ SILLYTAVERN = {
     "rep_pen": 1,
     "rep_pen_range": 0,
     "repetition_penalty": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
     "xtc_threshold": 0.1,
     "dry_allowed_length": 2,
     "dry_base": 1.75,

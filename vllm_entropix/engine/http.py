@@ -174,8 +174,9 @@ def _told(request: Any, body: Mapping[str, Any], endpoint: Endpoint, resolved: A
     wrong = misplaced(body, endpoint.place)
     if wrong is not None:
         raise ConfigError(refusal(wrong, endpoint.place))
-    # Without entropix these names may be anybody's.
-    stray = next((name for name in body if name in names_for_samplers()), None) if resolved is not None else None
+    # Without entropix these names may be anybody's; frequency_penalty is also vLLM's own.
+    others = [] if resolved is None else [name for name in body if name not in type(request).model_fields]
+    stray = next((name for name in others if name in names_for_samplers()), None)
     if stray is not None:
         raise ConfigError(refusal(stray, endpoint.place))
     given = _table(body, endpoint.place)

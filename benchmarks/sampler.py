@@ -45,6 +45,55 @@ def vllm_metadata(rows: int, device: torch.device, top_k: int | None, top_p: flo
     )
 
 
+@dataclass(frozen=True)
+class Own:
+    """vLLM's own work on a step's logits.
+
+    Attributes:
+        copied: what it does before logits processors: the logits that these are given.
+        filtered: drawn tokens, by temperature, top_k and top_p.
+        drawn: drawn tokens, where a processor has left nothing else to do.
+    """
+
+    copied: Callable[[torch.Tensor], torch.Tensor]
+    filtered: Callable[[torch.Tensor], torch.Tensor]
+    drawn: Callable[[torch.Tensor], torch.Tensor]
+
+
+def own_of_v1(rows: int, device: torch.device, top_k: int, top_p: float, temperature: float) -> Own:
+    """Model Runner V1's, which a CPU runs."""
+    from vllm.v1.sample.sampler import Sampler
+
+    sampler = Sampler()
+    filtered = vllm_metadata(rows, device, top_k, top_p, temperature)
+    neutral = vllm_metadata(rows, device, None, None, 1.0)
+    return Own(
+        lambda logits: logits,
+        lambda logits: sampler.sample(logits, filtered)[0],
+        lambda logits: sampler.sample(logits, neutral)[0],
+    )
+
+
+def own_of_v2(rows: int, device: torch.device, top_k: int, top_p: float, temperature: float) -> Own:
+    """Model Runner V2's, which a GPU runs (vllm/v1/worker/gpu/sample/sampler.py), without FlashInfer."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+    from vllm.v1.worker.gpu.sample.gumbel import apply_temperature, gumbel_sample
+
+    mapping = torch.arange(rows, dtype=torch.int32, device=device)
+    temperatures = torch.full((rows,), temperature, device=device)
+    seeds = torch.arange(rows, dtype=torch.int64, device=device)
+    k, p = torch.full((rows,), top_k, dtype=torch.int32, device=device), torch.full((rows,), top_p, device=device)
+
+    def drawn(logits: torch.Tensor) -> torch.Tensor:
+        return gumbel_sample(logits, mapping, temperatures, seeds, seeds, apply_temperature=False, is_drafting=False)
+
+    def filtered(logits: torch.Tensor) -> torch.Tensor:
+        apply_temperature(logits, mapping, temperatures)
+        return drawn(apply_top_k_top_p(logits, k, p))
+
+    return Own(lambda logits: torch.empty_like(logits).copy_(logits), filtered, drawn)
+
+
 def flashinfer_sampler(logits: torch.Tensor, top_k: int, top_p: float, temperature: float) -> Callable[[], object] | None:
     """FlashInfer's filters and draw, where it is installed for this device."""
     if logits.device.type != "cuda" or importlib.util.find_spec("flashinfer") is None:
@@ -61,8 +110,8 @@ class Step:
     Attributes:
         prepare: puts the logits back that the actions change in place.
         actions: what is timed, each on prepared logits: whole steps, from logits to drawn tokens (``vllm``, ``entropix`` or
-            ``chain``, ``flashinfer`` where it is installed), ``transform``, which is ours without the draw, ``metrics``
-            and ``read``.
+            ``chain``, by the runner that the device has; ``flashinfer`` where it is installed), ``transform``, which is ours
+            without the draw, ``metrics`` and ``read``.
         batch: the batch sampler behind ours.
     """
 
@@ -124,7 +173,6 @@ def text_of(asked: Asked, rows: int, vocabulary: int, device: torch.device) -> R
 def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None = None) -> Step:
     """A step of this size, all of its rows drawn, by entropix or by the chain that is ``asked`` for."""
     import numpy as np
-    from vllm.v1.sample.sampler import Sampler
 
     from vllm_entropix.rows.batch import BatchSampler
     from vllm_entropix.rows.rows import Rows
@@ -153,19 +201,20 @@ def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None =
         batch=torch.arange(rows, device=device),
         text=text,
     )
-    sampler = Sampler()
-    filtered = vllm_metadata(rows, device, config.base.top_k, config.base.top_p, config.base.temperature)
-    neutral = vllm_metadata(rows, device, None, None, 1.0)
+    own = (own_of_v2 if device.type == "cuda" else own_of_v1)(
+        rows, device, config.base.top_k, config.base.top_p, config.base.temperature
+    )
 
     def vllm() -> object:
-        return sampler.sample(work, filtered)
+        return own.filtered(own.copied(work))
 
     def ours() -> object:
         batch.begin_step()
-        batch.apply(work, described, None)
-        drawn = sampler.sample(work, neutral)
+        copied = own.copied(work)
+        batch.apply(copied, described, None)
+        drawn = own.drawn(copied)
         if batch.waits_for_draw:
-            batch.drawn(drawn[0].view(-1, 1))
+            batch.drawn(drawn.view(-1, 1))
         return drawn
 
     def transform() -> object:

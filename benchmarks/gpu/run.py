@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -137,6 +138,9 @@ class Run:
     def _environment(self) -> dict[str, str]:
         # What a GPU runs, on a CPU: Model Runner V2, its kernels and ours in Triton's interpreter.
         own = runners.environment("v2") if self.wishes.dry else dict(os.environ)
+        # vLLM takes it for granted on a GPU, and then ends without it.
+        if importlib.util.find_spec("flashinfer") is None:
+            own.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         return own | {name: own.get(name, value) for name, value in _OFFLINE.items()}
 
     def _finish(self, one: _Running) -> None:

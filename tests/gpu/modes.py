@@ -92,7 +92,8 @@ MODES: dict[str, Mode] = {
     "ngram-drafts": Mode({"speculative_config": _NGRAM, **_COMPILED, **_HALF}, bars=DRAFT_BARS, drafts=True),
     # vLLM refuses float16 for this family.
     "window": Mode({**_COMPILED, "dtype": "bfloat16", "block_size": 16}, bars=BFLOAT16_BARS, family="Gemma2"),
-    "fp8-keys": _of_backend("FLASH_ATTN", {"kv_cache_dtype": "fp8", **_HALF}, bars=FP8_BARS),
+    # FlashAttention 3 has no float16 beside keys of eight bits.
+    "fp8-keys": _of_backend("FLASH_ATTN", {"kv_cache_dtype": "fp8", **_HALF, "dtype": "bfloat16"}, bars=FP8_BARS),
 }
 # What an engine on a CPU takes instead, in a dry run.
 ON_A_CPU = Mode({"block_size": 32}, bars=TF32_BARS)

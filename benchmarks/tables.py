@@ -115,11 +115,39 @@ def answers(results: list[dict[str, Any]]) -> str:
     return markdown(head, rows)
 
 
+def forks(results: list[dict[str, Any]]) -> str:
+    """What branches cost beside independent samples; the first mechanism is the default."""
+    head = [
+        "branches",
+        "n samples, tokens/s",
+        *(f"{name}, over n" for name in ("copy on write", "prefix cache")),
+        "a branch's first token, ms",
+        "by the prefix cache",
+        "tokens computed again",
+        "by the prefix cache",
+    ]
+    mechanisms = ("auto", "prefix-cache")
+    return markdown(
+        head,
+        [
+            [
+                str(one["branches"]),
+                number(one["tokens_per_second"]["n"]),
+                *(f"{one['over_n'][name]:.3f}" for name in mechanisms),
+                *(number(one["first_token_ms"].get(name)) for name in mechanisms),
+                *(number(one["computed_again"].get(name)) for name in mechanisms),
+            ]
+            for one in results
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "sampler": sampler,
     "attention": attention,
     "throughput": throughput,
     "answers": answers,
+    "forks": forks,
 }
 
 

@@ -1,8 +1,8 @@
 """Turns benchmark results (benchmarks/results/*.json) into Markdown tables and a plot, so that no figure is copied by hand.
 
 A document says where a table goes by the comments ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``, with NAME a result's
-file name without ``.json``, or NAME#PART for a part of a run of ``benchmarks.gpu``, kept as NAME.jsonl. What stands between
-them is replaced.
+file name without ``.json``, or NAME#PART for a part of a run of ``benchmarks.gpu``, kept as NAME.jsonl; NAME,NAME#PART for what
+several runs have found, of which the last counts. What stands between them is replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_MARK = re.compile(r"(<!-- benchmark:([\w.#-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+_MARK = re.compile(r"(<!-- benchmark:([\w.,#-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 
 
 def number(value: float | None) -> str:
@@ -174,11 +174,11 @@ def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
 
 def table(name: str, folder: Path = RESULTS) -> str:
     """A result's table, with a line that says where it was measured; errors as of :func:`load`."""
-    run, _, part = name.partition("#")
+    runs, _, part = name.partition("#")
     if part:
         from benchmarks.gpu import tables
 
-        return tables.part(folder / f"{run}.jsonl", part)
+        return tables.part([folder / f"{run}.jsonl" for run in runs.split(",")], part)
     result = load(name, folder)
     return TABLES[result["benchmark"]](result["results"]) + "\n" + described(result["machine"], result["command"])
 

@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from benchmarks import tables as document_tables
 from benchmarks.gpu import engines, run, steps, tables
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.findings import BARS, Findings
@@ -188,11 +189,20 @@ def test_a_run_fills_a_table_of_a_document(tmp_path):
     results.add("run", machine=machine, command="python -m benchmarks.gpu rates")
     for line in (rate("vllm", 64, 1000.0, 9.0), rate("last", 64, 990.0, 9.2)):
         results.add(**line)
-    table = tables.part(results.file, "throughput")
+    table = tables.part([results.file], "throughput")
     assert "| last, 64, 1,024 | 990 | 9.2 | 0.9900 | 0.9783 |" in table
     assert table.endswith("H100; torch 2.13, vLLM 0.32; 2026-11-27; `python -m benchmarks.gpu rates`\n")
     with pytest.raises(ValueError, match="has no results"):
-        tables.part(results.file, "nothing")
+        tables.part([results.file], "nothing")
+
+    again = Results(tmp_path / "again.jsonl")
+    again.add("run", machine={**machine, "vllm": "0.33"}, command="python -m benchmarks.gpu first")
+    again.add("decode-last", part="decode", side="last", requests=256, host_ms=0.2)
+    both = "<!-- benchmark:gpu,again#bars -->\n<!-- /benchmark -->"
+    filled = document_tables.filled(both, tmp_path)
+    assert "| 0.9900 | met |" in filled
+    assert "| 0.2000 | met |" in filled
+    assert "vLLM 0.33; 2026-11-27; `python -m benchmarks.gpu rates`, `python -m benchmarks.gpu first`\n" in filled
 
 
 @pytest.mark.parametrize(

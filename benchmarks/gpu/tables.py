@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +129,18 @@ PARTS: dict[str, Callable[[Findings], str]] = {
 }
 
 
-def part(file: Path, name: str) -> str:
-    """A part of a run's results as a table, with a line that says where it was measured.
+def part(files: Sequence[Path], name: str) -> str:
+    """A part of one or several runs' results as a table, with a line that says where they were measured.
 
     Raises:
         ValueError: there is no such part, or no line that describes the machine.
     """
-    found = Findings(Results(file).lines())
+    found = Findings([line for file in files for line in Results(file).lines()])
     machine = found.last("machine")
     if name not in PARTS or machine is None:
-        raise ValueError(f"{file.name}#{name} has no results for a table")
-    return PARTS[name](found) + "\n" + described(machine, found.last("command"))
+        raise ValueError(f"{','.join(file.name for file in files)}#{name} has no results for a table")
+    commands = (one["command"] for one in found.lines if "command" in one)
+    return PARTS[name](found) + "\n" + described(machine, "`, `".join(commands))
 
 
 def summary(lines: list[dict[str, Any]]) -> str:

@@ -35,7 +35,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def sampler(results: list[dict[str, Any]]) -> str:
-    """Step times of the sampler."""
+    """Step times of the sampler, or of chains."""
+    if "chain" in results[0]:
+        return chains(results)
     head = ["rows, vocabulary", "vLLM, ms", "entropix, ms", "ratio", "metrics / one read", "extra memory / logits"]
     rows = [
         [
@@ -44,6 +46,24 @@ def sampler(results: list[dict[str, Any]]) -> str:
             number(one["median_ms"]["entropix"]),
             number(one["entropix_over_vllm"]),
             number(one.get("metrics_over_read")),
+            number(one["peak_extra_over_logits"]),
+        ]
+        for one in results
+    ]
+    return markdown(head, rows)
+
+
+def chains(results: list[dict[str, Any]]) -> str:
+    """Step times of chains."""
+    head = ["chain", "rows, vocabulary", "tokens before", "vLLM, ms", "chain, ms", "ratio", "extra memory / logits"]
+    rows = [
+        [
+            f"`{one['chain']}`",
+            f"{one['rows']}, {one['vocabulary']:,}",
+            f"{one['text']:,}",
+            number(one["median_ms"]["vllm"]),
+            number(one["median_ms"]["chain"]),
+            number(one["chain_over_vllm"]),
             number(one["peak_extra_over_logits"]),
         ]
         for one in results

@@ -134,14 +134,14 @@ def apply(logits, kernels, sampled, clarification=None, base=None, fidelity="cor
     return logits, records
 
 
-def assert_records_close(got, want, logits):
+def assert_records_close(got, want, logits, rtol=1e-5, atol=1e-6):
     """Equal but for rounding, and for which of equal logits is told as an alternative."""
     first = 1 + len(names())
     count = (got.shape[1] - first) // 2
     ids = slice(first, first + count)
     assert torch.equal(logits.gather(1, got[:, ids].long()), logits.gather(1, want[:, ids].long()))
     keep = [column for column in range(got.shape[1]) if not first <= column < first + count]
-    torch.testing.assert_close(got[:, keep], want[:, keep], rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(got[:, keep], want[:, keep], rtol=rtol, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 5, 40, 1000, 40000])

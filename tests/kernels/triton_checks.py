@@ -6,6 +6,7 @@ Run by ``test_triton.py`` in a process of its own, since Triton has to be told o
 
 import dataclasses
 import json
+import math
 import sys
 import traceback
 import types
@@ -242,6 +243,10 @@ def wide_ties():
     for top_p in (1.0, 0.5, 0.9):
         parameters = parameters_of(2, top_k=3000, top_p=top_p, min_p=0.0, temperature=1.0, samples=1)
         got, want = distributed(logits, parameters, wide=True), expected(logits, parameters)
+        # Of equal logits the first that together reach top_p. Float64 can't say which these are: its running sum of 1/3000
+        # passes 0.5 a token too late or not, by the order in which a device adds.
+        want[0] = torch.arange(5000) < math.ceil(3000 * float(parameters.top_p[0]))
+        want[0] /= want[0].sum()
         assert torch.equal(got > -torch.inf, want > 0)
         torch.testing.assert_close(got.exp().double(), want, rtol=1e-5, atol=1e-8)
 

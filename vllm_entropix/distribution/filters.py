@@ -48,8 +48,10 @@ def candidates(logits: Tensor, count: int) -> Candidates:
     count = max(1, min(count, logits.shape[-1]))
     if logits.device.type != "cpu":
         # A stable sort keeps equal logits in the order of their ids, and needs no look at the values from the host.
-        values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        return Candidates(ids[:, :count].contiguous(), values[:, :count].contiguous())
+        # A GPU sorts by bits, in whose order a NaN with a sign is the smallest: each becomes one without.
+        keys = logits.where(~logits.isnan(), torch.nan)
+        ids = keys.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
+        return Candidates(ids, logits.gather(-1, ids))
     values, ids = logits.topk(min(count + 1, logits.shape[-1]), dim=-1)
     if values.shape[-1] > count:
         tied = _equal(values[:, count], values[:, count - 1])

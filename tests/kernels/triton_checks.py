@@ -86,8 +86,10 @@ def spreads_equal_float64():
         logits = mixed(12, vocabulary, vocabulary)
         logits[1] = 1e4 + logits[1] / 100  # E[x²] - E[x]² would be off
         logits[2], logits[3, ::2], logits[4, 0], logits[5, -1] = -torch.inf, -torch.inf, torch.nan, torch.inf
+        logits[6] = 0.1  # sums of which are rounded
         found = backend.TritonBackend(logits.device).spread(logits)
         torch.testing.assert_close(found.double(), statistics_of_logits.spread(logits.double()), rtol=2e-5, atol=2e-5)
+        assert found[6] == 0
         for order in (torch.tensor([3]), torch.randperm(12)):
             assert torch.equal(backend.TritonBackend(logits.device).spread(logits[order]), found[order])
 

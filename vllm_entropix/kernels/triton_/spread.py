@@ -18,16 +18,29 @@ TILE = 4096
 
 
 @triton.jit
+def _mean(values, counts):
+    """Mean of ``values`` that stand for ``counts`` logits each, 0 if there are none.
+
+    It is never beyond them, whatever rounding does: equal logits have no spread at all.
+    """
+    there = counts > 0
+    least = tl.min(tl.where(there, values, float("inf")), axis=0)
+    largest = tl.max(tl.where(there, values, -float("inf")), axis=0)
+    mean = tl.sum(counts * tl.where(there, values, 0.0), axis=0) / tl.maximum(tl.sum(counts, axis=0), 1.0)
+    return tl.where(least <= largest, tl.minimum(tl.maximum(mean, least), largest), 0.0)
+
+
+@triton.jit
 def _spread_of_tile(logits, row_stride, vocabulary, partial, tiles, TILE: tl.constexpr):  # noqa: N803
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("inf"))
     finite = tl.abs(x) < float("inf")
-    count = tl.sum(finite.to(tl.float32), axis=0)
-    mean = tl.sum(tl.where(finite, x, 0.0), axis=0) / tl.maximum(count, 1.0)
+    counts = finite.to(tl.float32)
+    mean = _mean(x, counts)
     deviation = tl.where(finite, x - mean, 0.0)
     pointer = partial + (row * tiles + tile) * 3
-    tl.store(pointer, count)
+    tl.store(pointer, tl.sum(counts, axis=0))
     tl.store(pointer + 1, mean)
     tl.store(pointer + 2, tl.sum(deviation * deviation, axis=0))
 
@@ -41,7 +54,7 @@ def _merge_spreads(partial, tiles, results, TILES: tl.constexpr):  # noqa: N803
     means = tl.load(pointer + 1, mask=there, other=0.0)
     squares = tl.load(pointer + 2, mask=there, other=0.0)
     count = tl.maximum(tl.sum(counts, axis=0), 1.0)
-    apart = means - tl.sum(counts * means, axis=0) / count
+    apart = means - _mean(means, counts)
     tl.store(results + row, tl.sqrt(tl.sum(squares + counts * apart * apart, axis=0) / count))
 
 

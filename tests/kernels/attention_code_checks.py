@@ -85,6 +85,7 @@ def codes(capability=90):
                     "narrow_loads": code.narrow_loads,
                     "wide_copies": max((loop.count(r"LDGSTS\.\S*128") for loop in code.loops), default=0),
                     "copies": max((loop.count("LDGSTS") for loop in code.loops), default=0),
+                    "fused": max((loop.count(r"\bFFMA\b") for loop in code.loops), default=0),
                     "layouts": sorted(code.layouts),
                     "longest_loop": max((len(loop.instructions) for loop in code.loops), default=0),
                 }

@@ -68,6 +68,11 @@ def test_keys_of_a_tile_are_copied_by_all_threads(codes):
     assert attend["registers"] <= 128
 
 
+def test_scores_are_rounded_before_a_maximum_is_subtracted(codes):
+    # The matrix product of bfloat16 is other instructions, and nothing divides in this loop.
+    assert codes["llama, 1 ranks: _attend"]["fused"] == 0
+
+
 def test_rows_are_added_up_in_the_same_order_by_all_kernels(codes):
     # The same numbers, laid out over the same threads: so the same bits, whether scores were kept or computed again.
     for what, again in codes.items():

@@ -44,7 +44,7 @@ class Launch:
         found: ``[layers * rows, 3, heads]``, what each head says by itself: log-normaliser, entropy, sum of absolute scores.
         deviations: ``[layers * rows, splits]``, sums over the heads.
         sources: what all kernels take that read keys.
-        cut: constants of all kernels that cut contexts.
+        cut: constants of all kernels that cut contexts, and how they are compiled.
         shape: constants of those that read keys.
         of_heads: constants of those that look at all heads.
         warps: of a program.
@@ -74,7 +74,9 @@ class Launch:
             *(rows.lengths, layers.factors, layers.scales, slopes, number, many, splits, *cache.stride()),
         )
         group = heads // kv_heads
-        self.cut = {"TILE": TILE, "SPLITS": SPLITS, "LEAST": LEAST}
+        # As PyTorch computes: no product is added before it is rounded. Else the largest score less itself would be what
+        # rounding took from it: of 1e30 some 1e22, whose exp() is no number.
+        self.cut = {"TILE": TILE, "SPLITS": SPLITS, "LEAST": LEAST, "enable_fp_fusion": False}
         self.shape = {
             **self.cut,
             "HEADS": heads,

@@ -5,7 +5,6 @@ Imports nothing heavy: ``benchmarks.gpu`` reads the names and gives each mode a 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,6 @@ TF32_BARS: Bars = (1e-3, 5e-3, 3e-2)
 BFLOAT16_BARS: Bars = (0.005, 0.02, 0.15)
 # Keys of eight bits differ from exact ones by percents: this shows gross errors, such as a missing scale, alone.
 FP8_BARS: Bars = (0.1, 0.5, 2.0)
-# Rows of drafts that weren't kept stand for other tokens than the answer's.
-DRAFT_BARS: Bars = (HALF_BARS[0], math.inf, math.inf)
 
 # The only dtype that all backends have.
 _HALF = {"dtype": "float16", "block_size": 16}
@@ -44,7 +41,7 @@ class Mode:
         family: of the tiny model, Llama or Gemma2; the second has a window, and softcaps.
         backend: the attention backend that must be in use; None: whichever vLLM chooses.
         package: what the mode can't do without.
-        drafts: are there rows whose tokens aren't kept?
+        drafts: may a request have several rows in a step, some of them for tokens that the answer doesn't keep?
     """
 
     arguments: dict[str, Any]
@@ -89,7 +86,7 @@ MODES: dict[str, Mode] = {
     "full-graphs": Mode(_captured("FULL")),
     "default": Mode({"async_scheduling": True, **_COMPILED, **_HALF}),
     "prefix-cache-and-chunks": Mode({**_COMPILED, **_CHUNKED, **_HALF}),
-    "ngram-drafts": Mode({"speculative_config": _NGRAM, **_COMPILED, **_HALF}, bars=DRAFT_BARS, drafts=True),
+    "ngram-drafts": Mode({"speculative_config": _NGRAM, **_COMPILED, **_HALF}, drafts=True),
     # vLLM refuses float16 for this family.
     "window": Mode({**_COMPILED, "dtype": "bfloat16", "block_size": 16}, bars=BFLOAT16_BARS, family="Gemma2"),
     # FlashAttention 3 has no float16 beside keys of eight bits.

@@ -103,6 +103,28 @@ def observed(llm, prompts, **parameters):
     return outputs, per_layer
 
 
+def of_kept_tokens(outputs, per_layer):
+    """What :func:`observed` saw, without rows of drafts: there is one row for each token of an answer.
+
+    The row of a rejected draft stands for a token that the answer doesn't have. Its place runs again: the last row of a place
+    is the one that the answer's token was drawn from. No token was drawn from a row at the answer's end or behind it.
+    """
+    ends = {output.request_id: len(output.prompt_token_ids) + len(output.outputs[0].token_ids) for output in outputs}
+    seen, kept = set(), []
+    for ids, lengths, found in reversed(per_layer):
+        places = list(zip(map(_request_of, ids), lengths.tolist(), strict=True))
+        rows = [row for row, (request, length) in enumerate(places) if length < ends[request] and places[row] not in seen]
+        seen.update(places)
+        measured = AttentionStatistics(*(getattr(found, metric)[:, rows] for metric in METRICS))
+        kept.append(([ids[row] for row in rows], lengths[rows], measured))
+    return kept[::-1]
+
+
+def _request_of(internal):
+    """The request's id as outputs have it: the engine adds a part of its own."""
+    return internal.rpartition("-")[0] or internal
+
+
 def _beside_dense(outputs, per_layer, dense):
     """(metric, what was observed, what is right) of every observed row of every request, all layers."""
     sequences = {}
@@ -111,9 +133,7 @@ def _beside_dense(outputs, per_layer, dense):
     expected = {request: dense.run(tokens) for request, tokens in sequences.items()}
     for ids, lengths, found in per_layer:
         for row, (internal, length) in enumerate(zip(ids, lengths.tolist(), strict=True)):
-            request = internal.rpartition("-")[0] or internal
-            if length > expected[request][METRICS[0]].shape[1]:
-                continue  # a draft beyond the answer's end
+            request = _request_of(internal)
             for metric in METRICS:
                 yield metric, getattr(found, metric)[:, row], expected[request][metric][:, length - 1]
 

@@ -1,11 +1,14 @@
-"""The bars of tests/gpu let the rounding of right code pass, and show statistics of a wrong row."""
+"""The bars of tests/gpu let the rounding of right code pass, and show statistics of a wrong row; drafts are told apart."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.gpu.modes import HALF_BARS, TF32_BARS
-from tests.support.dense import METRICS, Dense, assert_within, prompt, relative_errors
+from tests.support.dense import METRICS, Dense, assert_equal_to_dense, assert_within, of_kept_tokens, prompt, relative_errors
 from tests.support.models import MILD, tiny_llama
+from vllm_entropix.sampling import AttentionStatistics
 
 PROMPTS = [prompt(length, length) for length in (15, 70, 200)]
 
@@ -40,3 +43,24 @@ def test_bars(folder, rounding, bars):
         of_the_row_before = [relative_errors(got[metric][:, :-1], want[metric][:, 1:]).flatten() for want, got in runs]
         with pytest.raises(AssertionError, match=metric):
             assert_within(torch.cat(of_the_row_before), bars, metric)
+
+
+def test_rows_of_rejected_drafts_are_left_out(folder):
+    dense, before, answer = Dense(folder), prompt(6, 1), [10, 11, 12, 13, 14]
+    outputs = [SimpleNamespace(request_id="0", prompt_token_ids=before, outputs=[SimpleNamespace(token_ids=answer)])]
+
+    def step(kept, drafts):
+        """What is observed of a step's rows: the last kept token's, and one of each draft."""
+        text = [*before, *answer[:kept], *drafts]
+        lengths = torch.arange(len(text) - len(drafts), len(text) + 1)
+        found = dense.run(text)
+        return ["0-af"] * len(lengths), lengths, AttentionStatistics(*(found[metric][:, lengths - 1] for metric in METRICS))
+
+    # None of three drafts is kept, then one of two, and then one that ends the answer.
+    per_layer = [step(0, []), step(1, [90, 91, 92]), step(2, [12, 93]), step(4, [14])]
+    assert assert_equal_to_dense(outputs, of_kept_tokens(outputs, per_layer), dense) == len(answer)
+    with pytest.raises(AssertionError):
+        assert_equal_to_dense(outputs, per_layer, dense)
+    per_layer[-1][2].agreement[0, 0] += 0.01
+    with pytest.raises(AssertionError, match="agreement"):
+        assert_equal_to_dense(outputs, of_kept_tokens(outputs, per_layer), dense)

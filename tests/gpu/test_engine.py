@@ -110,6 +110,8 @@ def test_mode(name, folder_of, request, record_property):
     seen = on_cpu(per_layer)
     errors = errors_to_dense(outputs, of_kept_tokens(outputs, seen) if mode.drafts else seen, Dense(folder))
     record_property("errors", json.dumps({metric: quantiles(values) for metric, values in errors.items()}))
+    # The first layer's queries and keys depend on no attention: errors of the others alone are the engine's own.
+    record_property("first layer", json.dumps({metric: quantiles(values[:, 0]) for metric, values in errors.items()}))
     # Logits are kept until the draw where attention was measured: whoever wrote there in between would show here.
     of_tokens = [
         abs(record.logprob - position[token].logprob)

@@ -444,14 +444,15 @@ def test_what_is_said_when_a_configuration_is_made(tiny):
             args.create_engine_config()
         return messages
 
-    [scheduler] = said(clarification={"text": "hm?"})
+    calibration, scheduler = said(clarification={"text": "hm?"})
+    assert "no calibration of this model is known" in calibration
     assert "extends vLLM's own Scheduler, and asynchronous scheduling is off as without the plugin" in scheduler
     hint, other = said(clarification={"text": "hm?", "max_per_request": 0}), said(regimes=False)
-    assert hint[1:] == ["entropix: the clarification can never be inserted: clarification.max_per_request is 0."]
-    assert other == [scheduler]
+    assert hint[2:] == ["entropix: the clarification can never be inserted: clarification.max_per_request is 0."]
+    assert other == [calibration, scheduler]
     # Several API servers say nothing; the process that starts them does.
     assert said(rank=0, servers=2) == said(rank=1, servers=2) == []
-    assert said(rank=-1, servers=2) == [scheduler]
+    assert said(rank=-1, servers=2) == [calibration, scheduler]
 
 
 _ASK_TWICE = """

@@ -36,18 +36,22 @@ def bars(found: Findings) -> str:
 
 
 def modes(found: Findings) -> str:
-    """Engines beside transformers: quantiles of the worst metric's relative errors."""
-    rows = []
+    """Engines beside transformers: quantiles of the worst metric's relative errors, when a mode was last tried."""
+    rows = {}
     for told in (test for one in found.lines for test in one.get("told", ())):
         if "errors" in told:
             quantiles = json.loads(told["errors"]).values()
             worst = [f"{max(values):.2g}" for values in zip(*quantiles, strict=True)]
             waits = json.loads(told.get("waits", "null"))
             mode = told["test"].partition("[")[2].removesuffix("]")
-            rows.append(
-                [mode, told.get("graphs", "-"), told.get("rows", "-"), *worst, "-" if waits is None else str(len(waits))]
-            )
-    return markdown(["mode", "graphs", "rows", "error, median", "97 %", "largest", "places that wait"], rows)
+            rows[mode] = [
+                mode,
+                told.get("graphs", "-"),
+                told.get("rows", "-"),
+                *worst,
+                "-" if waits is None else str(len(waits)),
+            ]
+    return markdown(["mode", "graphs", "rows", "error, median", "97 %", "largest", "places that wait"], list(rows.values()))
 
 
 def sampler(found: Findings) -> str:

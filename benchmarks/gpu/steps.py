@@ -124,8 +124,8 @@ def _throughput(side: str, requests: list[int], rounds: int, limit: float, least
 def _decode(side: str) -> Step:
     return Measurement(
         f"decoding steps of the 8B shape with four layers, 256 requests, {side}: kernels, times, memory",
-        75,
-        40,
+        130,
+        70,
         ("smoke",),
         module="decode",
         options={"side": side},

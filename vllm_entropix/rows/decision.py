@@ -22,6 +22,7 @@ from torch import Tensor
 from vllm_entropix.distribution.attention import AttentionStatistics
 from vllm_entropix.distribution.plan import Parameters, Plan
 from vllm_entropix.distribution.statistics import LogitsMetrics
+from vllm_entropix.kernels.triton_.sizes import parts
 from vllm_entropix.records.fields import COMMON, column, names
 from vllm_entropix.rows.forcing import EXCLUDED, INITIAL, Clarification
 from vllm_entropix.rows.rows import Rows
@@ -340,7 +341,7 @@ def rows_that_want_attention(
     """
     wanted = torch.empty_like(rows.valid)
     count = len(rows.slots)
-    _want_attention[(triton.cdiv(count, _BLOCK),)](
+    _want_attention[(parts(count, _BLOCK),)](
         rows.slots,
         rows.valid,
         table.device_sampled,
@@ -409,7 +410,7 @@ def decide(
     nothing, numbers = written, metrics.entropy
     given = Parameters(numbers, numbers, rows.slots, numbers, rows.slots) if plan is None else plan.parameters.packed()
     attended = AttentionStatistics(numbers, numbers, numbers, numbers) if attention is None else attention
-    _decide[(triton.cdiv(count, _BLOCK),)](
+    _decide[(parts(count, _BLOCK),)](
         rows.slots,
         rows.positions,
         rows.input_ids,

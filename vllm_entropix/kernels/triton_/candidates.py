@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_entropix.kernels.triton_.logits_metrics import TILE, group_size
+from vllm_entropix.kernels.triton_.sizes import parts, power_of_2
 
 # Rows with a larger top_k are left to ``wide_filters``.
 LIMIT = 1024
@@ -304,9 +305,9 @@ def buffers(
     rows: int, vocabulary: int, device: torch.device | str, capacity: int = _CAPACITIES[-1]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the kernel keeps of each row: groups that are chosen; values, weights and ids of what is collected."""
-    groups = triton.cdiv(vocabulary, TILE) * (TILE // group_size(vocabulary))
+    groups = parts(vocabulary, TILE) * (TILE // group_size(vocabulary))
     return (
-        torch.empty(rows, triton.next_power_of_2(groups), dtype=torch.int32, device=device),
+        torch.empty(rows, power_of_2(groups), dtype=torch.int32, device=device),
         torch.empty(rows, capacity, dtype=torch.float32, device=device),
         torch.empty(rows, capacity, dtype=torch.float32, device=device),
         torch.empty(rows, capacity, dtype=torch.int32, device=device),

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_entropix.kernels.triton_.sizes import parts, power_of_2
+
 _BLOCK = 2048
 _ROWS = 32
 # A copy doesn't care what it copies.
@@ -52,7 +54,7 @@ def keep_queries(queries: Tensor, starts: Tensor, kept: Tensor, requests: int) -
         per_request,
         queries.stride(0),
         WIDTH=width,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(width)),
+        BLOCK=min(_BLOCK, power_of_2(width)),
     )
 
 
@@ -82,7 +84,5 @@ def rows_of_queries(requests: Tensor, positions: Tensor, ends: Tensor, per_reque
     """
     query_rows, lengths = torch.empty_like(requests), torch.empty_like(positions)
     rows = len(requests)
-    _find[(triton.cdiv(rows, _ROWS),)](
-        *(requests, positions, ends, query_rows, lengths, rows, per_request), BLOCK=_ROWS, num_warps=1
-    )
+    _find[(parts(rows, _ROWS),)](*(requests, positions, ends, query_rows, lengths, rows, per_request), BLOCK=_ROWS, num_warps=1)
     return query_rows, lengths

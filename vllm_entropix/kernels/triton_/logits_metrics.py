@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_entropix.kernels.triton_.sizes import parts, power_of_2
+
 TILE = 4096
 _MOST_GROUPS = 2048
 LN2 = tl.constexpr(0.6931471805599453)
@@ -86,13 +88,13 @@ def _merge_tiles(partial, tiles, results, rows, TILES: tl.constexpr):  # noqa: N
 
 def group_size(vocabulary: int) -> int:
     """How many logits share a maximum."""
-    smallest: int = triton.next_power_of_2(triton.cdiv(vocabulary, _MOST_GROUPS))
+    smallest: int = power_of_2(parts(vocabulary, _MOST_GROUPS))
     return min(TILE, max(16, smallest))
 
 
 def buffers(rows: int, vocabulary: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """What is kept of each row between the kernels, and for those that write it: its tiles' metrics, its groups' maxima."""
-    tiles = triton.cdiv(vocabulary, TILE)
+    tiles = parts(vocabulary, TILE)
     return (
         torch.empty(rows, tiles, 4, dtype=torch.float32, device=device),
         torch.empty(rows, tiles * (TILE // group_size(vocabulary)), dtype=torch.float32, device=device),
@@ -110,7 +112,7 @@ def logits_metrics(logits: Tensor, kept: tuple[Tensor, Tensor] | None = None) ->
         kept: :func:`buffers` of as many rows or more, in which the maxima then are; None to allocate them.
     """
     rows, vocabulary = logits.shape
-    tiles, group = triton.cdiv(vocabulary, TILE), group_size(vocabulary)
+    tiles, group = parts(vocabulary, TILE), group_size(vocabulary)
     partial, maxima = buffers(rows, vocabulary, logits.device) if kept is None else kept
     maxima = maxima[:rows]
     results = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
@@ -121,6 +123,6 @@ def logits_metrics(logits: Tensor, kept: tuple[Tensor, Tensor] | None = None) ->
             GROUP=group,
             num_warps=8,
         )
-        _merge_tiles[(rows,)](partial, tiles, results, rows, triton.next_power_of_2(tiles), num_warps=1)
+        _merge_tiles[(rows,)](partial, tiles, results, rows, power_of_2(tiles), num_warps=1)
     entropy, varentropy, log_normaliser = results
     return entropy, varentropy, log_normaliser, maxima

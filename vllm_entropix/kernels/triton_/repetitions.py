@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_entropix.kernels.triton_.sizes import parts
+
 _BLOCK = 128
 
 
@@ -39,6 +41,6 @@ def repetitions(tokens: Tensor, enough: Tensor) -> Tensor:
     """See ``distribution.history.repetitions``."""
     rows, length = tokens.shape
     found = torch.empty(rows, length - 1, dtype=torch.int64, device=tokens.device)
-    grid = (rows, triton.cdiv(length - 1, _BLOCK))
+    grid = (rows, parts(length - 1, _BLOCK))
     _repetitions[grid](tokens.contiguous(), enough.to(torch.int64).contiguous(), found, length, BLOCK=_BLOCK)
     return found

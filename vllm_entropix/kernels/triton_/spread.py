@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_entropix.kernels.triton_.sizes import parts, power_of_2
+
 TILE = 4096
 
 
@@ -65,10 +67,10 @@ def spread(logits: Tensor) -> Tensor:
         logits: float32, last dimension contiguous.
     """
     rows, vocabulary = logits.shape
-    tiles = triton.cdiv(vocabulary, TILE)
+    tiles = parts(vocabulary, TILE)
     partial = torch.empty(rows, tiles, 3, dtype=torch.float32, device=logits.device)
     results = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         _spread_of_tile[(rows, tiles)](logits, logits.stride(0), vocabulary, partial, tiles, TILE=TILE, num_warps=8)
-        _merge_spreads[(rows,)](partial, tiles, results, TILES=triton.next_power_of_2(tiles), num_warps=1)
+        _merge_spreads[(rows,)](partial, tiles, results, TILES=power_of_2(tiles), num_warps=1)
     return results

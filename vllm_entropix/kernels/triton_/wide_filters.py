@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_entropix.kernels.triton_.candidates import LIMIT, as_float, ordered, survey
+from vllm_entropix.kernels.triton_.sizes import parts, power_of_2
 
 _BLOCK = 4096
 # Digits of a value's order: 12 bits, 12 bits and 8 bits. Of the last there are so few that each tile counts its own.
@@ -387,7 +388,7 @@ Buffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def buffers(rows: int, vocabulary: int, device: torch.device | str) -> Buffers:
     """What is kept of each row and tile between the kernels: state, largest logit, sums by digit, counts, tokens before."""
-    tiles = triton.cdiv(vocabulary, _BLOCK)
+    tiles = parts(vocabulary, _BLOCK)
     return (
         torch.empty(rows, _FIELDS.value, dtype=torch.int64, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
@@ -435,7 +436,7 @@ def filter_wide_rows(
         *(*line, temperature, top_p, top_k, min_p, forced, sampled, log_normaliser, maxima, groups, state, largest, tallies),
         BLOCK=_BLOCK,
         BINS=_BINS,
-        GROUPS=triton.next_power_of_2(groups),
+        GROUPS=power_of_2(groups),
         LIMIT=LIMIT,
         num_warps=8,
     )
@@ -449,7 +450,7 @@ def filter_wide_rows(
         _count_values[grid](*line, *of_row, counts, by_mass, BLOCK=_BLOCK, VALUES=_VALUES, SCALE=scale, num_warps=_WARPS)
         _choose_value[(rows,)](
             *(*of_row, counts, before, tiles, by_mass),
-            TILES=triton.next_power_of_2(tiles),
+            TILES=power_of_2(tiles),
             VALUES=_VALUES,
             SCALE=scale,
             num_warps=4,

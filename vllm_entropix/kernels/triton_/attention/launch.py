@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from vllm_entropix.kernels.triton_.attention.paged import PagedLayers, PagedRows
 from vllm_entropix.kernels.triton_.attention.shares import LEAST, SPLITS, TILE, splits_of
 from vllm_entropix.kernels.triton_.attention.workspace import Workspace, sizes_of
+from vllm_entropix.kernels.triton_.sizes import power_of_2
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -82,9 +82,9 @@ class Launch:
             "HEADS": heads,
             "GROUP": group,
             # The least that a matrix product takes.
-            "ROWS": max(16, triton.next_power_of_2(group)),
+            "ROWS": max(16, power_of_2(group)),
             "HEAD_DIM": head_dim,
-            "DIMS": max(16, triton.next_power_of_2(head_dim)),
+            "DIMS": max(16, power_of_2(head_dim)),
             "BLOCK_SIZE": cache.shape[2],
             "QUERY": _TYPES[rows.queries[0].dtype],
             "ELEMENT": _TYPES[cache.dtype],
@@ -95,7 +95,7 @@ class Launch:
         wide = self.shape["ROWS"] > 16 or rows.queries[0].dtype == torch.float32
         # Sums are spread over as many in all kernels, so that they come to the same bits.
         self.warps = 16 if self.shape["ROWS"] > 64 else 8 if wide else 4
-        self.of_heads = {**self.cut, "HEADS": heads, "HEADS_2": triton.next_power_of_2(heads)}
+        self.of_heads = {**self.cut, "HEADS": heads, "HEADS_2": power_of_2(heads)}
         # Room for the scores of all rows, whichever they are: then none is without.
         self.room_for_all = self.room >= many * of_row
 

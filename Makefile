@@ -41,8 +41,12 @@ test: setup ## run all tests
 # test_routes.py installs vLLM and torch anew.
 # Interpreting and compiling kernels for a GPU takes a core for minutes.
 test-fast: setup ## run the tests that start no engine, install nothing and compile nothing for a GPU
-	@$(VENV)/bin/python -m pytest -m "not engine and not gpu" --ignore tests/test_routes.py --ignore tests/kernels/test_triton.py \
-		--ignore-glob "tests/kernels/test_machine_code_*.py" $(side_by_side) $(ARGS)
+	@status=0; \
+	$(VENV)/bin/python -m pytest -m "alone and not engine and not gpu" $(ARGS) || [ $$? -eq 5 ] || status=1; \
+	$(VENV)/bin/python -m pytest -m "not alone and not engine and not gpu" --ignore tests/test_routes.py \
+		--ignore tests/kernels/test_triton.py --ignore-glob "tests/kernels/test_machine_code_*.py" $(side_by_side) $(ARGS) \
+		|| [ $$? -eq 5 ] || status=1; \
+	exit $$status
 
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

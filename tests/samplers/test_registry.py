@@ -1,5 +1,6 @@
 """Which samplers there are: a bad one of another package is refused by name, and harms nobody else."""
 
+import inspect
 import logging
 import re
 import sys
@@ -11,7 +12,7 @@ from vllm_entropix import ConfigError
 from vllm_entropix._version import __version__
 from vllm_entropix.engine.resolved import RESOLVED, Resolved
 from vllm_entropix.records import fields, line
-from vllm_entropix.samplers import chain, registry
+from vllm_entropix.samplers import chain, min_p, registry, top_n_sigma
 
 SHIPPED = {"chain", "entropix", "min_p", "top_n_sigma"}
 GOOD = """
@@ -262,3 +263,9 @@ def test_a_node_with_other_samplers_is_refused(theirs):
         Resolved.from_config(engine(samplers=theirs), "worker 1")
     with pytest.raises(ConfigError, match=f"has vllm-entropix {re.escape(__version__)}, but"):
         Resolved.from_config(engine(version="0"), "worker 1")
+
+
+@pytest.mark.parametrize("module", [min_p, top_n_sigma], ids=["min_p", "top_n_sigma"])
+def test_a_sampler_is_a_file_of_sixty_lines_at_most(module):
+    """What stands in the documentation as examples of one's own."""
+    assert len(inspect.getsource(module).splitlines()) <= 60

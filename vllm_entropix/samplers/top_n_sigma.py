@@ -17,11 +17,7 @@ class TopNSigmaSettings(Section):
     """Settings of top-nσ."""
 
     top_n_sigma: float = setting(
-        "How far below the largest logit to keep tokens; 0 or less keeps all.",
-        "standard deviations",
-        default=1.0,
-        ge=-1,
-        le=100,
+        "How far below the largest logit to keep tokens; 0 or less: all.", "standard deviations", default=1.0, ge=-1, le=100
     )
 
 

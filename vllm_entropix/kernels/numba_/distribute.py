@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from vllm_entropix.kernels.numba_.compiled import compiled
-from vllm_entropix.kernels.numba_.elementary import largest
+from vllm_entropix.kernels.numba_.elementary import exponential, largest
 
 # exp() of it and of less is 0.
 _LEAST = -745.14
+# Weights that are added together, so that they stay in the first-level cache.
+_BLOCK = 2048
 # Logits whose largest is asked for together.
 _STRETCH = 64
 
@@ -106,16 +108,47 @@ def _power(base: float, exponent: int) -> float:
 
 
 @compiled()
+def _divide(line: Any, highest: Any, t: float) -> None:
+    """Replace each l by (l - highest) / t."""
+    factor = 1.0 / t
+    for i in range(line.shape[0]):
+        line[i] = np.float32((np.float64(line[i]) - highest) * factor)
+
+
+@compiled()
+def _weigh(line: Any, weights: Any) -> None:
+    for i in range(line.shape[0]):
+        weights[i] = exponential(line[i])
+
+
+# The order of the sum is LLVM's, so that it may add several side by side.
+@compiled(fastmath={"reassoc", "nsz"})
+def _sum(weights: Any) -> float:
+    total = 0.0
+    for i in range(weights.shape[0]):
+        total += np.float64(weights[i])
+    return total
+
+
+@compiled()
+def _subtract(line: Any, log_total: float) -> None:
+    """Replace each l by l - log_total, and what has no probability by -inf."""
+    least = np.float32(_LEAST)
+    for i in range(line.shape[0]):
+        line[i] = np.float32(np.float64(line[i]) - log_total) if line[i] > least else np.float32(-np.inf)
+
+
+@compiled()
 def _scale(line: Any, t: float) -> None:
     """Overwrite a row of finite softmax with its log-probabilities at temperature ``t``."""
-    highest = np.float64(largest(line))
+    _divide(line, np.float64(largest(line)), t)
+    weights = np.empty(_BLOCK, dtype=np.float32)
     total = 0.0
-    for token in range(line.shape[0]):
-        total += np.exp((np.float64(line[token]) - highest) / t)
-    log_total = np.log(total)
-    for token in range(line.shape[0]):
-        scaled = (np.float64(line[token]) - highest) / t
-        line[token] = scaled - log_total if scaled > _LEAST else -np.inf
+    for start in range(0, line.shape[0], _BLOCK):
+        length = min(_BLOCK, line.shape[0] - start)
+        _weigh(line[start : start + length], weights[:length])
+        total += _sum(weights[:length])
+    _subtract(line, np.log(total))
 
 
 @compiled()

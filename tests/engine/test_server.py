@@ -254,14 +254,38 @@ def test_answers_that_fork_and_clients_that_leave(client, url):
         futures = [pool.submit(client.completions.create, **(forked if number % 2 else plain)) for number in range(16)]
         texts = [future.result().choices[0].text for future in futures]
     assert texts[::2] == [alone] * 8
-    # Whoever leaves takes all branches along.
-    with client.completions.with_streaming_response.create(**{**forked, "max_tokens": 400}, stream=True):
+    # Whoever leaves takes all branches along, a stream's reader and one who waits for all.
+    long = {**forked, "max_tokens": 400}
+    with client.completions.with_streaming_response.create(**long, stream=True):
         time.sleep(0.5)
         assert running(url) > 1
+    assert_soon_idle(url)
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).completions.create(**long)
+    assert_soon_idle(url)
+
+
+def assert_soon_idle(url):
     deadline = time.monotonic() + 10
     while running(url) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert running(url) == 0
+    assert metrics(url)[("entropix_branches_live",)] == 0
+
+
+def test_branches_that_lose_in_the_step_they_begin_in_are_never_run(client, url):
+    # The first fork spends the budget: its branches are compared at once, and the engine is told of the loss of some before it
+    # could be told of them.
+    spent = {**FORKS, "entropix_fork_width": 5, "entropix_fork_budget": 1}
+    more = {"ignore_eos": True, "vllm_xargs": spent}
+    ask = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 400, "seed": 5}
+    with client.completions.create(**ask, extra_body=more, stream=True) as chunks:
+        for _ in range(60):  # of which some fork: see the test above
+            next(chunks)
+        assert running(url) == 1
+    whole = client.completions.create(**{**ask, "max_tokens": 60}, extra_body=more).choices[0]
+    assert len(trace_of(whole).forks) > 1
+    assert_soon_idle(url)
 
 
 def running(url):

@@ -167,6 +167,7 @@ class _Sequence:
         noted: tokens that the tree was told.
         output: what vLLM made of the finished sequence.
         seed: that it is drawn by; None: by none.
+        submission: sends it to the engine; None: it was sent at once, or never will be.
     """
 
     def __init__(self, answer: _Answer, number: int, request_id: str) -> None:
@@ -175,6 +176,7 @@ class _Sequence:
         self.noted = 0
         self.output: Any = None
         self.seed: int | None = None
+        self.submission: asyncio.Task[None] | None = None
 
     def put(self, output: Any) -> None:
         """Called by vLLM: a RequestOutput, or the error that ended the engine."""
@@ -182,6 +184,11 @@ class _Sequence:
             self.answer.queue.put(output)
         else:
             self.output = output
+
+    def withdraw(self) -> None:
+        """Don't send it to the engine any more: an abort would come there first, and the sequence run with nobody to end it."""
+        if self.submission is not None:
+            self.submission.cancel()  # without effect on one that was sent
 
 
 class _Answer:
@@ -213,7 +220,6 @@ class _Answer:
             lambda number: str(getattr(self.sequences[number].state.detokenizer, "output_text", "")),
             lambda token_ids: () if processor.tokenizer is None else list(token_texts(_Plain(processor.tokenizer), token_ids)),
         )
-        self._tasks: set[asyncio.Task[None]] = set()
         self._stream: DecidedStream | None = None
         self._counted: bool = resolved["counted"]
         self._live = 0  # branches, as they were counted last
@@ -264,8 +270,10 @@ class _Answer:
 
     def advance(self, result: Any) -> None:
         """Give up branches that have lost, and hand the answer out once it is there; ``result``: of vLLM's process_outputs."""
-        losers = [self.sequences[number].request_id for number in self.tree.settle()]
-        result.reqs_to_abort.extend(self.processor.drop_branches(losers))
+        losers = [self.sequences[number] for number in self.tree.settle()]
+        for loser in losers:
+            loser.withdraw()
+        result.reqs_to_abort.extend(self.processor.drop_branches([loser.request_id for loser in losers]))
         self._count_live(len(self.tree.live))
         chosen = self.tree.choose()
         if chosen is not None:
@@ -285,6 +293,8 @@ class _Answer:
 
     def abort(self) -> None:
         """All branches were aborted: what the first that is left has is the answer, if anybody waits for it."""
+        for one in self.sequences:
+            one.withdraw()
         kept = [one for one in self.sequences if one.output is not None and self.tree.branches[one.number].pruned_at is None]
         if self.queue is not None and kept:
             self.queue.put(self._output(kept[0], kept[0].number))
@@ -384,7 +394,7 @@ class _Answer:
         request.prompt_token_ids = [*self.request.prompt_token_ids, *shared, birth.token]
         if self._rank is not None:
             request.data_parallel_rank = self._rank
-        self._submit(request)
+        self._submit(sequence, request)
 
     def _ends_with(self, birth: Birth) -> tuple[Any, Any]:
         """Why a branch ends with the token that it begins with, and vLLM's stop_reason: as vLLM's scheduler decides it."""
@@ -398,14 +408,12 @@ class _Answer:
             return FinishReason.LENGTH, None
         return None, None
 
-    def _submit(self, request: Any) -> None:
+    def _submit(self, sequence: _Sequence, request: Any) -> None:
         core = self.engine.engine_core
         if self.queue is None:
             core.add_request(request)
-            return
-        task = asyncio.get_running_loop().create_task(core.add_request_async(request))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        else:
+            sequence.submission = asyncio.get_running_loop().create_task(core.add_request_async(request))
 
     def _continues_word(self, before: int | None, token: int) -> bool:
         """Does a token go on with the word of the one before it?"""

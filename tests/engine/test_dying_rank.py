@@ -10,6 +10,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import runners
 from tests.support.engine import close_engine
@@ -33,6 +34,11 @@ ASKED = {
     "stream": True,
     "extra_body": {**ASK, "ignore_eos": True},
 }
+FORKED = {
+    **ASKED,
+    "seed": 2,
+    "extra_body": {"ignore_eos": True, "vllm_xargs": {"entropix_forks": 4, "entropix_fork_entropy": 0}},
+}
 BEFORE = 20
 TOLD_SECONDS, ENDED_SECONDS = 30, 30
 
@@ -43,23 +49,35 @@ def worker(processes, rank):
     return found
 
 
+def live_branches(url):
+    """Branches of answers that fork, which are generated now."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    return next(family.samples[0].value for family in families if family.name == "entropix_branches_live")
+
+
 def test_clients_are_told_and_nothing_is_left(tmp_path):
     close_engine()
     model = tiny_llama(tmp_path / "model", max_position_embeddings=8192)
     first, second, *_ = sorted(os.sched_getaffinity(0))
-    sampler = ("--sampler", "entropix", "--sampler-config", '{"attention": {"layers": "all"}}')
+    config = '{"attention": {"layers": "all"}, "forks": {"floor": 0, "inside_words": true, "budget": 100000}}'
+    sampler = ("--sampler", "entropix", "--sampler-config", config)
     env = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}", **(runners.V2_ONLY if runners.is_v2() else {})}
     with serve_process(model, tmp_path / "log", *ARGUMENTS, *sampler, **env) as server:
         started = psutil.Process(server.process.pid).children(recursive=True)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=TOLD_SECONDS)
+        forked = client.completions.create(**FORKED)
         chunks, traces = client.completions.create(**ASKED), StreamTraces()
         for _ in range(BEFORE):
             traces.add(next(chunks))
+        assert live_branches(server.url) > 1
         worker(started, 1).kill()
         killed = time.monotonic()
         after = []
         with pytest.raises((openai.APIError, httpx.HTTPError)):
             after.extend(chunks)
+        # An answer that forks ends for its client as any other, whichever of its branches the engine ran.
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            after.extend(forked)
         assert time.monotonic() - killed < TOLD_SECONDS
         assert all(choice.finish_reason is None for chunk in after for choice in chunk.choices)
         assert all(entry.attention_entropy is not None for entry in traces[0].tokens)

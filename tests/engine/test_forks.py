@@ -1,5 +1,6 @@
 """Answers that fork in a running engine: branches are what requests of their own are, and nothing of them is left behind."""
 
+import asyncio
 import math
 from itertools import product
 
@@ -331,6 +332,29 @@ def test_a_branch_that_the_engine_gives_up_is_pruned(llm, branches, monkeypatch)
     assert len(tree) > 2
     assert output.outputs[0].finish_reason == "length"
     assert not output.outputs[0].entropix_forks.branches[1].chosen
+    assert_nothing_left(llm)
+
+
+def test_a_client_is_told_of_a_branch_that_cant_be_sent(llm, monkeypatch):
+    """AsyncLLM's requests have a queue each. asyncio sends their branches, for which this engine's client has no way."""
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    inner = llm.llm_engine
+    add = inner.output_processor.add_request
+
+    async def ask():
+        queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "0")
+        monkeypatch.setattr(inner.output_processor, "add_request", lambda *request: add(*request, queue=queue))
+        inner.add_request("0", PROMPT, params())
+        while queue.output is None and scheduler_of(llm).requests:
+            inner.step()
+            await asyncio.sleep(0)
+        queue.get_nowait()
+
+    with pytest.raises(NotImplementedError):
+        asyncio.run(ask())
+    inner.abort_request(["0"])
     assert_nothing_left(llm)
 
 

@@ -185,6 +185,11 @@ class _Sequence:
         else:
             self.output = output
 
+    def submitted(self, submission: asyncio.Task[None]) -> None:
+        """It was sent to the engine, or couldn't be, which whoever waits for the answer is told."""
+        if not submission.cancelled() and (error := submission.exception()) is not None:
+            self.answer.queue.put(error)
+
     def withdraw(self) -> None:
         """Don't send it to the engine any more: an abort would come there first, and the sequence run with nobody to end it."""
         if self.submission is not None:
@@ -414,6 +419,7 @@ class _Answer:
             core.add_request(request)
         else:
             sequence.submission = asyncio.get_running_loop().create_task(core.add_request_async(request))
+            sequence.submission.add_done_callback(sequence.submitted)
 
     def _continues_word(self, before: int | None, token: int) -> bool:
         """Does a token go on with the word of the one before it?"""

@@ -154,6 +154,21 @@ def test_branches_are_compared_at_the_horizon_and_the_losers_given_up():
     assert len(asked) == 1
 
 
+def test_tokens_of_branches_that_were_given_up_are_spent():
+    tree, _ = scripted({0: 1.0, 1: 2.0}, horizon=1)
+    go_on(tree, 0, [3, 3])
+    tree.feed(0, [4], [record_after([3, 3])], ended=False)
+    assert tree.spent == 1  # the token that the other begins with
+    go_on(tree, 0, [1, 1, 1])
+    go_on(tree, 1, [2])
+    assert tree.spent == 2
+    assert tree.settle() == [0]
+    go_on(tree, 1, [2])
+    assert tree.spent == 3
+    go_on(tree, 1, [2, 2, 2])
+    assert tree.spent == 4  # now those of the first are beside the answer
+
+
 def test_a_branch_that_has_ended_waits_for_the_others():
     tree, _ = scripted({0: 1.0, 1: 0.0}, horizon=3)
     tree.feed(0, [4], [record_after([])], ended=True)

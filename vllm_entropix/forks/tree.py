@@ -24,7 +24,8 @@ class Branch:
         parent: the branch that it parted from.
         position: tokens of the answer before it parted.
         token_ids: the whole answer so far.
-        logprobs, entropies, margins: of each of its tokens, as far as known; see :class:`~.choice.Contender`.
+        logprobs, entropies, margins: of each of its tokens, as far as known; see :class:`~.choice.Contender`. None of one
+            that was given up.
         last_fork: position of the last token at which it forked or parted.
         finished: has it run to its end?
         pruned_at: tokens of the answer when it was given up.
@@ -129,18 +130,19 @@ class Tree:
         self._pieces_of = pieces_of
         self._rule = None if settings.answer is None else rule_of(settings.answer)
         self.branches = [Branch(0)]
+        self._unpruned = self.branches[:]
+        self._generated = self._longest = 0  # tokens of all branches, what they share once, and of the longest one
         self._forks: list[_Fork] = []
 
     @property
     def live(self) -> list[Branch]:
         """Branches that are still generated."""
-        return [branch for branch in self.branches if branch.is_live]
+        return [branch for branch in self._unpruned if branch.is_live]
 
     @property
     def spent(self) -> int:
         """Tokens of all branches beyond the longest one's."""
-        own = sum(len(branch.token_ids) - branch.position for branch in self.branches)
-        return own - max(len(branch.token_ids) for branch in self.branches)
+        return self._generated - self._longest
 
     def feed(self, number: int, token_ids: Sequence[int], records: Sequence[TokenRecord | None], ended: bool) -> list[Birth]:
         """Tell what was drawn on a branch in a step.
@@ -158,7 +160,7 @@ class Tree:
         births = []
         for token, record in zip(token_ids, records, strict=True):
             births += self._fork(branch, token, record)
-            branch.append(token, record)
+            self._append(branch, token, record)
         branch.finished = branch.finished or ended
         return births
 
@@ -195,13 +197,19 @@ class Tree:
                 *(branch.logprobs[:], branch.entropies[:], branch.margins[:]),
                 last_fork=position,
             )
-            child.append(other, record)
+            self._append(child, other, record)
             self.branches.append(child)
+            self._unpruned.append(child)
             children.append(child)
             births.append(Birth(child.id, branch.id, position, other, probability, rank))
         if settings.horizon:
             self._forks.append(_Fork(branch, position, children))
         return births
+
+    def _append(self, branch: Branch, token: int, record: TokenRecord | None) -> None:
+        branch.append(token, record)
+        self._generated += 1
+        self._longest = max(self._longest, len(branch.token_ids))
 
     def settle(self) -> list[int]:
         """Compare branches whose horizon is reached, or all if the budget is; numbers of those that are given up."""
@@ -250,11 +258,14 @@ class Tree:
         return kept[0].id, len(kept[0].token_ids) if len(kept) == 1 else _shared(kept, since)
 
     def _kept(self) -> list[Branch]:
-        return [branch for branch in self.branches if branch.pruned_at is None]
+        return self._unpruned[:]
 
     def _prune(self, losers: list[Branch]) -> list[int]:
         for branch in losers:
             branch.pruned_at = len(branch.token_ids)
+            # It is compared no more, and a long answer may give up thousands.
+            branch.logprobs, branch.entropies, branch.margins = [], [], []
+        self._unpruned = [branch for branch in self._unpruned if branch.pruned_at is None]
         return [branch.id for branch in losers]
 
     def _best(self, branches: list[Branch], start: int, stop: int | None) -> Branch:

@@ -66,6 +66,7 @@ class ForkingMixin:
         self._entropix_engine = weakref.ref(engine)  # which owns this
         # Branches of the running answers that fork, by the engine's request id; the root's until the answer is there.
         self._entropix_branches: dict[str, _Sequence] = {}
+        self._entropix_answers: set[_Answer] = set()
 
     def add_request(
         self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None, **more: Any
@@ -144,18 +145,21 @@ class ForkingMixin:
         super().add_request(request, prompt, None, 0, sequence)  # type: ignore[misc]
         processor: Any = self
         self._entropix_branches[request.request_id] = sequence
+        self._entropix_answers.add(sequence.answer)
         sequence.state = processor.request_states[request.request_id]
         return sequence.state
 
     def forget_branches(self, request_ids: list[str]) -> None:
         """An answer is there."""
         for request_id in request_ids:
-            self._entropix_branches.pop(request_id, None)
+            sequence = self._entropix_branches.pop(request_id, None)
+            if sequence is not None:
+                self._entropix_answers.discard(sequence.answer)
 
     @property
     def spent_on_forks(self) -> int:
         """Tokens of the running answers beyond the longest branch of each."""
-        return sum(answer.tree.spent for answer in {one.answer for one in self._entropix_branches.values()})
+        return sum(answer.tree.spent for answer in self._entropix_answers)
 
 
 class _Sequence:

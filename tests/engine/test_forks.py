@@ -171,7 +171,9 @@ def test_branches_are_reproducible_and_other_requests_are_left_alone(llm):
 def test_a_horizon_prunes_and_a_trace_is_of_the_answer(llm, branches):
     asked = {**FORKS, "entropix_fork_horizon": 3, "entropix_trace": "on"}
     [output] = generate(llm, [PROMPT], [params(extra_args=asked)])
-    [(_, tree)] = branches
+    [(states, tree)] = branches
+    # Of what was given up nothing is kept, but for the first branch's, which tells of the prompt.
+    assert [state is None for state in states[1:]] == [branch.pruned_at is not None for branch in tree[1:]]
     [completion] = output.outputs
     kept = [branch for branch in tree if branch.pruned_at is None]
     assert [branch.id for branch in kept] == [completion.entropix_forks.chosen.id]

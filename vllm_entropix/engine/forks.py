@@ -167,7 +167,7 @@ class _Sequence:
 
     Attributes:
         number: of the branch.
-        state: vLLM's RequestState.
+        state: vLLM's RequestState; None once the branch was given up and nothing more is told of it.
         noted: tokens that the tree was told.
         output: what vLLM made of the finished sequence.
         seed: that it is drawn by; None: by none.
@@ -263,6 +263,8 @@ class _Answer:
 
     def note(self, sequence: _Sequence) -> None:
         """Tell the tree what was drawn on a branch, and begin those that part from it."""
+        if sequence.state is None:  # the engine was still at it
+            return
         self._rank = self._find_rank() if self._rank is None else self._rank
         token_ids = sequence.state.detokenizer.output_token_ids[sequence.noted :]
         collected = getattr(sequence.state, "entropix_traces", None)
@@ -283,6 +285,7 @@ class _Answer:
         for loser in losers:
             loser.withdraw()
         result.reqs_to_abort.extend(self.processor.drop_branches([loser.request_id for loser in losers]))
+        self._release(losers)
         self._count_live(len(self.tree.live))
         chosen = self.tree.choose()
         if chosen is not None:
@@ -299,6 +302,14 @@ class _Answer:
             result.request_outputs.append(output)
         else:
             self.queue.put(output)
+
+    def _release(self, losers: list[_Sequence]) -> None:
+        """Keep no text and no trace of branches that were given up, unless they are written to disk: they may be thousands."""
+        root = self.sequences[0]  # whose state tells of the prompt
+        if getattr(root.state, "entropix_label", None) is None:
+            for loser in losers:
+                if loser is not root:
+                    loser.state = loser.output = None
 
     def abort(self) -> None:
         """All branches were aborted: what the first that is left has is the answer, if anybody waits for it."""
@@ -347,6 +358,8 @@ class _Answer:
             frontend.write_finished(only.state, str(only.output.outputs[0].finish_reason), chosen[0])
             return
         label = getattr(self.sequences[0].state, "entropix_label", None)
+        if label is None:
+            return
         branches = [one.model_copy(update={"chosen": one.id in chosen}) for one in tree.branches]
         for sequence, branch in zip(self.sequences, branches, strict=True):
             # What ended as it began has been told nothing by the engine.

@@ -177,6 +177,24 @@ def test_each_sampler_draws_what_it_says(llm, model_rows):
             assert_distributed(mine, expected[name], least_cells=1)
 
 
+def test_each_of_several_answers_has_its_own_state(llm):
+    """vLLM gives each of n the seed that follows the last one's."""
+    said = {"samplers": "dry;mirostat_v2", **DRY, "dry_sequence_breakers": [1], "mirostat_tau": 2.0, "mirostat_eta": 0.9}
+    asked = params(seed=5, max_tokens=12, temperature=1.0, extra_args={"entropix_trace": "on", **said})
+    prompt = {"prompt_token_ids": PROMPT}
+    several, alone = asked.clone(), [asked.clone() for _ in range(3)]
+    several.n = 3
+    for number, one in enumerate(alone):
+        one.seed += number
+    [together] = generate(llm, [prompt], [several])
+    separate = generate(llm, [prompt] * 3, alone)
+    assert [list(one.token_ids) for one in together.outputs] == tokens(separate)
+    for trace, other in zip(traces(together), separate, strict=True):
+        [expected] = traces(other)
+        assert [record.mu for record in trace] == pytest.approx([record.mu for record in expected], abs=1e-4)
+        assert len({record.mu for record in trace}) > 6
+
+
 def test_chains_stand_beside_one_another_and_tell_of_themselves(llm):
     """Each request's records follow its own chain; what opts out is drawn as without any of them."""
     asks = [

@@ -165,9 +165,15 @@ class Preemptions:
 
 
 def test_preemption_loses_and_repeats_nothing(tiny):
-    """The same seeded requests with plenty of cache, and with so little that they preempt one another."""
+    """The same seeded requests with plenty of cache, and with so little that they preempt one another.
+
+    Beside those of entropix are two of a chain that keeps a number of what it draws, and looks at the text.
+    """
     prompts = ["x" * length for length in (50, 61, 33, 40, 57, 48)]
     asked = [params(seed=seed, max_tokens=100) for seed in range(6)]
+    chain = {"samplers": "dry;mirostat_v2", "dry_multiplier": 0.5, "dry_sequence_breakers": [1], "mirostat_eta": 0.5}
+    prompts += ["yz" * length for length in (22, 26)]
+    asked += [params(seed=seed, max_tokens=100, extra_args={**TRACED, **chain}) for seed in range(2)]
     results = []
     for blocks in (None, 14):
         llm = engine(
@@ -183,8 +189,8 @@ def test_preemption_loses_and_repeats_nothing(tiny):
         outputs = generate(llm, prompts, asked)
         assert (preemptions.count > 0) == (blocks is not None)
         results.append(outputs)
-        for output in outputs:
-            assert forced(output) == ("FFF." * 25)[:100]
+        for number, output in enumerate(outputs):
+            assert forced(output) == (("FFF." * 25)[:100] if number < 6 else "." * 100)
             assert len(traces(output)[0]) == 100
     plenty, little = results
     assert [list(o.outputs[0].token_ids) for o in little] == [list(o.outputs[0].token_ids) for o in plenty]
@@ -192,3 +198,5 @@ def test_preemption_loses_and_repeats_nothing(tiny):
         for a, b in zip(traces(one)[0], traces(other)[0], strict=True):
             assert a.entropy == pytest.approx(b.entropy, abs=1e-3)
             assert a.attention_entropy == pytest.approx(b.attention_entropy, abs=1e-3)
+            assert a.mu == (None if b.mu is None else pytest.approx(b.mu, abs=1e-3))
+    assert len({record.mu for record in traces(little[-1])[0]}) > 50

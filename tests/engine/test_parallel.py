@@ -37,12 +37,14 @@ def assert_equal(found, expected):
                 assert record["regime"] == want["regime"]
                 for metric in layouts.METRICS:
                     assert record[metric] == pytest.approx(want[metric], rel=1e-5, abs=1e-5), (layers, metric)
+                assert record["mu"] == (None if want["mu"] is None else pytest.approx(want["mu"], abs=1e-4))
 
 
 def test_what_is_compared_depends_on_the_layers(of_one_worker):
     entropies = [of_one_worker[layers][0][1][-1]["attention_entropy"] for layers in layouts.LAYERS]
     assert len({round(entropy, 2) for entropy in entropies}) == len(layouts.LAYERS)
     assert of_one_worker["all"][3][1] is None  # opted out
+    assert len({record["mu"] for record in of_one_worker["all"][5][1]}) == 12  # a chain's
 
 
 def test_tensor_parallel(monkeypatch, four_layers, of_one_worker):

@@ -12,7 +12,9 @@ from tests.support.engine import engine, generate
 # Layers are chosen anew in the running engine, for an engine of two workers takes half a minute to start.
 LAYERS = ("last", "all", (0,), (1, 2))
 LONG = [{"prompt_token_ids": [(7 * i * i + 3) % 500 for i in range(length)]} for length in (150, 70)]
-SHORT = ["The quick brown fox", "0123456789", "a"]
+SHORT = ["The quick brown fox", "0123456789", "a", "bcbcbc"]
+# Keeps a number of what is drawn, and looks at the text.
+CHAIN = {"samplers": "dry;xtc;mirostat_v2", "dry_multiplier": 0.5, "dry_sequence_breakers": [1], "xtc_probability": 0.5}
 METRICS = ("entropy", "varentropy", "attention_entropy", "attention_varentropy", "agreement", "interaction_strength")
 
 
@@ -92,11 +94,12 @@ def results(llm):
     greedy = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, extra_args={"entropix_trace": "on"})
     sampled = SamplingParams(max_tokens=12, ignore_eos=True, seed=3, extra_args={"entropix_trace": "on"})
     other = replace_extra(sampled, {"entropix": "off"})
+    chained = replace_extra(sampled, {"entropix_trace": "on", **CHAIN})
     found = {}
     for layers in LAYERS:
         llm.collective_rpc(choose_layers, args=(layers,))
         # Apart from each other: vLLM's CPU build can't split the prompt of a seeded request.
-        outputs = [*generate(llm, LONG, [greedy] * 2), *generate(llm, SHORT, [sampled, other, sampled])]
+        outputs = [*generate(llm, LONG, [greedy] * 2), *generate(llm, SHORT, [sampled, other, sampled, chained])]
         found[layers] = [plain(output.outputs[0]) for output in outputs]
     return found
 

@@ -136,6 +136,29 @@ def test_the_command_writes_page_tables_and_figures(results, tmp_path):
     assert "More than nine in ten draws of copy are greedy's own" in tables
 
 
+def test_documents_show_parts_of_it_where_their_marks_say(results, tmp_path):
+    text = "# Mine\n\n<!-- bench report: {0} -->\n{1}<!-- end -->\nafter\n\n<!-- bench report: machines -->\n<!-- end -->\n"
+    document, other = tmp_path / "mine.md", tmp_path / "other.md"
+    document.write_text(text.format("signals", "old\n"))
+    command = ["bench", "report", str(results), "-o", str(tmp_path), "--into", str(document)]
+    for _ in range(2):
+        ended = CliRunner().invoke(app, command)
+        assert ended.exit_code == 0, ended.output
+        shown = document.read_text()
+        assert shown.startswith("# Mine\n\n<!-- bench report: signals -->\n### AUROC of signals")
+        assert "\n<!-- end -->\nafter\n\n<!-- bench report: machines -->\n### Where answers" in shown
+        assert "old" not in shown
+        assert shown.count("| entropy_mean |") == 1
+    for written, said in (
+        (text.format("figures", ""), "has no part 'figures'; a mark names one of findings"),
+        ("", "no mark says"),
+    ):
+        other.write_text(written)
+        with pytest.raises(ConfigError, match=said):
+            CliRunner().invoke(app, [*command, "--into", str(other)], catch_exceptions=False)
+        assert other.read_text() == written
+
+
 def test_the_page_opens_in_a_browser(results, tmp_path):
     CliRunner().invoke(app, ["bench", "report", str(results), "-o", str(tmp_path)])
     with chromium() as browser, opened(browser, tmp_path / PAGE) as page:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from vllm_entropix._version import __version__
 from vllm_entropix.bench.signals import ALL
 from vllm_entropix.bench.statistics import Interval
 from vllm_entropix.bench.summary import ModelSummary, Summary, as_json
-from vllm_entropix.bench.tables import all_tables, interval, points
+from vllm_entropix.bench.tables import all_tables, interval, points, signals
 from vllm_entropix.observability.page import json_for_script, plotly_script, script_hash, template
-from vllm_entropix.settings.errors import ConfigError
+from vllm_entropix.settings.errors import ConfigError, quoted
 
 PAGE, TABLES, FIGURES = "report.html", "report.md", "summary.json"
+# In a document: what a part of the report stands between.
+_MARKED = re.compile(r"(<!-- bench report: (.*?) -->\n).*?(<!-- end -->)", re.S)
 _ROW, _AROUND = 26, 90  # pixels of a chart
 
 
@@ -228,11 +231,44 @@ def page(summary: Summary) -> str:
     )
 
 
+def _parts(summary: Summary) -> dict[str, str]:
+    """What a document can show of the report, in Markdown."""
+    told = [_about(summary), "", *(f"- {sentence}" for sentence in findings(summary))]
+    tables = [table.markdown() for table in all_tables(summary)]
+    of_signals = [table.markdown() for model in summary.models if (table := signals(model)).rows]
+    machines = ["### Where answers were asked for", "", *(f"- {_session(one)}" for one in summary.sessions)]
+    return {
+        "findings": "\n".join(told),
+        "tables": "\n\n".join(tables),
+        "signals": "\n\n".join(of_signals),
+        "machines": "\n".join(machines),
+    }
+
+
 def markdown(summary: Summary) -> str:
     """The report's sentences and tables as Markdown."""
-    head = [f"## {summary.study.name}", "", _about(summary), "", *(f"- {sentence}" for sentence in findings(summary)), ""]
-    machines = ["### Where answers were asked for", "", *(f"- {_session(one)}" for one in summary.sessions), ""]
-    return "\n".join([*head, *(f"{table.markdown()}\n" for table in all_tables(summary)), *machines])
+    parts = _parts(summary)
+    return "\n\n".join([f"## {summary.study.name}", *(parts[name] for name in ("findings", "tables", "machines"))]) + "\n"
+
+
+def filled(document: str, summary: Summary) -> str:
+    """A document with the parts of the report that its marks name: ``<!-- bench report: signals -->``, up to ``<!-- end -->``.
+
+    Raises:
+        ConfigError: there is no mark, or one names no part.
+    """
+    parts = _parts(summary)
+
+    def part(mark: re.Match[str]) -> str:
+        begin, name, end = mark.groups()
+        if name not in parts:
+            raise ConfigError(f"the report has no part {quoted(name)}; a mark names one of {', '.join(parts)}")
+        return f"{begin}{parts[name]}\n{end}"
+
+    document, marks = _MARKED.subn(part, document)
+    if not marks:
+        raise ConfigError("no mark says where the report goes; write <!-- bench report: tables --> and below it <!-- end -->")
+    return document
 
 
 def write(summary: Summary, folder: Path) -> list[Path]:

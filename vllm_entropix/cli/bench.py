@@ -99,15 +99,26 @@ def _require() -> None:
 def report(
     results: Annotated[Path, typer.Argument(help="Folder that a study wrote.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report; default: the results'.")] = None,
+    into: Annotated[
+        list[Path] | None, typer.Option(help="Also write parts of the report into this document, where its marks say.")
+    ] = None,
 ) -> None:
     """Show what a study found so far: an HTML page, tables in Markdown, and every figure in JSON."""
     _require()
-    from vllm_entropix.bench.report import findings, write
+    from vllm_entropix.bench.report import filled, findings, write
     from vllm_entropix.bench.summary import summarise
 
     with Console(stderr=True).status("Computing intervals ..."):
         summary = summarise(results)
         written = write(summary, output or results)
+    for document in into or []:
+        try:
+            document.write_text(filled(document.read_text(encoding="utf-8"), summary), encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"can't write the report into {document}: {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{document}: {error}") from None
+        written.append(document)
     for sentence in findings(summary):
         typer.echo(sentence)
     typer.echo(f"wrote {', '.join(map(str, written))}")

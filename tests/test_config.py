@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from tests.support.odd_values import LARGE, anything
-from vllm_entropix.samplers.entropix.presets import PUBLISHED
+from tools.real_models.catalogue import MODELS
+from vllm_entropix.samplers.entropix.presets import PUBLISHED, preset_text
 from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig, as_mapping
 from vllm_entropix.samplers.registry import parse_request
 from vllm_entropix.settings.errors import ConfigError
@@ -84,8 +85,16 @@ NUMBERS = {
 
 
 def test_the_shipped_presets():
-    assert EntropixConfig.preset_names() == tuple(sorted((*PRESETS, *NEUTRAL, "signals", "explore", "think")))
+    others = set(EntropixConfig.preset_names()) - {*PRESETS, *NEUTRAL, "signals", "explore", "think"}
     assert PUBLISHED == PRESETS
+    # All others are calibrations of models that `python -m tools.real_models` gives.
+    assert others <= MODELS.keys()
+    for name in others:
+        text = preset_text(name)
+        assert re.search(
+            rf"^# vllm-entropix calibrate {re.escape(name)} .*\(\d{{4}}-\d\d-\d\d, vllm-entropix \S+\)\.$", text, re.M
+        )
+        assert re.search(r"^# Fingerprint: [0-9a-f]{32}$", text, re.M)
 
 
 @pytest.mark.parametrize(("name", "changed"), [("explore", {"base.temperature": 1.0}), ("think", {})])

@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 
+from vllm_entropix.cli import presets as cli
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.samplers.entropix import calibrations, presets
+from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import ConfigError
 
 TEXT = 'preset = "torch-2024-10"\n[thresholds.lelv]\nentropy_below = 0.5\n[base]\ntop_k = 5\n'
@@ -71,6 +73,24 @@ def test_what_is_kept_is_found_by_its_fingerprint_alone(kept):
     assert [entry.name for entry in kept.iterdir()] == [path.name]
     # Another preset's base is none of its business.
     assert calibrations.settings_of(str(path)) == {"preset": "torch-2024-10", "thresholds": {"lelv": {"entropy_below": 0.5}}}
+
+
+def test_a_shipped_calibration_is_a_preset_over_the_one_that_it_names(kept, monkeypatch):
+    own = "3" * 32
+    text = f"# Fitted to mine.\n# {calibrations.line(own)}\n# More.\n{TEXT}"
+    shipped = presets.preset_text
+    names = (*presets.preset_names(), "mine")
+    for module in (presets, calibrations, cli):
+        monkeypatch.setattr(module, "preset_text", lambda name: text if name == "mine" else shipped(name))
+    for module in (presets, calibrations):
+        monkeypatch.setattr(module, "preset_names", lambda: names)
+    mine, base = EntropixConfig.preset("mine"), EntropixConfig.preset("torch-2024-10")
+    changed = {name: value for name, value in mine.numbers() if value != dict(base.numbers())[name]}
+    assert changed == {"thresholds.lelv.entropy_below": 0.5, "base.top_k": 5}
+    assert mine.preset_name == "mine"
+    assert calibrations.find(own) == "mine"
+    assert calibrations.settings_of("mine")["thresholds"]["lelv"]["entropy_below"] == 0.5
+    assert cli.description("mine") == "Fitted to mine."
 
 
 def test_a_preset_that_names_the_model_is_found_unless_the_user_keeps_another(kept, monkeypatch):

@@ -11,6 +11,7 @@ import typer
 
 from vllm_entropix.cli.listing import Row, allowed, print_listing, settings, shown, unit
 from vllm_entropix.samplers import registry
+from vllm_entropix.samplers.entropix import calibrations
 from vllm_entropix.samplers.entropix.presets import PUBLISHED, preset_text
 from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixConfig
 
@@ -32,8 +33,9 @@ def markdown_table() -> str:
 
 
 def description(preset: str) -> str:
-    """What a shipped preset is: the comment that its file begins with."""
-    comment = takewhile(lambda line: line.startswith("#"), preset_text(preset).splitlines())
+    """What a shipped preset is: the comment that its file begins with, of a model's calibration up to the fingerprint."""
+    ends = f"# {calibrations.line('')}"
+    comment = takewhile(lambda line: line.startswith("#") and not line.startswith(ends), preset_text(preset).splitlines())
     return " ".join(line.lstrip("# ") for line in comment).replace("`", "")
 
 

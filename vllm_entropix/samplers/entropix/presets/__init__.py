@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from vllm_entropix.settings.errors import ConfigError, quoted
+from vllm_entropix.settings.load import merge
 
 # The two that were published, whose values are shown side by side; of the others there is a sentence each.
 PUBLISHED = ("jax-2024-10", "torch-2024-10")
@@ -27,7 +28,11 @@ def preset_text(name: str) -> str:
 
 
 def read_preset(name: Any) -> dict[str, Any]:
-    """The settings of a shipped preset; ConfigError that lists the presets if there is none of this name."""
+    """The settings of a shipped preset; ConfigError that lists the presets if there is none of this name.
+
+    What the calibration of a model doesn't say is the preset's that it names.
+    """
     if not isinstance(name, str) or name not in preset_names():
         raise ConfigError(f"unknown preset {quoted(name)}; there are {', '.join(preset_names())}")
-    return tomllib.loads(preset_text(name))
+    said = tomllib.loads(preset_text(name))
+    return said if said["preset"] == name else merge(read_preset(said["preset"]), said)

@@ -130,6 +130,28 @@ def test_a_branch_is_what_a_request_of_its_own_is(llm, branches, samplers):
 
 
 @pytest.mark.both_runners
+def test_a_number_that_follows_what_is_drawn_goes_with_a_branch(llm):
+    # So great a τ excludes nothing, and all of mirostat's numbers follow from the log-probabilities that are told.
+    tau, eta = 100.0, 0.1
+    mirostat = {"samplers": "mirostat_v2", "mirostat_tau": tau, "mirostat_eta": eta, "entropix_fork_select": "all"}
+    [output] = generate(llm, [PROMPT], [params(extra_args={**FORKS, **mirostat, "entropix_trace": "on"})])
+    tree = output.outputs[0].entropix_forks.branches
+    assert len(tree) > 3
+    assert {branch.id for branch in tree} == {completion.entropix_forks.chosen.id for completion in output.outputs}
+    for completion, trace in zip(output.outputs, traces(output), strict=True):
+        parted, branch = set(), tree[completion.entropix_forks.chosen.id]
+        while branch.parent is not None:
+            parted.add(branch.position)
+            branch = tree[branch.parent]
+        mu = 2 * tau
+        for position, record in enumerate(trace):
+            assert record.mu == pytest.approx(mu, abs=1e-3), (completion.index, position)
+            if position not in parted:  # nothing drew the token that a branch parts with
+                mu -= eta * (-record.logprob / math.log(2) - tau)
+    assert_nothing_left(llm)
+
+
+@pytest.mark.both_runners
 def test_a_branch_begins_with_its_parents_blocks(llm, branches, monkeypatch):
     # Nothing is computed again, wherever in a block the answer forks.
     settings = [params(seed=seed, max_tokens=32) for seed in range(2)]
@@ -446,8 +468,6 @@ def test_a_branch_may_begin_with_the_end(llm, branches):
             {"extra_args": {"entropix_forks": 2, "samplers": "min_p"}},
             "with the sampler min_p, which knows no regimes, and no entropy to fork at; give entropix_fork_entropy",
         ),
-        ({"extra_args": {**FORKS, "samplers": "top_k;adaptive_p"}}, "can't be had with adaptive_p, which would have to follow"),
-        ({"extra_args": {**FORKS, "samplers": "mirostat_v2"}}, "can't be had with mirostat_v2, which would have to follow"),
         (
             {"extra_args": {"entropix_forks": 2, "samplers": "top_k;temperature"}},
             "which knows no regimes, and no entropy to fork at; give entropix_fork_entropy",

@@ -57,6 +57,19 @@ def test_a_fork_continues_as_its_parent():
         assert step(child, 5, position) == step(parent, 2, position)
 
 
+def test_a_position_may_repeat_the_one_before():
+    state = ring()
+    for position in (3, 4, 5):
+        step(state, 1, position)
+    wanted, other = state.read(torch.tensor([1]), torch.tensor([4])), state.records[2].clone()
+    state.repeat(1, 5)
+    assert torch.equal(state.read(torch.tensor([1]), torch.tensor([5])), wanted)
+    assert torch.equal(state.read(torch.tensor([1]), torch.tensor([4])), wanted)
+    assert torch.equal(state.records[2], other)
+    state.repeat(1, 9)  # of whose predecessor nothing is known
+    assert state.read(torch.tensor([1]), torch.tensor([9]))[0].tolist() == [0.5, -1.0]
+
+
 def test_bytes_of_many_are_those_of_each():
     state = ring()
     for slot, position in ((1, 3), (1, 4), (2, 9)):

@@ -260,6 +260,7 @@ class RunnerAdapter(ABC):
         own = {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k, "min_p": params.min_p}
         branch = (params.extra_args or {}).get(BRANCH)
         branches = settings.forks_of(self.config.forks).branches
+        remembers = self.batch.clarification is not None or (settings.chain is not None and settings.chain.remembers)
         return Sequence(
             constants=self.batch.samplers[sampler].numbers_of_request(settings, own),
             sampled=sampled,
@@ -270,9 +271,11 @@ class RunnerAdapter(ABC):
             prompt_length=prompt_length if branch is None else branch["prompt_length"],
             sampler=sampler,
             base=(params.temperature, params.top_p, top_k, params.min_p),
-            # Chains whose samplers remember something don't fork (see forkable), so it is the clarification alone.
-            forks=self.batch.clarification is not None and branches > 1,
+            # Where nothing is remembered, nothing goes with the records.
+            forks=branches > 1 and remembers,
             state=None if branch is None else branch.get("state"),
+            # Its prompt ends with the token that it parts with, and the row before that one's drew another.
+            parted=0 if branch is None else prompt_length - 2,
         )
 
     def after_forward(self) -> None:  # noqa: B027  (V1 needs nothing here)

@@ -10,7 +10,6 @@ from vllm_entropix.forks import answers, choice
 from vllm_entropix.samplers import chain, registry
 from vllm_entropix.samplers.observed import VLLM
 from vllm_entropix.samplers.request import PREFIX, RequestSettings
-from vllm_entropix.samplers.stage import StatefulStage
 from vllm_entropix.settings.errors import ConfigError
 from vllm_entropix.settings.server import Forks
 
@@ -124,11 +123,8 @@ def _problems(
     model = vllm_config.model_config
     sampler = registry.sampler_of(request, resolved["config"])
     has_regimes = any(field.name == "regime" for field in registry.class_of(sampler).fields)
-    followed: list[str] = []
     if request.chain is not None:
-        stages = {name: chain.stages()[name] for name in request.chain.names}
-        has_regimes = any(field.name == "regime" for stage in stages.values() for field in stage.fields)
-        followed = [name for name, stage in stages.items() if issubclass(stage, StatefulStage)]
+        has_regimes = any(field.name == "regime" for name in request.chain.names for field in chain.stages()[name].fields)
     leave_out = "leave one of them out"
     return [
         (
@@ -149,7 +145,6 @@ def _problems(
             f"give {PREFIX}_fork_entropy",
         ),
         (sampler == VLLM, "vLLM's own sampler", "name another"),
-        (bool(followed), f"{', '.join(followed)}, which would have to follow what other branches drew", "leave it out"),
         (
             settings.select == choice.ALL and params.output_kind.name != "FINAL_ONLY",
             f"all branches in a stream, by {PREFIX}_fork_select {choice.ALL}",

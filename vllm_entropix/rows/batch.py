@@ -91,6 +91,9 @@ class BatchSampler:
             else:
                 ring.from_bytes(slot, sequence.state[begin : begin + ring.nbytes])
                 begin += ring.nbytes
+        if sequence.state is not None:
+            # The token that it parts with wasn't drawn, so it moves no number, as one that a sampler excluded doesn't.
+            self.state.repeat(slot, sequence.parted)
 
     @property
     def _rings(self) -> tuple[PositionRing, ...]:

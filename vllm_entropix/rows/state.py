@@ -76,6 +76,11 @@ class PositionRing:
         self.positions[slots, index] = positions.to(torch.int32)
         self.records[slots, index] = records.to(self.records.dtype)
 
+    def repeat(self, slot: int, position: int) -> None:
+        """Remember under a position what is remembered under the one before it."""
+        slots, here = (torch.tensor([number], device=self.positions.device) for number in (slot, position))
+        self.write(slots, here, self.read(slots, here - 1), torch.ones_like(slots, dtype=torch.bool))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all that is remembered of a sequence."""

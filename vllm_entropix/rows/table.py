@@ -30,6 +30,7 @@ class Sequence:
         scored: is the record per token wanted for scores of the answer?
         forks: may it fork, so that what is remembered of it goes with its records?
         state: what was remembered of the sequence that it parts from; None: it begins anew.
+        parted: position under which that one remembers the token in whose place this one has another; 0 where it begins anew.
     """
 
     constants: list[float]
@@ -42,6 +43,7 @@ class Sequence:
     scored: bool = False
     forks: bool = False
     state: bytes | None = None
+    parted: int = 0
 
 
 class Told(NamedTuple):

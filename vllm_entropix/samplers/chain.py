@@ -114,6 +114,11 @@ class ChainRequest:
         return SEPARATOR.join(self.names)
 
     @property
+    def remembers(self) -> bool:
+        """Does one of its samplers keep a number of what is drawn?"""
+        return any(issubclass(stages()[name], StatefulStage) for name in self.names)
+
+    @property
     def breakers(self) -> tuple[Any, ...]:
         """DRY's: texts, token ids or tuples of token ids; none without DRY."""
         return tuple(self.values.get("dry_sequence_breakers", ()))

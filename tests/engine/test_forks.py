@@ -325,6 +325,15 @@ def test_an_answer_that_forked_is_scored_as_any_other(llm):
         assert told["tokens"] == 24
 
 
+def test_a_share_of_the_places_forks_by_the_seed(llm):
+    shares = (0, 0.5, 0.5, 1)
+    asked = [params(extra_args={**FORKS, "entropix_forks": 64, "entropix_fork_share": share}) for share in shares]
+    none, some, again, every = (output.outputs[0].entropix_forks for output in generate(llm, [PROMPT] * 4, asked))
+    assert len(none.branches) == 1
+    assert some == again
+    assert 1 < len(some.branches) < len(every.branches)
+
+
 def test_a_chooser_that_fails_harms_nobody(llm, monkeypatch):
     monkeypatch.setitem(choice.BUILT_IN, "broken", lambda contenders: 1 / 0)
     asked = {**FORKS, "entropix_fork_select": "broken", "entropix_fork_horizon": 4}

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.forks.toy import record
-from vllm_entropix.forks.policy import alternatives, is_fork
+from vllm_entropix.forks.policy import alternatives, coin, is_fork
 from vllm_entropix.settings.server import Forks
 
 TORN = ((7, 0.4), (8, 0.35), (9, 0.15), (10, 0.04))
@@ -22,6 +22,13 @@ TORN = ((7, 0.4), (8, 0.35), (9, 0.15), (10, 0.04))
         ({"margin": 0.06}, {"regime": "LEHV"}, True),
         ({"margin": 0.04}, {"regime": "LEHV"}, False),
         ({}, {"regime": "LEHV", "forced": True}, False),
+        ({"place": "random"}, {"regime": None, "entropy": None}, True),
+        ({"place": "random"}, {"forced": True}, False),
+        ({"place": "sure"}, {"regime": "LELV"}, True),
+        ({"place": "sure"}, {"regime": "LEHV"}, False),
+        ({"place": "sure", "entropy": 1.5}, {"entropy": 1.49}, True),
+        ({"place": "sure", "entropy": 1.5}, {"entropy": 1.5}, False),
+        ({"place": "sure", "entropy": 1.5}, {"entropy": None}, False),
     ],
 )
 def test_a_fork_is_where_the_model_is_torn(settings, values, forks):
@@ -67,3 +74,13 @@ def test_no_branch_parts_inside_a_word():
     assert alternatives(settings, torn, 7, 1, continues_word) == []
     assert alternatives(settings, torn, 7, 2, continues_word) == [(8, 0.35)]
     assert alternatives(Forks(entropy=0, inside_words=True), torn, 7, 1, continues_word) == [(8, 0.35)]
+
+
+def test_a_coin_is_fair_and_a_seed_and_a_place_have_one():
+    tossed = [coin(seed, position) for seed in range(50) for position in range(40)]
+    assert tossed == [coin(seed, position) for seed in range(50) for position in range(40)]
+    assert len(set(tossed)) == len(tossed)
+    assert min(tossed) >= 0
+    assert max(tossed) < 1
+    assert abs(sum(one < 0.3 for one in tossed) / len(tossed) - 0.3) < 0.04  # four standard deviations
+    assert coin(None, 3) != coin(None, 3)

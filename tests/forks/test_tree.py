@@ -119,6 +119,15 @@ def test_another_may_forbid_forks():
     assert tree.feed(0, [1], [record_after([])], ended=False) == []
 
 
+def test_a_share_of_the_places_forks():
+    forks = Forks(branches=64, entropy=0, floor=0, distance=1, share=0.25)
+    tree = Tree(forks, chooser("confidence"), coin_of=lambda branch, position: (10 * branch + position) % 4 / 4)
+    births = [tree.feed(0, [greedy([])], [record_after([])], ended=False) for _ in range(8)]
+    assert [[birth.position for birth in one] for one in births] == [[0], [], [], [], [4], [], [], []]
+    births = [tree.feed(1, [greedy([])], [record_after([])], ended=False) for _ in range(4)]
+    assert [[birth.position for birth in one] for one in births] == [[], [2], [], []]
+
+
 def scripted(scores, **settings):
     """A tree whose chooser looks the contenders' scores up by branch, and what it was asked."""
     asked = []

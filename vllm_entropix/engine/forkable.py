@@ -140,7 +140,7 @@ def _problems(
             "leave out --enable-return-routed-experts",
         ),
         (
-            settings.entropy is None and not has_regimes,
+            settings.entropy is None and settings.place != "random" and not has_regimes,
             f"the sampler {sampler}, which knows no regimes, and no entropy to fork at",
             f"give {PREFIX}_fork_entropy",
         ),

@@ -28,6 +28,7 @@ from vllm_entropix.engine.decided import DecidedStream
 from vllm_entropix.engine.forkable import BRANCH, how_to_fork
 from vllm_entropix.engine.resolved import resolved_values
 from vllm_entropix.forks.choice import Contender, chooser, scores_of
+from vllm_entropix.forks.policy import coin
 from vllm_entropix.forks.tree import Birth, Tree
 from vllm_entropix.observability import prometheus
 from vllm_entropix.records.branches import ForkTree
@@ -228,6 +229,7 @@ class _Answer:
             lambda: processor.spent_on_forks < resolved["config"]["forks"]["engine_budget"],
             lambda number: str(getattr(self.sequences[number].state.detokenizer, "output_text", "")),
             lambda token_ids: () if processor.tokenizer is None else list(token_texts(_Plain(processor.tokenizer), token_ids)),
+            lambda number, position: coin(self.sequences[number].seed, position),
         )
         self._stream: DecidedStream | None = None
         self._counted: bool = resolved["counted"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 from vllm_entropix.records.trace import TokenRecord
@@ -12,14 +13,27 @@ ContinuesWord = Callable[[int | None, int], bool]
 
 
 def is_fork(settings: Forks, record: TokenRecord) -> bool:
-    """Was the model torn where this token was drawn? Where a token was forced, nothing was drawn."""
+    """Is it at a token like this that an answer forks? Where a token was forced, nothing was drawn."""
     if record.forced:
         return False
-    if settings.entropy is None:
-        torn = getattr(record, "regime", None) == "LEHV"
-    else:
-        torn = record.entropy is not None and record.entropy >= settings.entropy
+    if settings.place == "random":
+        return True
+    regime, entropy, bound = getattr(record, "regime", None), record.entropy, settings.entropy
+    if settings.place == "sure":
+        sure: bool = regime == "LELV" if bound is None else entropy is not None and entropy < bound
+        return sure
+    torn: bool = regime == "LEHV" if bound is None else entropy is not None and entropy >= bound
     return torn and (settings.margin >= 1 or _margin(record) <= settings.margin)
+
+
+def coin(seed: int | None, position: int) -> float:
+    """A number from 0 to 1, below 1, that is a token's own: of the same seed and position it is the same.
+
+    Args:
+        seed: of the branch; None: it has none, and neither has the number.
+        position: of the token in the answer.
+    """
+    return random.Random(None if seed is None else f"fork/{seed}/{position}").random()
 
 
 def alternatives(

@@ -111,6 +111,7 @@ class Tree:
         may_fork: asked before each fork, beside the settings.
         text_of: number of a branch → its text so far.
         pieces_of: tokens → the text of each.
+        coin_of: number of a branch and a place in the answer → a number from 0 to 1, below which the share of forks is.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Tree:
         may_fork: Callable[[], bool] = lambda: True,
         text_of: Callable[[int], str] = lambda branch: "",
         pieces_of: Callable[[Sequence[int]], Sequence[str]] = lambda token_ids: (),
+        coin_of: Callable[[int, int], float] = lambda branch, position: 0.0,
     ) -> None:
         self.settings = settings
         self._chosen_by = chosen_by
@@ -128,6 +130,7 @@ class Tree:
         self._may_fork = may_fork
         self._text_of = text_of
         self._pieces_of = pieces_of
+        self._coin_of = coin_of
         self._rule = None if settings.answer is None else rule_of(settings.answer)
         self.branches = [Branch(0)]
         self._unpruned = self.branches[:]
@@ -187,7 +190,7 @@ class Tree:
             return []
         before = branch.token_ids[-1] if position else None
         others = alternatives(settings, record, token, before, self._continues_word)[:room]
-        if not others or not self._may_fork():
+        if not others or self._coin_of(branch.id, position) >= settings.share or not self._may_fork():
             return []
         branch.last_fork = position
         births, children = [], []

@@ -152,6 +152,7 @@ class RequestSettings(BaseModel):
     fork_horizon: int | None = _fork("horizon")
     fork_select: str | None = _fork("select")
     fork_answer: str | None = _fork("answer")
+    fork_share: float | None = _fork("share")
 
     # What the request says of a chain, once its sampler is known to be one: see samplers/registry.py.
     _chain: ChainRequest | None = PrivateAttr(default=None)
@@ -169,7 +170,7 @@ class RequestSettings(BaseModel):
 
     @field_validator(
         *("temperature", "top_p", "top_k", "min_p", "abstain_above", "abstain_below"),
-        *("forks", "fork_width", "fork_entropy", "fork_budget", "fork_horizon"),
+        *("forks", "fork_width", "fork_entropy", "fork_budget", "fork_horizon", "fork_share"),
         mode="before",
     )
     @classmethod

@@ -266,6 +266,19 @@ class Forks(Section):
         "returned), or a chooser that another package has.",
         json_schema_extra={"unit": ""},
     )
+    place: Literal["uncertain", "random", "sure"] = Field(
+        "uncertain",
+        description="Which tokens fork: `uncertain` ones, as `forks.entropy` says; as controls of studies `random`, any, and "
+        "`sure`, those below that entropy, or in LELV.",
+        json_schema_extra={"unit": ""},
+    )
+    share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of these tokens that fork, by chance, which the request's seed decides.",
+        json_schema_extra={"unit": ""},
+    )
     mechanism: Literal["auto", "prefix-cache"] = Field(
         "auto",
         description="How branches share what is computed: `auto`, the parent's own blocks, copied on write, where vLLM has "

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from tests.support.browser import chromium, opened
 from vllm_entropix.bench.answers import Answer, Store
-from vllm_entropix.bench.report import FIGURES, PAGE, TABLES
+from vllm_entropix.bench.report import FIGURES, PAGE, TABLES, markdown
 from vllm_entropix.bench.signals import ALL
 from vllm_entropix.bench.study import Study
-from vllm_entropix.bench.summary import summarise
+from vllm_entropix.bench.summary import EQUAL_TOKENS, summarise
 from vllm_entropix.cli.main import app
 from vllm_entropix.settings.errors import ConfigError
 
@@ -105,6 +105,53 @@ def test_comparisons_by_hand(results):
     assert warm.mcnemar.p == pytest.approx(2 / 2**10)
     assert warm.holm == pytest.approx(2 * warm.p)
     assert (copy.p, copy.holm, copy.difference.value) == (1.0, 1.0, 0.0)
+
+
+def test_majorities_and_equal_tokens_by_hand(tmp_path):
+    """Two items: one that draws get right in three of four, one in none; answers of 10 tokens. Forks: both right, for 25."""
+    found = Study.model_validate(
+        {
+            "name": "votes",
+            "resamples": 400,
+            "draws": 2,
+            "models": {"m": {"endpoint": "http://127.0.0.1:1/v1"}},
+            "tasks": {"sums": {"kind": "arithmetic", "tuning": 0, "test": 2}},
+            "samplers": {
+                "one": {"fixed": {"temperature": 1}, "draws": 8},
+                "three": {"majority_of": "one", "votes": 3},
+                "four": {"majority_of": "one", "votes": 4},
+                "forks": {"sampler": "temperature", "fixed": {"entropix_forks": 2, "entropix_fork_entropy": 1}},
+            },
+            "ladder": ["one", "three", "four"],
+        }
+    )
+    # Answers of the first item, of which 7 is right; None is no vote, and of equally frequent ones the first counts.
+    said = [None, None, "7", "7"], ["3", "7", "7", "3"]
+    with Store(tmp_path, found) as store:
+        for draw, text in enumerate([*said[0], *said[1]]):
+            store.add(answer("one", "sums", 0, draw, text == "7", text or "?").model_copy(update={"answer": text}))
+            if draw < 7:  # four of the second item's votes aren't all there yet
+                store.add(answer("one", "sums", 1, draw, False, "3"))
+        for item, draw in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            told = {"forks": 1.0 + item}
+            store.add(answer("forks", "sums", item, draw, True, "7", signals=told).model_copy(update={"tokens": 25}))
+    summary = summarise(tmp_path)
+    arms = {arm.sampler: arm for arm in summary.models[0].arms}
+    # - - 7 and 3 7 7 → 7 and 7; - - 7 7 and 3 7 7 3 → 7 and 3.
+    assert arms["one"].accuracy.value == pytest.approx(4 / 16)
+    assert arms["three"].accuracy.value == pytest.approx(2 / 4)
+    assert arms["four"].accuracy.value == pytest.approx(1 / 4)
+    assert (arms["one"].tokens, arms["three"].tokens, arms["four"].tokens) == (10, 30, 40)
+    assert arms["three"].parameters == {"temperature": 0.5, "votes": 3}
+    assert arms["forks"].signals["forks"] == 1.5
+    [equal] = [one for one in summary.comparisons if one.against == EQUAL_TOKENS]
+    # 25 tokens are a quarter of one draw's and three quarters of three's.
+    assert equal.sampler == "forks"
+    assert equal.difference.value == pytest.approx(1 - (0.25 * 4 / 16 + 0.75 * 2 / 4))
+    assert equal.tokens == pytest.approx(1)
+    [plain] = [one for one in summary.comparisons if (one.sampler, one.against) == ("forks", "one")]
+    assert plain.tokens == pytest.approx(10 / 25)
+    assert "### Answers that fork, m" in markdown(summary)
 
 
 def test_tuning_by_hand(results):

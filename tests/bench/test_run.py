@@ -331,6 +331,61 @@ def test_a_control_by_chance_has_the_shares_of_the_tuning_split():
         choose(found, [answer.model_copy(update={"signals": {}}) for answer in tuning])
 
 
+def test_an_arm_that_forks_as_often_as_another_isnt_the_best_one():
+    forks = {"sampler": "temperature", "fixed": {"entropix_forks": 4, "entropix_fork_entropy": 1}}
+    of_study = described("http://127.0.0.1:1/v1", plugin=True)
+    found = Study.model_validate(
+        {
+            **of_study,
+            "samplers": {
+                **of_study["samplers"],
+                "chance": {**forks, "ranges": {"entropix_fork_share": [0.1, 1]}, "as_many_forks_as": "forks"},
+                "forks": forks,
+                "three": {"majority_of": "warm", "votes": 3},
+                "warm": {"fixed": {"temperature": 1}, "draws": 6},
+            },
+        }
+    )
+
+    def answer(sampler, configuration, correct, forks):
+        return Answer(
+            model="stub", phase="tuning", sampler=sampler, configuration=configuration, task="sums", item="0", draw=0, seed=0,
+            parameters={}, text="", finish_reason="stop", tokens=10, answer="1", correct=correct, seconds=0.1,
+            signals={} if forks is None else {"forks": forks},
+        )  # fmt: skip
+
+    tuning = [answer("forks", 0, True, 2.5), answer("chance", 0, True, 1.0), answer("chance", 1, False, 3.0)]
+    chosen = choose(found, [*tuning, answer("chance", 2, True, None), answer("warm", 0, True, None)])
+    assert (chosen["chance"].configuration, chosen["chance"].accuracy) == (1, 0.0)
+    assert chosen["chance"].parameters["entropix_fork_share"] == found.parameters("chance")[1]["entropix_fork_share"]
+    assert chosen["warm"].parameters == {"temperature": 1}
+    assert "three" not in chosen
+
+
+def test_an_arm_that_forks_as_often_as_another_is_tuned_with_it(tmp_path):
+    with endpoint(solving) as (url, _):
+        of_study = described(url)
+        of_study["samplers"]["often"] = {"ranges": {"temperature": [0.1, 1.9]}, "as_many_forks_as": "greedy"}
+        run(Study.model_validate(of_study), tmp_path, CONSOLE, Only(sampler="often"))
+    assert Counter(answer.sampler for answer in read(tmp_path) if answer.phase == "tuning") == {"greedy": 4, "often": 12}
+
+
+def test_a_majority_asks_for_nothing(tmp_path):
+    with endpoint(solving) as (url, asked):
+        of_study = described(url)
+        of_study["samplers"] |= {
+            "warm": {"fixed": {"temperature": 1}, "draws": 6},
+            "three": {"majority_of": "warm", "votes": 3},
+        }
+        found = Study.model_validate(of_study)
+        assert run(found, tmp_path, CONSOLE) == len(asked) == TUNING + TEST + 4 + 6 * 7
+        assert "three" not in {answer.sampler for answer in read(tmp_path)}
+        with pytest.raises(ConfigError, match="three is a majority of warm's answers and asks for none; name that one"):
+            run(found, tmp_path, CONSOLE, Only(sampler="three"))
+    told = CliRunner().invoke(app, ["bench", "report", str(tmp_path)])
+    assert told.exit_code == 0, told.output
+
+
 def test_results_can_be_read_compressed(tmp_path):
     import gzip
 

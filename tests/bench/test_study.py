@@ -111,6 +111,65 @@ def test_greedy_answers_once():
     assert study().draws_of("min_p", "tuning") == 1
 
 
+FORKS = {"entropix_forks": 4, "entropix_fork_entropy": 1}
+
+
+def voting(**changes):
+    """A study in which draws vote, and answers fork."""
+    arms = {
+        "samplers__many": {"fixed": {"temperature": 0.7}, "draws": 20},
+        "samplers__three": {"majority_of": "many", "votes": 3},
+        "samplers__forks": {"sampler": "temperature", "fixed": {"temperature": 0.7, **FORKS}},
+        "samplers__chance": {
+            "sampler": "temperature",
+            "fixed": {"temperature": 0.7, **FORKS},
+            "ranges": {"entropix_fork_share": [0.1, 1]},
+            "as_many_forks_as": "forks",
+        },
+    }
+    return study(**{**arms, **changes})
+
+
+def test_draws_vote_in_groups_that_share_none():
+    found = voting()
+    assert (found.draws_of("many", "test"), found.draws_of("many", "tuning")) == (20, 1)
+    assert found.votes_of("three") == [range(3), range(4, 7), range(8, 11), range(12, 15), range(16, 19)]
+    assert found.votes_of("many") == []
+    assert {name for _, names in found.servers() for name in names} == {"greedy", "min_p", "many", "forks", "chance"}
+    # Their names change what is asked; a study without any is as it was before there were any.
+    assert voting().fingerprint() != study().fingerprint()
+    assert Study.load(EVIDENCE).fingerprint() == "22cf7bde48979805"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"samplers__three": {"majority_of": "many"}}, "it should have both majority_of and votes, or neither"),
+        (
+            {"samplers__three": {"majority_of": "some", "votes": 3}},
+            "majority_of is 'some', but it should be one of greedy",
+        ),
+        (
+            {"samplers__three": {"majority_of": "many", "votes": 5}},
+            "5 draws there are 4 of many; give that one draws = 25",
+        ),
+        ({"samplers__three": {"majority_of": "greedy", "votes": 2}}, "there are 0 of greedy"),
+        ({"samplers__three": {"majority_of": "many", "votes": 2, "draws": 3}}, "it asks for nothing, .* so draws says nothing"),
+        ({"samplers__new": {"as_many_forks_as": "forks"}}, "it has as_many_forks_as without ranges"),
+        ({"samplers__chance__as_many_forks_as": "three"}, "it should be one of greedy, min_p, many, forks"),
+        ({"ladder": ["many"]}, "ladder has one sampler, and a mixture takes two"),
+        ({"ladder": ["many", "some"]}, "ladder names 'some'; there are greedy"),
+    ],
+)
+def test_votes_and_ladders_that_cant_be_are_refused(changes, told):
+    with pytest.raises(ValueError, match=told):
+        voting(**changes)
+
+
+def test_a_study_is_read_again_from_what_it_wrote():
+    assert Study.model_validate(voting(ladder=["many", "three"]).model_dump(mode="json")) == voting(ladder=["many", "three"])
+
+
 def test_the_fingerprint_follows_what_changes_answers():
     before = study().fingerprint()
     assert study(concurrency=2, name="other", against=["min_p"]).fingerprint() == before

@@ -71,7 +71,7 @@ def test_chat_and_stream_give_the_same(client):
 def test_a_small_study_through_the_server(url, tmp_path):
     """`vllm-entropix bench` and its report: one task, 20 items, three samplers."""
     study = {
-        "name": "Sums, by three samplers",
+        "name": "Sums, by four samplers",
         "configurations": 2,
         "draws": 2,
         "concurrency": 16,

@@ -57,12 +57,17 @@ def choose(study: Study, answers: Iterable[Answer]) -> dict[str, Chosen]:
     tuning = list(answers)
     by_sampler = accuracies(tuning)
     chosen: dict[str, Chosen] = {}
-    for name, arm in study.samplers.items():
-        if arm.control_of is not None:
-            continue
-        scores = by_sampler.get(name, {})
-        if scores or not arm.ranges:
+    own = {name: arm for name, arm in study.samplers.items() if arm.control_of is arm.majority_of is None}
+    # Those that fork as often as another come after it.
+    for name in sorted(own, key=lambda name: own[name].as_many_forks_as is not None):
+        arm, scores = own[name], by_sampler.get(name, {})
+        if arm.as_many_forks_as in chosen:
+            wanted = _forks(tuning, arm.as_many_forks_as, chosen[arm.as_many_forks_as].configuration)
+            differences = {one: abs(_forks(tuning, name, one) - wanted) for one in sorted(scores)}
+            best = min(differences, key=differences.__getitem__, default=0)
+        else:
             best = max(sorted(scores), key=lambda configuration: scores[configuration], default=0)
+        if scores or not arm.ranges:
             chosen[name] = Chosen(best, study.parameters(name)[best], scores.get(best))
     for name, arm in study.samplers.items():
         if arm.control_of not in chosen:
@@ -84,6 +89,12 @@ def choose(study: Study, answers: Iterable[Answer]) -> dict[str, Chosen]:
                 )
             chosen[name] = Chosen(0, {**_filters(other.parameters), "temperature": temperature, **arm.fixed}, None)
     return chosen
+
+
+def _forks(answers: Iterable[Answer], sampler: str, configuration: int) -> float:
+    """Forks of a configuration's answer, on average; 0 where none is told."""
+    of = [one.signals.get("forks", 0.0) for one in answers if (one.sampler, one.configuration) == (sampler, configuration)]
+    return sum(of) / len(of) if of else 0.0
 
 
 def _shares(control: str, other: str, answers: Iterable[Answer]) -> str:

@@ -167,6 +167,8 @@ def _signals(trace: ChoiceTrace) -> dict[str, float]:
     warm = [entry.temperature for entry in trace.tokens if not entry.forced and entry.temperature]
     if warm:
         found["temperature_mean"] = math.fsum(warm) / len(warm)
+    if trace.forks is not None:
+        found["forks"] = float(len({(branch.parent, branch.position) for branch in trace.forks if branch.parent is not None}))
     if trace.tokens:
         found["share_argmax"] = sum(entry.temperature == 0 for entry in trace.tokens) / len(trace.tokens)
     return found

@@ -40,6 +40,9 @@ class Only:
             name = getattr(self, kind)
             if name is not None and name not in names:
                 raise ConfigError(f"the study has no {kind} {quoted(name)}; there are {', '.join(names)}")
+        other = None if self.sampler is None else study.samplers[self.sampler].majority_of
+        if other is not None:
+            raise ConfigError(f"the sampler {self.sampler} is a majority of {other}'s answers and asks for none; name that one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,7 @@ class _Runner:
             wanted = {
                 name: dict(enumerate(self._study.parameters(name)))
                 for name, arm in self._study.samplers.items()
-                if arm.control_of is None and self._is_wanted(name) and self._study.runs(name, model)
+                if arm.control_of is arm.majority_of is None and self._is_wanted(name) and self._study.runs(name, model)
             }
             self._phase(model, "tuning", wanted)
             tuning = (answer for answer in self._store.known.values() if (answer.model, answer.phase) == (model, "tuning"))
@@ -167,7 +170,10 @@ class _Runner:
     def _is_wanted(self, sampler: str) -> bool:
         """Is a sampler's tuning needed, for itself or for a control?"""
         name = self._only.sampler
-        return name is None or sampler in (name, self._study.samplers[name].control_of)
+        if name is None:
+            return True
+        arm = self._study.samplers[name]
+        return sampler in (name, arm.control_of, arm.as_many_forks_as)
 
     def _write_chosen(self, model: str, chosen: Mapping[str, Chosen]) -> None:
         path = self._folder / CHOSEN

@@ -174,6 +174,15 @@ class SamplerSettings(Section):
     mean_temperature_of: str | None = Field(
         None, description="Take the mean temperature of this other arm's tokens that aren't argmax, and its top_p and min_p."
     )
+    draws: int | None = Field(None, ge=1, le=1000, description="Answers to each item of the test split; unset: the study's.")
+    majority_of: str | None = Field(
+        None, description="Ask for nothing: each draw is the answer that most of some draws of this other arm gave."
+    )
+    votes: int | None = Field(None, ge=2, le=1000, description="Beside majority_of: draws that vote on each.")
+    as_many_forks_as: str | None = Field(
+        None,
+        description="Choose the configuration whose answers fork as often as those of this other arm, and not the best one.",
+    )
 
     @field_validator("sampler")
     @classmethod
@@ -185,6 +194,18 @@ class SamplerSettings(Section):
         given = [name for name in ("ranges", "as_tuned", "mean_temperature_of") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"it has {given[0]} and {given[1]}; leave one of them out")
+        if (self.majority_of is None) != (self.votes is None):
+            raise ValueError("it should have both majority_of and votes, or neither")
+        if self.majority_of is not None:
+            said = [
+                name
+                for name, field in type(self).model_fields.items()
+                if name not in ("majority_of", "votes") and getattr(self, name) != field.get_default(call_default_factory=True)
+            ]
+            if said:
+                raise ValueError(f"it asks for nothing, as it has majority_of, so {said[0]} says nothing; leave it out")
+        if self.as_many_forks_as is not None and not self.ranges:
+            raise ValueError("it has as_many_forks_as without ranges, so there is nothing to choose; give it some")
         if self.with_shares and not self.as_tuned:
             raise ValueError("it has with_shares without as_tuned, so there is nobody to have them of; name the other arm")
         server = registry.load_server(without_auto(self.server))
@@ -257,12 +278,34 @@ class Study(Section):
     tasks: dict[Name, TaskSettings] = Field(min_length=1, description="By name.")
     samplers: dict[Name, SamplerSettings] = Field(min_length=1, description="By name.")
     against: tuple[str, ...] = Field((), description="Samplers that each other one is compared with; unset: the first one.")
+    ladder: tuple[str, ...] = Field(
+        (),
+        description="Samplers that buy accuracy with tokens, the cheapest first: each other one is compared with the mixture "
+        "of two neighbours that generates as many tokens as it does, too.",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         for name in self.against:
             if name not in self.samplers:
                 raise ValueError(f"against names {quoted(name)}; there are {', '.join(self.samplers)}")
+        for name in self.ladder:
+            if name not in self.samplers:
+                raise ValueError(f"ladder names {quoted(name)}; there are {', '.join(self.samplers)}")
+        if len(self.ladder) == 1:
+            raise ValueError("ladder has one sampler, and a mixture takes two; name another, or none")
+        asking = [name for name, arm in self.samplers.items() if arm.majority_of is None]
+        forking = [name for name in asking if self.samplers[name].control_of is self.samplers[name].as_many_forks_as is None]
+        for name, arm in self.samplers.items():
+            for key, others in (("majority_of", asking), ("as_many_forks_as", forking)):
+                other = getattr(arm, key)
+                if other is not None and other not in others:
+                    raise ValueError(f"samplers.{name}.{key} is {quoted(other)}, but it should be one of {', '.join(others)}")
+            if arm.votes is not None and arm.votes > self._votes_at_most(arm):
+                raise ValueError(
+                    f"samplers.{name}.votes is {arm.votes}, but for each of {self.draws} draws there are "
+                    f"{self._votes_at_most(arm)} of {arm.majority_of}; give that one draws = {self.draws * arm.votes}"
+                )
         for name, arm in self.samplers.items():
             if arm.control_of is not None:
                 tuned = [one for one, settings in self.samplers.items() if settings.control_of is None]
@@ -319,6 +362,19 @@ class Study(Section):
         """Samplers that each other one is compared with."""
         return self.against or (next(iter(self.samplers)),)
 
+    def _votes_at_most(self, arm: SamplerSettings) -> int:
+        """Draws of the other arm for each draw of one that votes."""
+        assert arm.majority_of is not None
+        return self.draws_of(arm.majority_of, "test") // self.draws
+
+    def votes_of(self, sampler: str) -> list[range]:
+        """Which draws of the other arm vote on each draw of one that has ``majority_of``; none of another."""
+        arm = self.samplers[sampler]
+        if arm.votes is None:
+            return []
+        each = self._votes_at_most(arm)
+        return [range(each * draw, each * draw + arm.votes) for draw in range(self.draws)]
+
     def runs(self, sampler: str, model: str) -> bool:
         """Does a sampler run on a model?"""
         named = self.samplers[sampler].models
@@ -326,11 +382,15 @@ class Study(Section):
 
     def fingerprint(self) -> str:
         """Changes with whatever changes an answer or which answers are asked for; not with how fast they come."""
-        without = {"concurrency", "timeout_seconds", "resamples", "against", "name"}
+        without = {"concurrency", "timeout_seconds", "resamples", "against", "ladder", "name"}
         data = self.model_dump(mode="json", exclude=without)
         for model in data["models"].values():
             for name in ("endpoint", "api_key_variable", "arguments"):  # the same model may have moved
                 del model[name]
+        for arm in data["samplers"].values():
+            for name in ("draws", "majority_of", "votes", "as_many_forks_as"):  # a study without them is an older one's
+                if arm[name] is None:
+                    del arm[name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     def split(self, name: str) -> Split:
@@ -360,7 +420,8 @@ class Study(Section):
 
     def draws_of(self, sampler: str, phase: Phase) -> int:
         """Answers to each item: one where configurations are compared, and of a sampler whose draws are all the same."""
-        return 1 if phase == "tuning" or self.samplers[sampler].is_greedy else self.draws
+        arm = self.samplers[sampler]
+        return 1 if phase == "tuning" or arm.is_greedy else arm.draws or self.draws
 
     def is_traced(self, sampler: str, phase: Phase) -> bool:
         """Are temperatures wanted of each token?"""
@@ -381,5 +442,7 @@ class Study(Section):
         """(settings of a server, samplers that need it), those of the most common settings first."""
         groups: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
         for name, arm in self.samplers.items():
+            if arm.majority_of is not None:
+                continue
             groups.setdefault(json.dumps(arm.server, sort_keys=True), (arm.server, []))[1].append(name)
         yield from sorted(groups.values(), key=lambda group: -len(group[1]))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ K = 5
 IMITATES = 0.9
 # A task on which the best sampler is right less often says nothing.
 TOO_HARD = 0.05
+# What a sampler is compared with where the study has a ladder.
+EQUAL_TOKENS = "the ladder at equal tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Comparison:
         p: of the test that there is none.
         holm: p, corrected for all comparisons of the study.
         mcnemar: of the first draws, where the other is greedy.
+        tokens: of an answer of the other's, on average over the items, for one of an answer of the sampler's.
     """
 
     model: str
@@ -92,6 +95,7 @@ class Comparison:
     p: float
     holm: float
     mcnemar: McNemar | None
+    tokens: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,22 @@ class _Scores:
         )
         for answer in sorted(answers, key=lambda one: one.draw):
             self.by_sampler[answer.sampler][answer.task][answer.item].append(answer)
+        for name, arm in study.samplers.items():
+            if arm.majority_of is not None and arm.majority_of in self.by_sampler:
+                self._vote(name, arm.majority_of)
+
+    def _vote(self, sampler: str, voters: str) -> None:
+        """Give a sampler the answers that most of another's draws gave, wherever all of those that vote are there."""
+        for task, items in self.scored(voters).items():
+            for item, draws in items.items():
+                known = {answer.draw: answer for answer in draws}
+                voted = [
+                    _majority(sampler, draw, [known[one] for one in votes])
+                    for draw, votes in enumerate(self.study.votes_of(sampler))
+                    if all(one in known for one in votes)
+                ]
+                if voted:
+                    self.by_sampler[sampler][task][item] = voted
 
     def scored(self, sampler: str) -> dict[str, dict[str, list[Answer]]]:
         """Of the tasks with right answers: task → item → draws."""
@@ -157,6 +177,18 @@ class _Scores:
     def everything(self, sampler: str) -> list[Answer]:
         """All answers of a sampler."""
         return [answer for items in self.by_sampler[sampler].values() for draws in items.values() for answer in draws]
+
+
+def _majority(sampler: str, draw: int, votes: Sequence[Answer]) -> Answer:
+    """The answer that most of them gave, of equally frequent ones the first; what none was taken out of is no vote.
+
+    It took the tokens of all.
+    """
+    counts = Counter(one.answer for one in votes if one.answer is not None)
+    most = max(counts, key=counts.__getitem__, default=None)  # the first of equals
+    said = next(one for one in votes if one.answer == most)
+    own = {"sampler": sampler, "draw": draw, "tokens": sum(one.tokens for one in votes), "signals": {}}
+    return said.model_copy(update={**own, "parameters": {**said.parameters, "votes": len(votes)}})
 
 
 def _share(draws: Sequence[Answer]) -> float:
@@ -183,7 +215,7 @@ def summarise(folder: Path) -> Summary:
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder / STUDY} isn't what a study wrote; run the study anew into another folder") from None
     answers = list(read(folder))
-    models, pairs = [], []
+    models, pairs, by_model = [], [], []
     for model in study.models:
         own = [answer for answer in answers if answer.model == model]
         if not own:
@@ -202,12 +234,11 @@ def summarise(folder: Path) -> Summary:
         ]
         models.append(ModelSummary(model, arms, tuned, _too_hard(arms), signals))
         pairs += [(scores, model, sampler, against) for sampler, against in _pairs(study, scores)]
+        by_model.append((scores, model))
     compared = [_compare(*pair) for pair in pairs]
+    compared += [one for scores, model in by_model for one in _at_equal_tokens(scores, model)]
     corrected = statistics.holm([one.p for one in compared])
-    comparisons = [
-        Comparison(one.model, one.sampler, one.against, one.difference, one.by_task, one.p, holm, one.mcnemar)
-        for one, holm in zip(compared, corrected, strict=True)
-    ]
+    comparisons = [replace(one, holm=holm) for one, holm in zip(compared, corrected, strict=True)]
     return Summary(study, models, comparisons, _sessions(folder), len(answers))
 
 
@@ -308,20 +339,52 @@ def _pairs(study: Study, scores: _Scores) -> Iterable[tuple[str, str]]:
                 yield sampler, against
 
 
+@dataclass(frozen=True, slots=True)
+class _OfItems:
+    """A sampler, or a mixture of two, on each item: task → item → a number.
+
+    Attributes:
+        right: share of right draws.
+        tokens: of an answer, on average.
+    """
+
+    right: dict[str, dict[str, float]]
+    tokens: dict[str, dict[str, float]]
+
+
+def _of_items(scores: _Scores, sampler: str) -> _OfItems:
+    tasks = scores.scored(sampler)
+    return _OfItems(
+        {task: {item: _share(draws) for item, draws in items.items()} for task, items in tasks.items()},
+        {
+            task: {item: sum(one.tokens for one in draws) / len(draws) for item, draws in items.items()}
+            for task, items in tasks.items()
+        },
+    )
+
+
 def _compare(scores: _Scores, model: str, sampler: str, against: str) -> Comparison:
     study = scores.study
+    compared = _difference(study, model, sampler, against, _of_items(scores, sampler), _of_items(scores, against))
+    if not (study.samplers[against].is_greedy or study.samplers[sampler].is_greedy):
+        return compared
     ours, theirs = scores.scored(sampler), scores.scored(against)
+    both = [(task, item) for task, items in ours.items() for item in items if item in theirs.get(task, {})]
+    first = [[bool(of[task][item][0].correct) for task, item in both] for of in (ours, theirs)]
+    return replace(compared, mcnemar=statistics.mcnemar(*first))
+
+
+def _difference(study: Study, model: str, sampler: str, against: str, ours: _OfItems, theirs: _OfItems) -> Comparison:
+    """The comparison on the items that both answered."""
     differences: dict[str, np.ndarray] = {}
-    first_ours: list[bool] = []
-    first_theirs: list[bool] = []
-    for task, items in ours.items():
-        both = [item for item in items if item in theirs.get(task, {})]
+    own = others = 0.0
+    for task, items in ours.right.items():
+        both = [item for item in items if item in theirs.right.get(task, {})]
         if both:
-            differences[task] = np.array([_share(items[item]) - _share(theirs[task][item]) for item in both])
-            first_ours += [bool(items[item][0].correct) for item in both]
-            first_theirs += [bool(theirs[task][item][0].correct) for item in both]
+            differences[task] = np.array([items[item] - theirs.right[task][item] for item in both])
+            own += sum(ours.tokens[task][item] for item in both)
+            others += sum(theirs.tokens[task][item] for item in both)
     arrays = list(differences.values())
-    greedy = study.samplers[against].is_greedy or study.samplers[sampler].is_greedy
     return Comparison(
         model,
         sampler,
@@ -330,8 +393,43 @@ def _compare(scores: _Scores, model: str, sampler: str, against: str) -> Compari
         {task: statistics.mean([of], study.resamples, study.seed) for task, of in differences.items()},
         statistics.sign_flip(arrays, study.resamples, study.seed) if arrays else 1.0,
         1.0,
-        statistics.mcnemar(first_ours, first_theirs) if greedy else None,
+        None,
+        others / own if own else math.nan,
     )
+
+
+def _at_equal_tokens(scores: _Scores, model: str) -> Iterator[Comparison]:
+    """Each sampler that isn't of the ladder beside the ladder, at its own number of tokens; none if the ladder isn't whole."""
+    study = scores.study
+    if not study.ladder or any(name not in scores.by_sampler for name in study.ladder):
+        return
+    steps = [_of_items(scores, name) for name in study.ladder]
+    for sampler in study.samplers:
+        if sampler in scores.by_sampler and sampler not in study.ladder:
+            ours = _of_items(scores, sampler)
+            yield _difference(study, model, sampler, EQUAL_TOKENS, ours, _mixture(steps, ours))
+
+
+def _mixture(steps: Sequence[_OfItems], like: _OfItems) -> _OfItems:
+    """What asks one of two neighbours of a ladder by chance, so that on each task it generates as many tokens as another does.
+
+    Where that generates fewer than the first step, it is that one, and beyond the last it is the last.
+    """
+    mixed = _OfItems({}, {})
+    for task, items in like.tokens.items():
+        both = [item for item in items if all(item in step.tokens.get(task, {}) for step in steps)]
+        if not both:
+            continue
+        wanted = sum(items[item] for item in both)
+        costs = [sum(step.tokens[task][item] for item in both) for step in steps]
+        upper = next((index for index, cost in enumerate(costs) if cost >= wanted), len(costs) - 1)
+        lower = max(upper - 1, 0)
+        span = costs[upper] - costs[lower]
+        weight = min(max((wanted - costs[lower]) / span, 0.0), 1.0) if span > 0 else 1.0
+        for name in ("right", "tokens"):
+            below, above = (getattr(steps[index], name)[task] for index in (lower, upper))
+            getattr(mixed, name)[task] = {item: (1 - weight) * below[item] + weight * above[item] for item in both}
+    return mixed
 
 
 def _sessions(folder: Path) -> list[dict[str, Any]]:

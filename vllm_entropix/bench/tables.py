@@ -119,13 +119,16 @@ def comparisons(summary: Summary) -> Table:
             p_value(one.holm),
             _verdict(one),
             UNKNOWN if one.mcnemar is None else f"{one.mcnemar.first} : {one.mcnemar.second}, p {p_value(one.mcnemar.p)}",
+            number(one.tokens),
         )
         for one in summary.comparisons
     ]
-    head = ("model", "sampler", "against", "difference, points", "p", "p after Holm", "", "McNemar, first draws")
+    head = (
+        "model", "sampler", "against", "difference, points", "p", "p after Holm", "", "McNemar, first draws", "its tokens",
+    )  # fmt: skip
     notes = (
         f"Paired by item, the mean over tasks, {summary.study.resamples:,} resamples; Holm's correction is over all "
-        f"{len(rows)} rows.",
+        f"{len(rows)} rows. The last column: tokens of the other for one of the sampler's.",
     )
     return Table("Paired differences", head, rows, notes)
 
@@ -192,6 +195,13 @@ def temperatures(model: ModelSummary) -> Table:
     return Table(f"Temperatures and regimes, {model.model}", head, rows, ("Means over answers, of tokens that aren't argmax.",))
 
 
+def forks(model: ModelSummary) -> Table:
+    """How often answers forked."""
+    rows = [(arm.sampler, number(arm.signals["forks"]), number(arm.tokens, 1)) for arm in model.arms if "forks" in arm.signals]
+    notes = ("Means over answers. Tokens are those of all branches, pruned ones included.",)
+    return Table(f"Answers that fork, {model.model}", ("sampler", "forks", "tokens"), rows, notes)
+
+
 def signals(model: ModelSummary) -> Table:
     """AUROC of every signal, over all tasks and on each."""
     tasks = list(dict.fromkeys(one.task for one in model.signals))
@@ -249,5 +259,5 @@ def all_tables(summary: Summary) -> list[Table]:
     if summary.comparisons:
         found.append(differences_by_task(summary))
     for model in summary.models:
-        found += [one for one in (signals(model), tuning(model), temperatures(model)) if one.rows]
+        found += [one for one in (signals(model), tuning(model), temperatures(model), forks(model)) if one.rows]
     return [*found, tasks(summary)]

@@ -73,10 +73,11 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _size(study: Any) -> str:
     splits = {name: study.split(name) for name in study.tasks}
     items = {phase: sum(len(split.of(phase)) for split in splits.values()) for phase in ("tuning", "test")}
-    tuned = {name: len(study.parameters(name)) for name, arm in study.samplers.items() if arm.control_of is None}
+    asking = {name: arm for name, arm in study.samplers.items() if arm.majority_of is None}
+    tuned = {name: len(study.parameters(name)) for name, arm in asking.items() if arm.control_of is None}
     answers = 0
     for model in study.models:
-        here = [name for name in study.samplers if study.runs(name, model)]
+        here = [name for name in asking if study.runs(name, model)]
         answers += items["tuning"] * sum(tuned.get(name, 0) for name in here)
         answers += items["test"] * sum(study.draws_of(name, "test") for name in here)
     return (

@@ -69,7 +69,7 @@ def test_chat_and_stream_give_the_same(client):
 
 
 def test_a_small_study_through_the_server(url, tmp_path):
-    """`vllm-entropix bench` and its report: one task, 20 items, three samplers."""
+    """`vllm-entropix bench` and its report: one task, 20 items, four samplers."""
     study = {
         "name": "Sums, by four samplers",
         "configurations": 2,
@@ -81,6 +81,7 @@ def test_a_small_study_through_the_server(url, tmp_path):
             "greedy": {"fixed": {"temperature": 0}},
             "min_p": {"sampler": "min_p", "ranges": {"temperature": [0.2, 1.5], "min_p": [0.05, 0.3]}},
             "entropix": {"sampler": "entropix", "ranges": {"entropix_temperature": [0.2, 1.0]}},
+            "forks": {"sampler": "temperature", "fixed": {"temperature": 1.0, "entropix_forks": 3, "entropix_fork_entropy": 0}},
         },
     }
     path, results = tmp_path / "study.toml", tmp_path / "results"
@@ -88,10 +89,15 @@ def test_a_small_study_through_the_server(url, tmp_path):
     ended = CliRunner().invoke(app, ["bench", str(path), "-o", str(results)])
     assert ended.exit_code == 0, ended.output
     answers = list(read(results))
-    assert len(answers) == 4 * (1 + 2 + 2) + 16 * (1 + 2 + 2)
+    assert len(answers) == 4 * (1 + 2 + 2 + 1) + 16 * (1 + 2 + 2 + 2)
     assert all(answer.text and answer.finish_reason in ("stop", "length") for answer in answers)
     regimes = [answer.signals for answer in answers if (answer.phase, answer.sampler) == ("test", "entropix")]
     assert any(signals.get("temperature_mean", 0) > 0 for signals in regimes)
+    # Tokens of answers that fork are those of all branches.
+    forked = [answer for answer in answers if answer.sampler == "forks"]
+    assert any(answer.signals["forks"] for answer in forked)
+    assert any(answer.tokens > 40 for answer in forked if answer.signals["forks"])
+    assert all(answer.tokens <= 40 for answer in forked if not answer.signals["forks"])
     # Seeds are the study's, and greedy's answer has none: asked again, they say the same.
     again = CliRunner().invoke(app, ["bench", str(path), "-o", str(tmp_path / "again"), "--sampler", "greedy"])
     assert again.exit_code == 0, again.output

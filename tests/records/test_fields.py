@@ -1,6 +1,7 @@
 """One table: a field that is added at run time is found in everything that is made of it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,10 @@ from vllm_entropix.records.trace import TokenTrace
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
+from vllm_entropix.samplers.chained import Chained
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 
+DOCS = Path(__file__).parents[2] / "docs"
 WONDER = Field("wonder", "float", "bits", True, "wonder of it", "How much there is to wonder.", buckets=(1.0, 4.0))
 
 
@@ -100,6 +103,29 @@ def test_a_field_is_found_in_all_that_is_made_of_the_table(wonder, tmp_path):
     prometheus.flush()
     assert REGISTRY.get_sample_value("entropix_wonder_bits_count") == before + 3
     assert REGISTRY.get_sample_value("entropix_wonder_bits_sum") >= added.sum() * 0.999
+
+
+@pytest.mark.parametrize("name", [field.name for field in Chained.fields])
+def test_what_a_chain_tells_is_counted_and_drawn(name):
+    [field] = [field for field in all_fields() if field.name == name]
+    values = np.full((3, len(all_fields())), np.nan, "<f4")
+    values[:2, column(name)] = [0.25, 0.75]
+
+    def counted():
+        return [REGISTRY.get_sample_value(f"{field.metric_name}_{what}") or 0 for what in ("count", "sum")]
+
+    number, total = counted()
+    prometheus.count(values.tobytes(), 3)
+    prometheus.flush()
+    assert counted() == [number + 2, total + 1.0]
+    trace, traced = TokenTrace(), line(["a", "b", "c"])
+    trace.extend(values.tobytes(), 3)
+    traced.records = ChoiceTrace.from_trace([7, 8, 9], trace).tokens
+    page = report([Source("traces", [traced])])
+    data = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert [metric["name"] for metric in data["metrics"] if metric["field"] == name] == [field.label]
+    assert [histogram["means"] for histogram in data["histograms"] if histogram["field"] == name] == [[0.5]]
+    assert f"`{field.metric_name}`" in (DOCS / "watching-a-server.md").read_text(encoding="utf-8")
 
 
 def test_it_is_gone_when_its_sampler_is(wonder):

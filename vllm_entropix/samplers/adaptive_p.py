@@ -24,6 +24,7 @@ FIELDS = (
         True,
         "adaptive_p's average",
         "Average probability of the tokens drawn before, which adaptive_p makes up for.",
+        buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     ),
 )
 

@@ -41,7 +41,8 @@ def _is_text(value: Any) -> bool:
 
 FIELDS = (
     RecordField(
-        "dry_penalty", "float", "", True, "DRY's penalty", "What DRY took off the drawn token's logit; 0: no repetition."
+        *("dry_penalty", "float", "", True, "DRY's penalty", "What DRY took off the drawn token's logit; 0: no repetition."),
+        buckets=(0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     ),
 )
 

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 _RANKS = 100
 
 
-FIELDS = (Field("mu", "float", "bits", True, "μ", "Surprise that mirostat allowed."),)
+FIELDS = (
+    Field(
+        *("mu", "float", "bits", True, "μ", "Surprise that mirostat allowed."),
+        buckets=(0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0),
+    ),
+)
 
 
 class MirostatSettings(Section):

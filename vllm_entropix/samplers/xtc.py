@@ -25,6 +25,7 @@ FIELDS = (
         True,
         "XTC's share",
         "Share of the distribution in which XTC excluded top choices; 0 where there were fewer than two.",
+        buckets=(0.0, 0.1, 0.25, 0.5, 0.75, 0.9),
     ),
 )
 

@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+import time
 import urllib.error
 import urllib.request
 
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from tests.engine.test_speculation import NGRAM, Speculation, assert_distributed, params, tokens
@@ -18,6 +20,7 @@ from tests.support.server import serve
 from vllm_entropix import traces
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.samplers import Chain, names
+from vllm_entropix.samplers.chained import Chained
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
@@ -315,6 +318,32 @@ def test_a_body_of_llama_cpps_clients_is_taken(url, stream):
     assert status == 200
     [choice] = answer["choices"]
     assert (choice["entropix"]["sampler"], choice["entropix"]["tokens"][0]["mu"]) == ("mirostat_v2", 4.0)
+
+
+def test_metrics_count_what_chains_tell(url):
+    """Each field of a chain's samplers has a histogram, of the tokens that such a chain drew and of no others."""
+    asks = {
+        "adaptive_average": {"samplers": "adaptive_p", "adaptive_target": 0.5},
+        "dry_penalty": {"samplers": "dry", "dry_multiplier": 0.8},
+        "mu": {"samplers": "mirostat_v2"},
+        "xtc_share": {"samplers": "xtc", "xtc_probability": 0.5},
+    }
+    series = {field.name: f"{field.metric_name}_count" for field in Chained.fields}
+    assert asks.keys() == series.keys()
+
+    def counted():
+        time.sleep(0.6)  # counted a few times a second
+        text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return {sample.name: sample.value for sample in samples if sample.name in series.values()}
+
+    before, drawn = counted(), {}
+    for name, said in asks.items():
+        status, answer = post(url, vllm_xargs=said)
+        assert status == 200
+        drawn[series[name]] = answer["usage"]["completion_tokens"]
+    after = counted()
+    assert {name: after[name] - before[name] for name in after} == drawn
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 import asyncio
 import math
+from copy import copy
 from itertools import product
 
 import pytest
 
 from tests.support.engine import engine, generate, scheduler_of
 from vllm_entropix import traces
+from vllm_entropix.engine.forkable import how_to_fork
 from vllm_entropix.engine.forks import seed_of_branch
 from vllm_entropix.forks import choice
 from vllm_entropix.records.scores import scores_of_entries
+from vllm_entropix.settings.errors import ConfigError
 
 pytestmark = pytest.mark.engine
 
@@ -175,6 +178,27 @@ def test_a_branch_begins_with_its_parents_blocks(llm, branches, monkeypatch):
     assert sorted([branch.token_ids for branch in tree] for _, tree in branches) == told
     found = [state.num_cached_tokens for states, _ in branches for state in states[1:]]
     assert {number % scheduler_of(llm).block_size for number in found} == {0}
+
+
+@pytest.mark.both_runners
+def test_what_a_branch_shares_may_be_evicted_before_it_begins(llm, branches, monkeypatch):
+    settings = [params(seed=seed) for seed in range(2)]
+    outputs = generate(llm, [PROMPT] * 2, settings)
+    told = sorted([branch.token_ids for branch in tree] for _, tree in branches)
+    branches.clear()
+    manager = scheduler_of(llm).kv_cache_manager
+
+    def evict(request):
+        manager.block_pool.evict_blocks(set(range(manager.block_pool.num_gpu_blocks)))
+        return type(manager).get_computed_blocks(manager, request)
+
+    monkeypatch.setattr(manager, "get_computed_blocks", evict)
+    others = generate(llm, [PROMPT] * 2, settings)
+    # All is computed again, and the same.
+    assert not any(state.num_cached_tokens for states, _ in branches for state in states)
+    assert sorted([branch.token_ids for branch in tree] for _, tree in branches) == told
+    assert [tokens(output) for output in outputs] == [tokens(output) for output in others]
+    assert_nothing_left(llm)
 
 
 def test_branches_are_reproducible_and_other_requests_are_left_alone(llm):
@@ -491,6 +515,23 @@ def test_what_cant_fork_is_refused(llm, settings, message):
     assert_nothing_left(llm)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [
+        ("vllm_config", "kv_transfer_config", "can't be had with a KV connector; leave out --kv-transfer-config"),
+        ("model_config", "return_sampling_mask", "can't be had with sampling masks; leave out --return-sampling-mask"),
+        ("model_config", "enable_return_routed_experts", "can't be had with routed experts in the answer"),
+    ],
+)
+def test_an_engine_whose_branches_would_differ_refuses(llm, part, name, message):
+    config = copy(llm.llm_engine.vllm_config)
+    config.__dict__["model_config"] = copy(config.model_config)
+    (config if part == "vllm_config" else config.model_config).__dict__[name] = True
+    with pytest.raises(ConfigError, match=message):
+        how_to_fork(config, params())
+    assert how_to_fork(config, params(extra_args=None)) is None
+
+
 def test_a_grammar_is_refused(llm):
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -517,6 +558,75 @@ def test_the_branches_of_five_tokens_are_all_answers(tiny, monkeypatch):
     assert_nothing_left(llm)
 
 
+@pytest.mark.parametrize("ends", ["eos", "stop token", "stop string", "limit", "model's length"])
+def test_answers_end_on_either_side_of_a_fork_as_any_other(tiny, ends):
+    """All answers of three tokens at most over an alphabet of three, each as vLLM ends it."""
+    llm = engine(tiny, sampler="entropix", sampler_config={"forks": {**SERVER["forks"], "distance": 1}})
+    eos, decode = llm.get_tokenizer().eos_token_id, llm.get_tokenizer().decode
+    alphabet = [eos if ends == "eos" else ids(llm, "a")[0], *ids(llm, "bc")]
+    asked = {
+        "eos": {"ignore_eos": False},
+        "stop token": {"stop_token_ids": alphabet[:1]},
+        "stop string": {"stop": ["cb"]},
+        "limit": {},
+        "model's length": {"max_tokens": 100},
+    }[ends]
+    length = 512 - 3 if ends == "model's length" else 5
+    forks = {"entropix_forks": 64, "entropix_fork_width": 3, "entropix_fork_entropy": 0, "entropix_fork_select": "all"}
+    settings = params(**{"max_tokens": 3, "allowed_token_ids": alphabet, "extra_args": forks, **asked})
+    [output] = generate(llm, [prompt_of([70 + place % 7 for place in range(length)])], [settings])
+    expected = set()
+    for answer in product(alphabet, repeat=3):
+        text, finish, stop = decode(list(answer), skip_special_tokens=True), "length", None
+        if ends in ("eos", "stop token") and alphabet[0] in answer:
+            answer = answer[: answer.index(alphabet[0]) + 1]
+            finish, stop = "stop", None if ends == "eos" else alphabet[0]
+            text = decode(list(answer[:-1]))
+        elif ends == "stop string" and "cb" in text:
+            text = text.partition("cb")[0]
+            answer, finish, stop = answer[: len(text) + 2], "stop", "cb"
+        expected.add((answer, text, finish, stop))
+    told = [(tuple(one.token_ids), one.text, one.finish_reason, one.stop_reason) for one in output.outputs]
+    assert len(told) == len(set(told))
+    assert set(told) == expected
+    assert_nothing_left(llm)
+
+
+def test_no_prompt_of_mist_takes_more_than_its_budget(tiny, monkeypatch):
+    """Where every token forks, a request stays within its budget, all together within the engine's, and others are served."""
+    forks = {**SERVER["forks"], "distance": 1, "engine_budget": 300}
+    llm = engine(tiny, sampler="entropix", sampler_config={"forks": forks})
+    mist = {"entropix_forks": 64, "entropix_fork_width": 5, "entropix_fork_entropy": 0}
+    one = params(max_tokens=40, extra_args={**mist, "entropix_fork_budget": 100})
+    plain = params(seed=9, extra_args=None)
+    [alone] = generate(llm, [PROMPT], [plain])
+    [output, other] = generate(llm, [PROMPT] * 2, [one, plain])
+    told = output.outputs[0].entropix_forks
+    assert len(told.branches) > 20
+    # A step of all branches at most beyond the budget, and what the best had fallen behind.
+    assert told.generated <= 40 + 100 + 2 * 64
+    assert tokens(other) == tokens(alone)
+    assert_nothing_left(llm)
+
+    # Eight of them want 8 * 63 branches at once.
+    processor, spent = llm.llm_engine.output_processor, []
+    add = processor.add_branch
+
+    def add_branch(request, prompt, sequence):
+        if sequence.number:
+            spent.append(processor.spent_on_forks)
+        return add(request, prompt, sequence)
+
+    monkeypatch.setattr(processor, "add_branch", add_branch)
+    settings = [params(max_tokens=16, seed=seed, extra_args=mist) for seed in range(8)]
+    outputs = generate(llm, [f"{seed} {PROMPT}" for seed in range(8)] + [PROMPT], [*settings, plain])
+    assert len(spent) > 8
+    assert max(spent) <= 300 + 5  # a branch drew a token, and four parted from it
+    assert all(len(tokens(output)) == 16 for output in outputs[:8])
+    assert tokens(outputs[8]) == tokens(alone)
+    assert_nothing_left(llm)
+
+
 def test_a_server_may_let_all_fork_that_can(tiny):
     server = {"forks": {**SERVER["forks"], "branches": 3, "entropy": 0.5, "mechanism": "prefix-cache"}}
     llm = engine(tiny, sampler="entropix", sampler_config=server)
@@ -527,9 +637,9 @@ def test_a_server_may_let_all_fork_that_can(tiny):
     assert_nothing_left(llm)
 
 
-def test_many_that_fork_under_a_small_cache(tiny, monkeypatch):
+def test_sixty_four_that_fork_at_once_under_a_small_cache(tiny, monkeypatch):
     llm = engine(tiny, sampler="entropix", sampler_config=SERVER, num_gpu_blocks_override=11, block_size=32, max_model_len=256)
-    scheduler, preempted = scheduler_of(llm), []
+    scheduler, preempted, answers = scheduler_of(llm), [], []
     preempt = scheduler._preempt_request
 
     def count(request, *args, **kwargs):
@@ -537,18 +647,29 @@ def test_many_that_fork_under_a_small_cache(tiny, monkeypatch):
         return preempt(request, *args, **kwargs)
 
     monkeypatch.setattr(scheduler, "_preempt_request", count)
-    states = []
-    monkeypatch.setattr(llm.llm_engine.output_processor, "forget_branches", forgetting(llm, states))
-    settings = [params(max_tokens=32, seed=seed) for seed in range(4)]
-    outputs = generate(llm, [f"{number} {PROMPT} {PROMPT}" for number in range(4)], settings)
-    assert [len(tokens(output)) for output in outputs] == [32] * 4
+    monkeypatch.setattr(llm.llm_engine.output_processor, "forget_branches", forgetting(llm, answers))
+    # Each sequence begins in one block and needs a second.
+    texts = [f"{number:02} {PROMPT[:24]}" for number in range(64)]
+    plain = generate(llm, texts, [params(max_tokens=12, seed=seed, extra_args=None) for seed in range(64)])
+    preempted.clear()
+    outputs = generate(llm, texts, [params(max_tokens=12, seed=seed) for seed in range(64)])
+    assert [len(tokens(output)) for output in outputs] == [12] * 64
     assert {request_id.count("-") for request_id in preempted} == {1, 2}  # first branches, and others
+    trees = [tree for _, tree in sorted(answers, key=lambda one: int(one[0][0].external_req_id))]
+    assert sum(map(len, trees)) > 96
+    assert [tree[0].token_ids for tree in trees] == [tokens(output) for output in plain]
+    # Branches were preempted, waited longer than their parents ran, and lost what they shared; they are what they are alone.
+    asked, expected = [], []
+    for number, (root, *others) in list(enumerate(trees))[::8]:
+        seeds = {root: number}
+        for branch in others:
+            seeds[branch] = seed_of_branch(seeds[branch.parent], branch.position, 0)
+            prompt = [*ids(llm, texts[number]), *branch.token_ids[: branch.position + 1]]
+            if branch.position < 11:
+                asked.append((prompt_of(prompt), params(max_tokens=11 - branch.position, seed=seeds[branch], extra_args=None)))
+                expected.append(branch.token_ids[branch.position + 1 :])
+    assert [tokens(output) for output in generate(llm, *map(list, zip(*asked, strict=True)))] == expected
     assert_nothing_left(llm)
-    # The first branch of each is what it is alone.
-    for number, (_, tree) in enumerate(sorted(states, key=lambda one: int(one[0][0].external_req_id))):
-        assert len(tree) > 1
-        [alone] = generate(llm, [f"{number} {PROMPT} {PROMPT}"], [params(max_tokens=32, seed=number, extra_args=None)])
-        assert tree[0].token_ids == tokens(alone)
 
 
 @pytest.mark.parametrize(

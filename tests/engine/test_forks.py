@@ -48,6 +48,19 @@ def forgetting(llm, seen):
     return forget_branches
 
 
+@pytest.fixture
+def queue(llm, monkeypatch):
+    """Where the output of the next request goes, as that of one of AsyncLLM's, whose branches are sent by asyncio."""
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    collector = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "0")
+    processor = llm.llm_engine.output_processor
+    add = processor.add_request
+    monkeypatch.setattr(processor, "add_request", lambda *request: add(*request, queue=collector))
+    return collector
+
+
 def params(**settings):
     from vllm import SamplingParams
 
@@ -74,6 +87,7 @@ def assert_nothing_left(llm):
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     processor = llm.llm_engine.output_processor
     assert not processor._entropix_branches
+    assert not processor._entropix_answers
     assert not processor.request_states
     assert not processor.external_req_ids
 
@@ -392,26 +406,38 @@ def test_a_branch_that_the_engine_gives_up_is_pruned(llm, branches, monkeypatch)
     assert_nothing_left(llm)
 
 
-def test_a_client_is_told_of_a_branch_that_cant_be_sent(llm, monkeypatch):
-    """AsyncLLM's requests have a queue each. asyncio sends their branches, for which this engine's client has no way."""
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.output_processor import RequestOutputCollector
-
+def test_a_client_is_told_of_a_branch_that_cant_be_sent(llm, queue):
     inner = llm.llm_engine
-    add = inner.output_processor.add_request
 
     async def ask():
-        queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "0")
-        monkeypatch.setattr(inner.output_processor, "add_request", lambda *request: add(*request, queue=queue))
         inner.add_request("0", PROMPT, params())
         while queue.output is None and scheduler_of(llm).requests:
             inner.step()
             await asyncio.sleep(0)
         queue.get_nowait()
 
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError):  # this engine's client has no way to send by asyncio
         asyncio.run(ask())
     inner.abort_request(["0"])
+    assert_nothing_left(llm)
+
+
+def test_a_client_that_leaves_takes_branches_along_that_werent_sent_yet(llm, queue, monkeypatch):
+    inner, sent = llm.llm_engine, []
+
+    async def send(request):
+        sent.append(request)
+
+    async def leave():
+        inner.add_request("0", PROMPT, params())
+        while len(inner.output_processor.request_states) == 1:
+            inner.step()
+        inner.abort_request(["0"])
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(inner.engine_core, "add_request_async", send)
+    asyncio.run(leave())
+    assert sent == []
     assert_nothing_left(llm)
 
 

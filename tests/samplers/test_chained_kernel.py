@@ -7,6 +7,7 @@ import torch
 from tests.samplers.test_chain import parameters_of, random_rows, random_settings
 from tests.samplers.test_chained import Batch, base_of, request_of
 from vllm_entropix.kernels.chains import STAGES
+from vllm_entropix.kernels.numba_.on_demand import OnDemand
 from vllm_entropix.samplers import Chain
 from vllm_entropix.samplers.chained_kernel import KernelPart
 
@@ -68,3 +69,25 @@ def test_rows_of_a_wide_vocabulary(name, seed, by_kernel):
     chain = Chain.parse(names, parameters_of(names, said)).begin(2)
     expected = chain.distribution(logits, [text] * 2).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_server_of_another_sampler_has_the_kernel_once_it_is_compiled(ranks, by_kernel, monkeypatch):
+    """Until then PyTorch runs its chains, and for good where another rank may have it at another time."""
+    compiled = []
+    monkeypatch.setattr(OnDemand, "ready", lambda self: bool(compiled))
+    names = ["dry", "top_p", "typ_p", "xtc", "min_p", "temperature"]
+    said = {"dry_multiplier": 0.8, "typ_p": 0.9, "xtc_probability": 0.5, "temperature": 0.7, "top_p": 0.95, "min_p": 0.01}
+    batch = Batch([(*request_of(names, said), base_of(said, 3000))])
+    for sampler in batch.batch.samplers.values():
+        sampler.started(ranks)
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 3000)) * 3).float()
+    text = [1, 2, 3, 1, 2, 3, 1]
+    meanwhile = batch.distributions(logits, [[text]])
+    assert not by_kernel
+    compiled.append(True)
+    batch.batch.begin_step()
+    found = batch.distributions(logits, [[text]])
+    assert bool(by_kernel) == (ranks == 1)
+    assert torch.equal(found > 0, meanwhile > 0)
+    torch.testing.assert_close(found, meanwhile, rtol=1e-5, atol=1e-9)

@@ -7,6 +7,8 @@ import importlib
 import json
 import pkgutil
 import sys
+import time
+from typing import Any
 
 
 def compiled() -> dict[str, int]:
@@ -18,6 +20,14 @@ def compiled() -> dict[str, int]:
     names.append("vllm_entropix.samplers.entropix.numba_rule")
     kernels = (kernel for name in names for kernel in vars(importlib.import_module(name)).values())
     return {kernel.__name__: len(kernel.signatures) for kernel in kernels if isinstance(kernel, CPUDispatcher)}
+
+
+def draw_by_chain(llm: Any) -> list[int]:
+    from vllm import SamplingParams
+
+    said = {"samplers": "dry;xtc;min_p;temperature", "dry_multiplier": 0.8, "xtc_probability": 0.5}
+    [output] = llm.generate(["Again and again"], SamplingParams(max_tokens=8, seed=1, extra_args=said), use_tqdm=False)
+    return list(output.outputs[0].token_ids)
 
 
 def main() -> None:
@@ -38,7 +48,13 @@ def main() -> None:
     params = [SamplingParams(max_tokens=8, extra_args={"entropix_trace": trace}) for trace in ("on", "off", "on")]
     llm.generate(["One", "Two words", "And this is the third"], params, use_tqdm=False)
     llm.generate(["Alone"], SamplingParams(max_tokens=8, top_k=20), use_tqdm=False)
-    print("RESULT " + json.dumps({"started": started, "served": compiled()}))
+    served = compiled()
+    chains = {"meanwhile": draw_by_chain(llm)}
+    kernel = llm.llm_engine.model_executor.driver_worker.worker._entropix.batch.samplers["chain"]
+    while not kernel._has_kernel():
+        time.sleep(0.1)
+    chains["compiled"], chains["drawn"], chains["called"] = compiled(), draw_by_chain(llm), compiled()
+    print("RESULT " + json.dumps({"started": started, "served": served, "chains": chains}))
 
 
 if __name__ == "__main__":

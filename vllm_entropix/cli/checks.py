@@ -265,7 +265,7 @@ def samplers() -> Iterator[Check]:
     """Which samplers are there, and which were refused?"""
     yield Check("samplers", "ok", ", ".join(registry.names()))
     known = ", ".join(chains.STAGES)
-    told = f"a kernel runs those of {known} where the server's sampler is a chain (on a GPU most), and PyTorch all others"
+    told = f"a kernel runs those of {known} (on a GPU most, if the server's sampler is a chain), and PyTorch all others"
     yield Check("samplers of chains", "ok", f"{', '.join(chain.names())}; {told}")
     for name, reason in registry.registry().refused.items():
         yield Check(name, "note", reason, "mend or uninstall its package, if you want to use it")

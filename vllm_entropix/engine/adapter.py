@@ -206,7 +206,7 @@ class RunnerAdapter(ABC):
 
         start = time.monotonic()
         if self.samples:
-            self.batch.warm_up(self.vocabulary)
+            self.batch.warm_up(self.vocabulary, get_tp_group().world_size)
         if self.observer is not None:
             self.observer.warm_up()
         kept = "" if kept_on_disk() else " No folder can keep them for the next start: set NUMBA_CACHE_DIR."

@@ -123,8 +123,13 @@ class BatchSampler:
         """A sequence has ended."""
         self.sequences.remove(request_id)
 
-    def warm_up(self, vocabulary: int) -> None:
-        """Run a step of a traced row that belongs to nobody, which compiles the kernels that steps run."""
+    def warm_up(self, vocabulary: int, ranks: int) -> None:
+        """Run a step of a traced row that belongs to nobody, which compiles the kernels that steps run.
+
+        Args:
+            vocabulary: the model's.
+            ranks: how many draw the same tokens.
+        """
         name, device = "nobody", self.sequences.device
         constants = [value for _, value in self.samplers[self.sequences.default].numbers()]
         self.add(name, Sequence(constants, sampled=True, traced=True, allow_clarification=False, prompt_length=0))
@@ -136,6 +141,8 @@ class BatchSampler:
         self.apply(torch.zeros(1, vocabulary, device=device), rows, None)
         self._waiting.clear()
         self.remove(name)
+        for sampler in self.samplers.values():
+            sampler.started(ranks)
 
     def apply(self, logits: Tensor, rows: Rows, measure: Measure | None) -> Tensor | None:
         """Write each sampled row's final distribution into ``logits`` as log-probabilities.

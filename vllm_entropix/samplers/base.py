@@ -172,6 +172,9 @@ class Sampler(ABC):
         said = request.of_sampler(self.name)
         return [said.get(name, value) for name, value in self.numbers()]
 
+    def started(self, ranks: int) -> None:  # noqa: B027  (most samplers have no kernels but those of their own server)
+        """An engine has started on a CPU, and a server's own sampler has its kernels. So many ranks draw the same tokens."""
+
     def reads_text(self, numbers: Mapping[str, float]) -> bool:
         """Does the plan of a request with these numbers look at :attr:`Sequences.text`?"""
         return False

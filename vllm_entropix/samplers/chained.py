@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from vllm_entropix.distribution.attention import AttentionStatistics
     from vllm_entropix.distribution.constants import Constants
+    from vllm_entropix.kernels.numba_.on_demand import OnDemand
     from vllm_entropix.settings.server import ServerSettings
 
 NAME = "chain"
@@ -258,10 +259,22 @@ class Chained(Sampler):
         self._chains: Numbered[tuple[tuple[str, ...], _Breakers | None], tuple[Stage, ...]] = Numbered()
         text = server.sampler if is_chain(server.sampler) else NAME
         self.default = read(text, {}, server)
-        # The kernel is compiled when an engine starts, if its sampler is a chain, and not while requests wait.
+        # If the server's sampler is a chain, the kernel is compiled when an engine starts, and not while requests wait.
         self._warmed_up = is_chain(server.sampler)
+        self._on_demand: OnDemand | None = None
         # Rows without a sequence have it, too.
         self._chains.hold(self._number_of(self.default))
+
+    def started(self, ranks: int) -> None:
+        """From now on the first chain of a request has the kernel compiled, and PyTorch runs chains meanwhile."""
+        # One rank may have it before another: float32's last bits could then give them different tokens.
+        if ranks == 1 and not self._warmed_up:
+            from vllm_entropix.kernels.numba_.on_demand import OnDemand
+
+            self._on_demand = OnDemand("vllm_entropix.kernels.numba_.chain", "the kernel of chains", "PyTorch runs them")
+
+    def _has_kernel(self) -> bool:
+        return self._warmed_up or (self._on_demand is not None and self._on_demand.ready())
 
     def _number_of(self, asked: chain.ChainRequest) -> int:
         """A chain's number, under which its rows find it."""
@@ -325,7 +338,7 @@ class Chained(Sampler):
             of_part = mine if len(present) > 1 else None
             stages = self._chains[one]
             running = tuple(stage for stage in stages if not _changes_nothing(stage, sequences.host_numbers))
-            if self._warmed_up and KernelPart.runs(running, rows.backend.name):
+            if KernelPart.runs(running, rows.backend.name) and self._has_kernel():
                 parts.append(KernelPart(stages, running, rows, of_part, _text(running, sequences)))
                 continue
             if mine is not None and rows.backend.asks_device:

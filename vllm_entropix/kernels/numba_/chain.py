@@ -13,6 +13,7 @@ from vllm_entropix.kernels.chains import NUMBERS, STAGES
 from vllm_entropix.kernels.numba_.compiled import compiled
 from vllm_entropix.kernels.numba_.distribute import largest_beside_nan, largest_tokens
 from vllm_entropix.kernels.numba_.elementary import exponential, largest
+from vllm_entropix.kernels.numba_.repetitions import repetitions_of_rows
 
 _TEMPERATURE, _DYNATEMP, _TOP_K, _TOP_P, _MIN_P, _TOP_N_SIGMA, _TYP_P, _XTC, _DRY = range(len(STAGES))
 _T, _RANGE, _EXPONENT, _K, _P, _MIN, _SIGMAS, _TYPICAL, _PI, _THRESHOLD = range(len(NUMBERS))
@@ -92,6 +93,17 @@ def chain_of_rows(
         count = _through(stages[split + 1 :], own, places[row], penalties[row], line, ids, count)
         left = _through(stages[split + 1 :], own, places[row], penalties[row], rest, rest_ids, left)
         _write_mixture(line, ids, count, rest, rest_ids, left, own[_PI], greedy[row])
+
+
+def compile_for_steps() -> None:
+    """Compile what steps call of chains, or load it from disk: on arrays of their types, and on no rows."""
+    rows = np.zeros(1, dtype=np.bool_), np.zeros(1, dtype=np.bool_), np.zeros(1, dtype=np.float32)
+    stages, numbers = np.zeros(1, dtype=np.int64), np.zeros((1, len(NUMBERS)))
+    places, penalties = np.zeros((1, 0), dtype=np.int64), np.zeros((1, 0), dtype=np.float32)
+    shares = np.zeros(1, dtype=np.float32)
+    chain_of_rows(np.zeros((1, 1), dtype=np.float32), *rows, stages, numbers, places, penalties, shares, 0, 0)
+    tokens = np.zeros((1, 2), dtype=np.int64)
+    repetitions_of_rows(tokens, tokens[:, :1].copy(), tokens[:, 1:].copy(), 0, 0)
 
 
 @compiled()

@@ -27,7 +27,11 @@ METRICS = ("entropy", "varentropy", "attention_entropy", "attention_varentropy",
 
 
 def lost(cooldown):
-    return {"thresholds": LOST, "clarification": {"text": CLARIFICATION, "cooldown": cooldown, "max_per_request": 1000}}
+    return {
+        "thresholds": LOST,
+        "clarification": {"text": CLARIFICATION, "cooldown": cooldown, "max_per_request": 1000},
+        "forks": {"floor": 0, "inside_words": True, "distance": 4},
+    }
 
 
 def params(**settings):
@@ -226,7 +230,11 @@ def test_asynchronous_scheduling(llm, tiny, monkeypatch):
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     prompts, asked = [prompt_of(range(5)), prompt_of(range(9, 12)), "abc"], [params(seed=i) for i in range(3)]
+    # So many branches that no bound is met: which of them fork first doesn't matter. Each goes on with its parent's cooldown.
+    forks = {"entropix_forks": 64, "entropix_fork_entropy": 0, "entropix_fork_select": "all"}
+    forked = [prompts[0]], [params(seed=7, extra_args=forks)]
     synchronous = generate(llm, prompts, asked)
+    [of_branches] = generate(llm, *forked)
     original = CpuPlatform.check_and_update_config
 
     def keep_it(vllm_config):
@@ -241,6 +249,13 @@ def test_asynchronous_scheduling(llm, tiny, monkeypatch):
     for output, other in zip(outputs, synchronous, strict=True):
         assert forced(output) == "FFF..FFF..FF"
         assert_same(output, other)
+    # The token after a fork is under way when its branches begin.
+    [overlapped] = generate(overlapping, *forked)
+    found, expected = (
+        sorted(list(completion.token_ids) for completion in output.outputs) for output in (overlapped, of_branches)
+    )
+    assert found == expected
+    assert len(found) > 2
 
 
 def test_the_thinking_budget_wins_over_the_clarification(tiny):

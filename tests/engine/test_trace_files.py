@@ -327,6 +327,38 @@ def test_a_server_may_take_base_parameters_from_its_clients(two_servers):
     assert drawn(0.3, 0.6) != drawn(0.3, 0.6, entropix_base="preset")
 
 
+def test_answers_fork_behind_two_api_servers(two_servers):
+    """Each server has answers of its own in the one engine: all are whole, counted in one place and written by either."""
+    url, folder = two_servers
+    forks = {"entropix_forks": 4, "entropix_fork_entropy": 0.3, "entropix_clarification": "off"}
+
+    def one(index):
+        # A client each, so that connections spread over both servers.
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        answer = client.completions.create(
+            model="demo", prompt="Once upon a time", max_tokens=40, seed=index, extra_body={"vllm_xargs": forks}
+        )
+        return trace_of(answer.choices[0]).forks, answer.usage
+
+    def sizes():
+        return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+    before, written = metrics(url), sizes()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(one, range(24)))
+    time.sleep(1.5)  # written and counted a few times a second
+    after = metrics(url)
+    for tree, usage in answers:
+        assert usage.completion_tokens == sum(branch.tokens for branch in tree)
+    grown = {name: after[name] - before.get(name, 0) for name in after if name[0].startswith("entropix_fork")}
+    parted = [{(branch.parent, branch.position) for branch in tree[1:]} for tree, _ in answers]
+    assert grown[("entropix_forks_total",)] == sum(map(len, parted)) > 0
+    chosen = [branch for tree, _ in answers for branch in tree if branch.chosen]
+    assert grown[("entropix_fork_tokens_total", "committed")] == sum(branch.position + branch.tokens for branch in chosen) > 0
+    assert after[("entropix_branches_live",)] == 0
+    assert all(size > written[name] for name, size in sizes().items())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_without_a_finite_logit_are_json(two_servers, stream):
     url, folder = two_servers

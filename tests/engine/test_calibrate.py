@@ -62,7 +62,11 @@ def test_it_is_kept_under_the_models_fingerprint(calibrated, monkeypatch):
     assert own is not None
     found = calibrations.find(own)
     assert found is not None
-    assert Path(found).read_text() == (folder / "preset.toml").read_text()
+    text = Path(found).read_text()
+    assert text == (folder / "preset.toml").read_text()
+    # Who reads it can do the same again.
+    command = "vllm-entropix calibrate demo --prompts prompts.txt --shares LELV=0.5,HELV=0.03 --max-tokens 96 --engine '{"
+    assert re.search(rf"^# {re.escape(command)}.*\(\d{{4}}-\d\d-\d\d, vllm-entropix \S+\)\.$", text, re.M)
     assert re.sub(r"\s", "", found) in re.sub(r"\s", "", told)
 
 

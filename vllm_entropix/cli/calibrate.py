@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from vllm_entropix._version import __version__
 from vllm_entropix.cli.checks import require_model
 from vllm_entropix.cli.demo import Prompt, load_prompts
 from vllm_entropix.demo_model import shipped_model
@@ -41,9 +43,11 @@ _PROMPTS = Path(__file__).with_name("calibration_prompts.txt")
 _COLUMNS, _ROWS = 64, 18
 _SMALLEST = 1e-6  # where the picture's logarithmic axes begin at the lowest
 _SHADES = " ·░▒▓█"
+_PLACES = {"model", "output", "svg"}  # options that say where something lies
 
 
 def calibrate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Any model that vLLM can load; `demo` is the one that is shipped.")],
     prompts: Annotated[
         Path | None,
@@ -94,7 +98,8 @@ def calibrate(
     if svg is not None:
         console.save_svg(str(svg), title="vllm-entropix calibrate")
     own = calibrations.fingerprint(path, arguments.get("revision"))
-    notes = [how, *([] if own is None else [calibrations.line(own)])]
+    made = f"{_command(context)} ({datetime.now(UTC).date()}, vllm-entropix {__version__})."
+    notes = [made, how, *([] if own is None else [calibrations.line(own)])]
     text = preset_text(found, config, Path(path).name, notes)
     if output is not None:
         try:
@@ -111,6 +116,23 @@ def calibrate(
     else:
         told = f"Kept it in {calibrations.keep(own, text)}, where `vllm serve` with --sampler entropix finds it."
         console.print(Text(printable(told)), soft_wrap=True)
+
+
+def _command(context: typer.Context) -> str:
+    """The command as it was given, and files by name alone: others read it, too."""
+    model = Path(context.params["model"])
+    words = ["vllm-entropix", "calibrate", model.resolve().name if model.exists() else str(model)]
+    for option in context.command.params:
+        name = option.name or ""
+        source = context.get_parameter_source(name)
+        if name in _PLACES or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append((option.opts if value else option.secondary_opts)[0])
+        else:
+            words += [option.opts[0], value.name if isinstance(value, Path) else str(value)]
+    return shlex.join(words)
 
 
 def _asked(llm: LLM, prompts: list[Prompt], chat: bool | None) -> tuple[list[Prompt], str]:

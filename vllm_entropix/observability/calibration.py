@@ -431,7 +431,7 @@ def preset_text(calibration: Calibration, base: EntropixConfig, model: str, note
     name = printable(" ".join(model.split()))  # a comment ends with its line
     fitting, checking = found.fitting, found.checking
     lines = [
-        f"# Borders and parameters fitted to {name} by `vllm-entropix calibrate`:",
+        f"# Borders and parameters fitted to {name}:",
         *(f"# {printable(' '.join(note.split()))}" for note in notes),
         f"# {fitting.prompts} prompts and {fitting.tokens} tokens fitted, {checking.prompts} and {checking.tokens} checked,",
         f"# drawn {'with these parameters' if found.with_regimes else 'without regimes'}.",

@@ -278,6 +278,29 @@ def test_the_study_of_the_documentation_is_one():
     assert all(f"`{kind}`" in page for kind in KINDS)
 
 
+def test_the_study_of_forks_keeps_its_protocol():
+    found = Study.load(EVIDENCE.with_name("FORKS.toml"))
+    assert sum(task.test for task in found.tasks.values()) >= 200
+    assert found.draws >= 5
+    assert len(found.models) >= 2
+    assert all(found.runs(name, model) for name in found.samplers for model in found.models)
+    assert [found.samplers[name].votes for name in found.ladder] == [None, 2, 4, 8]
+    # Three differ in where they fork, and in nothing else.
+    asked, servers = [], []
+    for place in ("uncertain", "random", "sure"):
+        arm = found.samplers[f"forks_{place}"]
+        forks = dict(arm.server["forks"])
+        assert forks.pop("place", "uncertain") == place
+        assert arm.as_many_forks_as == (None if place == "uncertain" else "forks_uncertain")
+        asked.append((arm.sampler, arm.fixed))
+        servers.append((arm.server.keys(), forks))
+    assert asked == asked[:1] * 3
+    assert servers == servers[:1] * 3
+    assert asked[0][1]["temperature"] == found.samplers["sampled"].fixed["temperature"]
+    published = (ROOT / "docs" / "evidence-protocol.md").read_text().partition("## Answers that fork")[2]
+    assert all(name in published for name in found.samplers)
+
+
 def test_the_evidence_study_keeps_its_protocol(monkeypatch, tmp_path):
     found = Study.load(EVIDENCE)
     assert (found.configurations, found.draws) == (24, 5)

@@ -6,7 +6,9 @@ import torch
 
 from vllm_entropix.distribution import backend
 from vllm_entropix.kernels.chains import NUMBERS, STAGES
-from vllm_entropix.kernels.triton_.chain import chain_of_rows
+from vllm_entropix.kernels.triton_ import chain as triton_chain
+from vllm_entropix.kernels.triton_.chain import _CAPACITY, chain_of_rows
+from vllm_entropix.kernels.triton_.logits_metrics import logits_metrics
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import BASE, Sequence
@@ -45,7 +47,7 @@ def some_logits(rows, vocabulary, seed):
     return logits.to(torch.get_default_device())
 
 
-def by_kernel(names, logits, numbers, chosen=None, greedy=None):
+def by_kernel(names, logits, numbers, chosen=None, greedy=None, maxima=None, lowered=None):
     rows = torch.arange(len(logits))
     written = logits.clone()
     shares = chain_of_rows(
@@ -54,6 +56,8 @@ def by_kernel(names, logits, numbers, chosen=None, greedy=None):
         rows < 0 if greedy is None else greedy,
         tuple(map(STAGES.index, names)),
         numbers,
+        maxima,
+        lowered,
     )
     return written, shares
 
@@ -70,6 +74,24 @@ def chains_equal_pytorch():
             torch.testing.assert_close(got.exp(), want, rtol=2e-4, atol=1e-6, msg=lambda told, names=names: f"{names}: {told}")
             if "xtc" not in names:
                 assert not shares.any()
+
+
+def what_is_gathered_first_is_enough():
+    """By the groups' maxima, some of which are older than what DRY took off; with and without room for all of it."""
+    rows, vocabulary = 8, 4100
+    logits = some_logits(rows, vocabulary, 11)
+    *_metrics, maxima = logits_metrics(logits)
+    lowered = logits.topk(3).indices[:, :2]
+    logits.scatter_(-1, lowered, logits.gather(-1, lowered) - 50)
+    numbers = torch.tensor([SETTINGS[row % len(SETTINGS)] for row in range(rows)], dtype=torch.float64)
+    columns = {name: numbers[:, [column]].to(logits.dtype) for column, name in enumerate(NUMBERS)}
+    of_row = torch.full((rows,), 2, dtype=torch.int32)
+    for names in (("top_k", "typ_p", "xtc", "temperature"), ("min_p", "top_p", "temperature"), ("top_k",), ("min_p", "xtc")):
+        want = chain.outcome(chain.make_stages(names), logits, StageRows(columns)).probabilities
+        for capacity in (_CAPACITY, 16):
+            with mock.patch.object(triton_chain, "_CAPACITY", capacity):
+                got, _shares = by_kernel(names, logits, numbers, maxima=maxima, lowered=of_row)
+            torch.testing.assert_close(got.exp(), want, rtol=2e-4, atol=1e-6, msg=lambda told, names=names: f"{names}: {told}")
 
 
 def rows_of_chains_are_alone():
@@ -121,4 +143,4 @@ def chains_of_a_batch_equal_pytorch():
     torch.testing.assert_close(written[1].exp(), written[0].exp(), rtol=2e-4, atol=1e-6)
 
 
-CHECKS = (chains_equal_pytorch, rows_of_chains_are_alone, chains_of_a_batch_equal_pytorch)
+CHECKS = (chains_equal_pytorch, what_is_gathered_first_is_enough, rows_of_chains_are_alone, chains_of_a_batch_equal_pytorch)

@@ -20,12 +20,19 @@ TYPES = {
     "row_stride": "i64",
     **dict.fromkeys(("top_k", "samples", "forced", "tokens", "enough", "found"), LONGS),
     "sampled": "*i1",
-    **dict.fromkeys(("ids", "stages"), "*i32"),
+    **dict.fromkeys(("ids", "stages", "lowered"), "*i32"),
     **dict.fromkeys(("split", "count"), "i32"),
     "numbers": "*fp64",
 }
 ROW = {"BLOCK": 4096, "LIMIT": candidates.LIMIT}
-CHAIN = {"COLUMNS": len(NUMBERS), "BLOCK": chain._BLOCK, "SEARCHED": chain._SEARCHED, "DIGIT": chain._DIGIT}
+CHAIN = {
+    "COLUMNS": len(NUMBERS),
+    "BLOCK": chain._BLOCK,
+    "SEARCHED": chain._SEARCHED,
+    "DIGIT": chain._DIGIT,
+    "GROUPS": 2048,
+    "CAPACITY": chain._CAPACITY,
+}
 GROUPS = {"COLLECT": 2048, "GROUP": 64, "GROUPS": 2048}
 
 # Kernel, constants, types other than above, warps.

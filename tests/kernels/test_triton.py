@@ -58,6 +58,7 @@ CHECKS = (
     "samplers_write_with_a_rule_and_without",
     "repetitions_equal_pytorch",
     "chains_equal_pytorch",
+    "what_is_gathered_first_is_enough",
     "rows_of_chains_are_alone",
     "chains_of_a_batch_equal_pytorch",
     "decisions_equal_those_of_pytorch",

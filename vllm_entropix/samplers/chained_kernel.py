@@ -46,7 +46,7 @@ class KernelPart:
         first = settings.columns[NUMBERS[0]]
         self._numbers = settings.values[:, first : first + len(NUMBERS)].double()
         self._greedy = settings["temperature"] < GREEDY_BELOW
-        self._log_normaliser = rows.statistics.log_normaliser
+        self._log_normaliser, self._maxima = rows.statistics.log_normaliser, rows.statistics.maxima
         self._shares = logits.new_empty(0) if self._on_gpu else logits.new_zeros(len(logits))
         self._places, self._penalties = _penalties(running, rows, tokens)
 
@@ -85,14 +85,18 @@ class KernelPart:
         share_rows(costs, lambda first, last: chain_of_rows(*arguments, first, last))
 
     def _write_on_gpu(self, logits: Tensor, chosen: Tensor) -> None:
+        import torch
+
         from vllm_entropix.kernels.triton_.chain import chain_of_rows
 
+        lowered = None
         if self._places.shape[-1]:
             penalised = logits.gather(-1, self._places) - self._penalties.where(chosen.unsqueeze(-1), 0.0)
             # Of a token that followed several repetitions the longest counts.
             logits.scatter_reduce_(-1, self._places, penalised, "amin")
+            lowered = (self._penalties > 0).sum(dim=-1, dtype=torch.int32)
         stages = tuple(code for code in self._codes if STAGES[code] != "dry")
-        self._shares = chain_of_rows(logits, chosen, self._greedy, stages, self._numbers)
+        self._shares = chain_of_rows(logits, chosen, self._greedy, stages, self._numbers, self._maxima, lowered)
 
     def drawn(self, tokens: Tensor) -> Drawn:
         """What the stages tell of the drawn tokens, int64 ``[rows]``."""

@@ -78,7 +78,7 @@ def survey(line, vocabulary, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _kth_of_maxima(maxima, groups, k, GROUPS: tl.constexpr):  # noqa: N803
+def kth_of_maxima(maxima, groups, k, GROUPS: tl.constexpr):  # noqa: N803
     """The k-th largest of ``groups`` numbers, -inf if there are fewer."""
     index = tl.arange(0, GROUPS)
     order = ordered(tl.load(maxima + index, mask=index < groups, other=-float("inf")))
@@ -240,7 +240,7 @@ def _distribute(
     # What min_p drops needn't be collected. A little lower, so that rounding here decides nothing.
     low = largest + t * tl.log(smallest) - 1e-3 * (1.0 + tl.abs(largest))
     threshold = tl.where(smallest > 0, low, -float("inf"))
-    threshold = tl.maximum(threshold, _kth_of_maxima(maxima, groups, k, GROUPS))
+    threshold = tl.maximum(threshold, kth_of_maxima(maxima, groups, k, GROUPS))
     reached = _choose_groups(maxima, groups, threshold, chosen, GROUPS)
     count = _collect(line, vocabulary, chosen, reached, threshold, -float("inf"), 0, values, ids, COLLECT, GROUP, CAPACITY)
     if count > CAPACITY:

@@ -3,6 +3,9 @@
 A row is one program's, and its candidates stay where they are: what a stage drops becomes -inf. A border by number or weight
 is found three bits at a time of the order that a float's bits have, each by another pass over the row, which is in the
 second-level cache by then. XTC's two sides share the row: they differ by the top choices, which are those above one logit.
+
+As soon as a stage has left few candidates they are gathered beside the row, by ascending id, and the other stages work on them;
+where top_k or min_p comes first, they are gathered in one pass, by a logit that all they keep is sure to reach.
 """
 
 # Triton's compiler looks at a kernel's annotations, and knows none of Python's.
@@ -18,13 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_entropix.kernels.chains import NUMBERS, STAGES
-from vllm_entropix.kernels.triton_.candidates import fill, ordered, survey
+from vllm_entropix.kernels.triton_.candidates import fill, kth_of_maxima, ordered, survey
+from vllm_entropix.kernels.triton_.sizes import power_of_2
 
 _BLOCK = 4096
 # Each is compared with all borders of a digit.
 _SEARCHED = 1024
 # Borders that a pass compares with: a digit of three bits.
 _DIGIT = 8
+# Candidates that are worked on beside the row.
+_CAPACITY = 2048
 _TEMPERATURE = tl.constexpr(STAGES.index("temperature"))
 _DYNATEMP = tl.constexpr(STAGES.index("dynatemp"))
 _TOP_K = tl.constexpr(STAGES.index("top_k"))
@@ -46,6 +52,9 @@ _THRESHOLD = tl.constexpr(NUMBERS.index("xtc_threshold"))
 _SLACK = tl.constexpr(16 * torch.finfo(torch.float32).eps)
 # Temperatures below this are as good as 0.
 _COLDEST = tl.constexpr(1e-30)
+# Of a logit, in which rounding decides nothing.
+_MARGIN = tl.constexpr(1e-5)
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -372,6 +381,60 @@ def _write_mixture(
             tl.store(line + token, log_p, mask=token < vocabulary)
 
 
+@triton.jit
+def _reached_by_all(code, own, highest, maxima, groups, lowered, GROUPS: tl.constexpr):  # noqa: N803
+    """A logit that all candidates reach which this stage keeps as the first; the smallest number where none is known.
+
+    Of the groups' maxima, which are older than what DRY took off ``lowered`` logits, so many may be too large.
+    """
+    border = tl.full((), _LOWEST, tl.float32)
+    if code == _TOP_K:
+        k = tl.load(own + _K).to(tl.int32)
+        if (k > 0) & (k < groups):
+            border = tl.maximum(border, kth_of_maxima(maxima, groups, k + lowered, GROUPS))
+    elif code == _MIN_P:
+        smallest = tl.load(own + _MIN)
+        if smallest > 0:
+            below = tl.log(smallest * (1 - _SLACK)).to(tl.float32)
+            border = tl.maximum(border, (highest + below) - _MARGIN * (1.0 + tl.abs(highest) - below))
+    return border
+
+
+@triton.jit
+def _gather(
+    line,
+    vocabulary,
+    border,
+    values,
+    ids,
+    BLOCK: tl.constexpr,  # noqa: N803
+    CAPACITY: tl.constexpr,  # noqa: N803
+):
+    """Copy the candidates from ``border`` on, if there is room for all; how many there are."""
+    count = tl.full((), 0, tl.int32)
+    for start in tl.range(0, vocabulary, BLOCK):
+        token, x = _tile(line, start, vocabulary, BLOCK)
+        reached = (x >= border).to(tl.int32)
+        index = count + tl.cumsum(reached, axis=0) - 1
+        fits = (reached > 0) & (index < CAPACITY)
+        tl.store(values + index, x, mask=fits)
+        tl.store(ids + index, token, mask=fits)
+        count += tl.sum(reached, axis=0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def _put_back(line, vocabulary, values, ids, count, BLOCK: tl.constexpr):  # noqa: N803
+    """Write what was gathered to its tokens' places in the row, and exclude the others."""
+    fill(line, vocabulary, BLOCK)
+    for start in tl.range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < count
+        token = tl.load(ids + index, mask=inside, other=0)
+        tl.store(line + token, tl.load(values + index, mask=inside, other=0.0), mask=inside)
+
+
 @triton.jit(do_not_specialize=["split", "count"])
 def _chain(
     logits,
@@ -384,46 +447,68 @@ def _chain(
     count,
     numbers,
     shares,
+    maxima,
+    groups,
+    lowered,
+    values,
+    ids,
     COLUMNS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     SEARCHED: tl.constexpr,  # noqa: N803
     DIGIT: tl.constexpr,  # noqa: N803
+    GROUPS: tl.constexpr,  # noqa: N803
+    CAPACITY: tl.constexpr,  # noqa: N803
 ):
     """A row through the stages 0 to ``count - 1``, of which ``split`` is XTC; ``count`` if there is none."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(chosen + row) == 0:
         return
-    line, own = logits + row * row_stride, numbers + row * COLUMNS
+    whole, own = logits + row * row_stride, numbers + row * COLUMNS
+    few, ids = values + row * CAPACITY, ids + row * CAPACITY
+    # What the stages work on: the row, or what was gathered of it.
+    line, size = whole, tl.full((), 0, tl.int32) + vocabulary
+    gathered = tl.full((), 0, tl.int32)
     tl.store(shares + row, 0.0)
     is_greedy = tl.load(greedy + row) != 0
-    highest, best = survey(line, vocabulary, BLOCK)
+    highest, best = survey(whole, vocabulary, BLOCK)
     if (highest == float("inf")) | (highest == -float("inf")):
         # With nothing but -inf, or with +inf or NaN, the first candidate stays alone.
-        _alone(line, vocabulary, best, BLOCK)
+        _alone(whole, vocabulary, best, BLOCK)
         return
+    if split > 0:
+        sure = _reached_by_all(tl.load(stages), own, highest, maxima + row * groups, groups, tl.load(lowered + row), GROUPS)
+        if sure > _LOWEST:
+            number = _gather(whole, vocabulary, sure, few, ids, BLOCK, CAPACITY)
+            if number <= CAPACITY:
+                line, size, gathered = few, number, gathered + 1
     for place in tl.range(0, split):
-        _apply(line, vocabulary, tl.load(stages + place), own, BLOCK, SEARCHED, DIGIT)
+        code = tl.load(stages + place)
+        _apply(line, size, code, own, BLOCK, SEARCHED, DIGIT)
+        if (gathered == 0) & (code != _TEMPERATURE) & (code != _DYNATEMP):
+            number = _gather(whole, vocabulary, _LOWEST, few, ids, BLOCK, CAPACITY)
+            if number <= CAPACITY:
+                line, size, gathered = few, number, gathered + 1
     probability, threshold = tl.load(own + _PI), tl.load(own + _THRESHOLD)
     coin = (split < count) & (probability > 0) & (threshold <= 0.5)
     least, keeper, tops = tl.full((), 0.0, tl.float32), tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
     if coin:
-        highest, best = survey(line, vocabulary, BLOCK)
-        _number, total, _product = _sums(line, vocabulary, highest, BLOCK)
+        highest, best = survey(line, size, BLOCK)
+        _number, total, _product = _sums(line, size, highest, BLOCK)
         border = threshold * (1 - _SLACK) * total
-        least, keeper, tops = _least_of_top_choices(line, vocabulary, highest, border, BLOCK)
+        least, keeper, tops = _least_of_top_choices(line, size, highest, border, BLOCK)
     if tops > 1:
         tl.store(shares + row, probability.to(tl.float32))
-        low, scale, cold = _later(line, vocabulary, stages, split + 1, count, own, highest, 0, least, keeper, BLOCK)
-        _number, total, _product = _sums_of_side(line, vocabulary, low, highest, scale, 0, least, keeper, BLOCK)
+        low, scale, cold = _later(line, size, stages, split + 1, count, own, highest, 0, least, keeper, BLOCK)
+        _number, total, _product = _sums_of_side(line, size, low, highest, scale, 0, least, keeper, BLOCK)
         # Of equal largest logits the first stays where it is so cold.
         share = ((1 - probability) / tl.where(cold > 0, 1.0, total)).to(tl.float32)
         only = tl.where(cold > 0, best, -1)
-        its_low, its_scale, _cold = _later(line, vocabulary, stages, split + 1, count, own, least, 1, least, keeper, BLOCK)
-        _number, total, _product = _sums_of_side(line, vocabulary, its_low, least, its_scale, 1, least, keeper, BLOCK)
+        its_low, its_scale, _cold = _later(line, size, stages, split + 1, count, own, least, 1, least, keeper, BLOCK)
+        _number, total, _product = _sums_of_side(line, size, its_low, least, its_scale, 1, least, keeper, BLOCK)
         its_share = (probability / total).to(tl.float32)
         _write_mixture(
             line,
-            vocabulary,
+            size,
             is_greedy,
             low,
             highest,
@@ -439,8 +524,10 @@ def _chain(
         )
     else:
         for place in tl.range(split + 1, count):
-            _apply(line, vocabulary, tl.load(stages + place), own, BLOCK, SEARCHED, DIGIT)
-        _write(line, vocabulary, is_greedy, BLOCK)
+            _apply(line, size, tl.load(stages + place), own, BLOCK, SEARCHED, DIGIT)
+        _write(line, size, is_greedy, BLOCK)
+    if gathered > 0:
+        _put_back(whole, vocabulary, few, ids, size, BLOCK)
 
 
 @cache
@@ -449,7 +536,21 @@ def _on(stages: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(stages or (0,), dtype=torch.int32, device=device)
 
 
-def chain_of_rows(logits: Tensor, chosen: Tensor, greedy: Tensor, stages: tuple[int, ...], numbers: Tensor) -> Tensor:
+@cache
+def _zeros(rows: int, device: torch.device) -> Tensor:
+    """Zeros of int32, ``[rows]``, which all steps share."""
+    return torch.zeros(rows, dtype=torch.int32, device=device)
+
+
+def chain_of_rows(
+    logits: Tensor,
+    chosen: Tensor,
+    greedy: Tensor,
+    stages: tuple[int, ...],
+    numbers: Tensor,
+    maxima: Tensor | None = None,
+    lowered: Tensor | None = None,
+) -> Tensor:
     """Overwrite the chosen rows with the log-probabilities they are drawn from.
 
     Args:
@@ -458,22 +559,29 @@ def chain_of_rows(logits: Tensor, chosen: Tensor, greedy: Tensor, stages: tuple[
         greedy: bool ``[rows]``: the most probable token of what is left, alone.
         stages: the chain's, as indices of STAGES; none is DRY, and after XTC come min_p and temperatures alone.
         numbers: float64 ``[rows, len(NUMBERS)]``.
+        maxima: of the logits' groups, as ``logits_metrics`` gives them; None: what is kept first is found without them.
+        lowered: int32 ``[rows]``, how many logits at most are smaller since the maxima were taken; None: none.
 
     Returns:
         float32 ``[rows]``, of chosen rows: the share of the distribution in which XTC excluded top choices.
     """
     rows, vocabulary = logits.shape
     shares = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    maxima = logits.new_empty(rows, 0) if maxima is None else maxima
+    lowered = _zeros(power_of_2(rows), logits.device) if lowered is None else lowered
+    values, ids = (torch.empty(rows, _CAPACITY, dtype=one, device=logits.device) for one in (torch.float32, torch.int32))
     xtc = STAGES.index("xtc")
     split = stages.index(xtc) if xtc in stages else len(stages)
     if rows:
         _chain[(rows,)](
             *(logits, logits.stride(0), vocabulary, chosen, greedy, _on(stages, logits.device), split, len(stages)),
-            *(numbers.contiguous(), shares),
+            *(numbers.contiguous(), shares, maxima, maxima.shape[1], lowered, values, ids),
             COLUMNS=len(NUMBERS),
             BLOCK=_BLOCK,
             SEARCHED=_SEARCHED,
             DIGIT=_DIGIT,
+            GROUPS=power_of_2(max(maxima.shape[1], 16)),
+            CAPACITY=_CAPACITY,
             num_warps=16,
         )
     return shares

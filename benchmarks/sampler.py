@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,7 +132,7 @@ class Asked:
     """
 
     chain: str
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     base: Mapping[str, float]
     text: int
 
@@ -274,10 +274,18 @@ ALONE = {
 BASE = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05}
 
 
+def asked_for(text: str, wanted: Mapping[str, Any], tokens: int) -> Asked:
+    """A chain of these names, with those of the ``wanted`` settings that its samplers have, behind so many tokens."""
+    from vllm_entropix.samplers.chain import stages
+    from vllm_entropix.samplers.chained import names_of
+
+    known = {key for one in names_of(text) for key in stages()[one].Settings.model_fields}
+    return Asked(text, {key: value for key, value in wanted.items() if key in known}, BASE, tokens)
+
+
 def chains(options: argparse.Namespace) -> list[Asked | None]:
     """What is measured; None is entropix."""
-    from vllm_entropix.samplers.chain import names, stages
-    from vllm_entropix.samplers.chained import names_of
+    from vllm_entropix.samplers.chain import names
 
     if options.chain is None:
         return [None]
@@ -285,10 +293,8 @@ def chains(options: argparse.Namespace) -> list[Asked | None]:
     for text in names() if options.chain == "all" else (options.chain,):
         # What plans by itself is a chain with a name beside it.
         text = f"{text};temperature" if options.chain == "all" and text in ("min_p", "top_n_sigma", "entropix") else text
-        known = {key for one in names_of(text) for key in stages()[one].Settings.model_fields}
-        wanted = ON | ALONE if options.chain == "all" else ON
-        on = {key: value for key, value in wanted.items() if key in known}
-        found.append(Asked(text, on | options.settings, BASE, options.text))
+        asked = asked_for(text, ON | ALONE if options.chain == "all" else ON, options.text)
+        found.append(replace(asked, settings=asked.settings | options.settings))
     return found
 
 

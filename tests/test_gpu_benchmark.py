@@ -220,7 +220,7 @@ def test_a_dry_run_passes(tmp_path):
     found = Findings(Results(tmp_path / "results.jsonl").lines())
     assert list(found.problems()) == []
     assert {one["job"] for one in found.ended()} == {"smoke", "kernels", "engine-flash-attn", "decode-last"}
-    assert {one["part"] for one in found.lines if "part" in one} == {"sampler", "attention", "decode"}
+    assert {one["part"] for one in found.lines if "part" in one} == {"sampler", "chain", "attention", "decode"}
     [decoded] = found.of_part("decode", side="last")
     assert decoded["decoding"] == decoded["requests"]
     assert decoded["host_ms"] > 0

@@ -123,6 +123,13 @@ BARS: tuple[Bar, ...] = (
         lambda one: one.value("entropix_over_vllm", "sampler", rows=256, vocabulary=128_256),
     ),
     Bar(
+        "llama.cpp's default chain with dry and xtc, 256 rows, vocabulary 128256: over vLLM's own step with top_k and top_p",
+        1.0,
+        0.7,
+        True,
+        lambda one: one.value("chain_over_vllm", "chain", rows=256, vocabulary=128_256),
+    ),
+    Bar(
         "metrics, 256 rows, vocabulary 128256: over one read of the logits",
         1.3,
         1.1,

@@ -1,10 +1,14 @@
-"""Each kernel's time beside its rival and its ceiling: the sampler's step, and attention statistics. The GPU is its own."""
+"""Each kernel's time beside its rival and its ceiling: steps of the sampler and of a chain, and attention statistics.
+
+The GPU is its own.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ from benchmarks.gpu.launched import Cost, cost
 VOCABULARY = 128_256
 # The most telling first: time may end.
 ROWS = (256, 64, 1, 1024, 8)
+# llama.cpp's default chain, with DRY and XTC on.
+CHAIN, CHAIN_ROWS = "chain", (256, 64, 1)
 # Rows, context, layers.
 SIZES = (
     (256, 1024, 1),
@@ -27,7 +33,7 @@ SIZES = (
     (256, 1024, 8),
     (8, 8192, 32),
 )
-_DRY_ROWS = (3, 1)
+_DRY_ROWS, _DRY_CHAIN_ROWS = (3, 1), (2,)
 _DRY_SIZES = ((3, 20, 1), (2, 40, 2))
 _DRY_SHAPE = ("--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--dtype", "float32")
 
@@ -67,23 +73,31 @@ def measure(add: Callable[..., None], *, seconds: float, dry: bool) -> None:
 
 
 def _measurements(device: torch.device, dry: bool) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """Sizes, and what measures them: the two parts in turn, so that time cuts both short alike."""
+    """Sizes, and what measures them: the parts in turn, so that time cuts all short alike."""
     vocabulary = 3000 if dry else VOCABULARY
-    rows_left, sizes_left = list(_DRY_ROWS if dry else ROWS), list(_DRY_SIZES if dry else SIZES)
-    while rows_left or sizes_left:
-        if rows_left:
-            rows = rows_left.pop(0)
-            size = {"part": "sampler", "rows": rows, "vocabulary": vocabulary}
-            yield size, partial(_of_sampler, rows, vocabulary, device)
-        if sizes_left:
-            rows, context, layers = sizes_left.pop(0)
-            size = {"part": "attention", "rows": rows, "context": context, "layers": layers}
-            yield size, partial(_of_attention, rows, context, layers, device, dry)
+    asked = sampler.asked_for(CHAIN, sampler.ON, tokens=1024)
+    steps = [
+        ({"part": "sampler", "rows": rows, "vocabulary": vocabulary}, partial(_of_sampler, rows, vocabulary, device))
+        for rows in (_DRY_ROWS if dry else ROWS)
+    ]
+    chains = [
+        ({"part": "chain", "rows": rows, "vocabulary": vocabulary}, partial(_of_sampler, rows, vocabulary, device, asked))
+        for rows in (_DRY_CHAIN_ROWS if dry else CHAIN_ROWS)
+    ]
+    statistics = [
+        (
+            {"part": "attention", "rows": rows, "context": context, "layers": layers},
+            partial(_of_attention, rows, context, layers, device, dry),
+        )
+        for rows, context, layers in (_DRY_SIZES if dry else SIZES)
+    ]
+    for together in zip_longest(steps, statistics, chains):
+        yield from (one for one in together if one is not None)
 
 
-def _of_sampler(rows: int, vocabulary: int, device: torch.device) -> dict[str, Any]:
-    """Costs of a step and its parts, without those of the copy that puts the logits back."""
-    step = sampler.step(rows, vocabulary, device)
+def _of_sampler(rows: int, vocabulary: int, device: torch.device, asked: sampler.Asked | None = None) -> dict[str, Any]:
+    """Costs of a step and its parts, without those of the copy that puts the logits back; ``asked``: of this chain."""
+    step = sampler.step(rows, vocabulary, device, asked)
     if device.type == "cpu":
         from vllm_entropix.distribution.backend import TritonBackend
 
@@ -97,9 +111,10 @@ def _of_sampler(rows: int, vocabulary: int, device: torch.device) -> dict[str, A
             action()
 
         costs[name] = cost(on_prepared_logits, device).without(prepared)
+    name = "entropix" if asked is None else "chain"
     return {
         "costs": {name: one.told(largest=6) for name, one in costs.items()},
-        "entropix_over_vllm": _ratio(costs["entropix"], costs["vllm"]),
+        f"{name}_over_vllm": _ratio(costs[name], costs["vllm"]),
         "metrics_over_read": _ratio(costs["metrics"], costs["read"]),
     }
 

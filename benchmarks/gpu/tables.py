@@ -56,15 +56,24 @@ def modes(found: Findings) -> str:
 
 def sampler(found: Findings) -> str:
     """The sampler's step: GPU time, launches and time with launches, by what is done."""
+    return _steps(found, "sampler", "entropix")
+
+
+def chain(found: Findings) -> str:
+    """The same of llama.cpp's default chain."""
+    return _steps(found, "chain", "chain")
+
+
+def _steps(found: Findings, part: str, ours: str) -> str:
     rows = [
         [
             f"{one['rows']}, {one['vocabulary']:,}",
-            *(_cost(one["costs"].get(name)) for name in ("read", "metrics", "transform", "entropix", "vllm", "flashinfer")),
-            _ratio(one["entropix_over_vllm"]),
+            *(_cost(one["costs"].get(name)) for name in ("read", "metrics", "transform", ours, "vllm", "flashinfer")),
+            _ratio(one[f"{ours}_over_vllm"]),
         ]
-        for one in found.of_part("sampler")
+        for one in found.of_part(part)
     ]
-    head = ["rows, vocabulary", "one read", "metrics", "without the draw", "entropix", "vLLM", "FlashInfer", "entropix / vLLM"]
+    head = ["rows, vocabulary", "one read", "metrics", "without the draw", ours, "vLLM", "FlashInfer", f"{ours} / vLLM"]
     return markdown(head, rows) + "\nGPU ms, kernels, ms with launches.\n"
 
 
@@ -127,6 +136,7 @@ PARTS: dict[str, Callable[[Findings], str]] = {
     "bars": bars,
     "modes": modes,
     "sampler": sampler,
+    "chain": chain,
     "attention": attention,
     "decode": decode,
     "throughput": throughput,

@@ -492,7 +492,8 @@ def _chain(
     coin = (split < count) & (probability > 0) & (threshold <= 0.5)
     least, keeper, tops = tl.full((), 0.0, tl.float32), tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
     if coin:
-        highest, best = survey(line, size, BLOCK)
+        if split > 0:
+            highest, best = survey(line, size, BLOCK)
         _number, total, _product = _sums(line, size, highest, BLOCK)
         border = threshold * (1 - _SLACK) * total
         least, keeper, tops = _least_of_top_choices(line, size, highest, border, BLOCK)

@@ -86,7 +86,7 @@ def what_is_gathered_first_is_enough():
     numbers = torch.tensor([SETTINGS[row % len(SETTINGS)] for row in range(rows)], dtype=torch.float64)
     columns = {name: numbers[:, [column]].to(logits.dtype) for column, name in enumerate(NUMBERS)}
     of_row = torch.full((rows,), 2, dtype=torch.int32)
-    for names in (("top_k", "typ_p", "xtc", "temperature"), ("min_p", "top_p", "temperature"), ("top_k",), ("min_p", "xtc")):
+    for names in (("top_k", "typ_p", "xtc", "temperature"), ("min_p", "top_p", "temperature"), ("top_k",), ("top_p", "xtc")):
         want = chain.outcome(chain.make_stages(names), logits, StageRows(columns)).probabilities
         for capacity in (_CAPACITY, 16):
             with mock.patch.object(triton_chain, "_CAPACITY", capacity):

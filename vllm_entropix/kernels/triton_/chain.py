@@ -5,7 +5,7 @@ is found three bits at a time of the order that a float's bits have, each by ano
 second-level cache by then. XTC's two sides share the row: they differ by the top choices, which are those above one logit.
 
 As soon as a stage has left few candidates they are gathered beside the row, by ascending id, and the other stages work on them;
-where top_k or min_p comes first, they are gathered in one pass, by a logit that all they keep is sure to reach.
+where top_k, min_p or top_p comes first, they are gathered in one pass, by a logit that all they keep is sure to reach.
 """
 
 # Triton's compiler looks at a kernel's annotations, and knows none of Python's.
@@ -30,7 +30,7 @@ _SEARCHED = 1024
 # Borders that a pass compares with: a digit of three bits.
 _DIGIT = 8
 # Candidates that are worked on beside the row.
-_CAPACITY = 2048
+_CAPACITY = 4096
 _TEMPERATURE = tl.constexpr(STAGES.index("temperature"))
 _DYNATEMP = tl.constexpr(STAGES.index("dynatemp"))
 _TOP_K = tl.constexpr(STAGES.index("top_k"))
@@ -241,11 +241,15 @@ def _apply(
     vocabulary,
     code,
     own,
+    weight,
     BLOCK: tl.constexpr,  # noqa: N803
     SEARCHED: tl.constexpr,  # noqa: N803
     DIGIT: tl.constexpr,  # noqa: N803
 ):
-    """Let a stage drop and move a row's candidates where they stand."""
+    """Let a stage drop and move a row's candidates where they stand.
+
+    ``weight`` is theirs with that of others that weren't gathered, which top_p asks for; 0: there are no others.
+    """
     highest, best = survey(line, vocabulary, BLOCK)
     number, total, product = _sums(line, vocabulary, highest, BLOCK)
     if (code == _TEMPERATURE) | (code == _DYNATEMP):
@@ -267,7 +271,9 @@ def _apply(
     else:
         by_number, typical = (code == _TOP_K).to(tl.int32), (code == _TYP_P).to(tl.int32)
         k, p, mass = tl.load(own + _K), tl.load(own + _P), tl.load(own + _TYPICAL)
-        limit = tl.where(code == _TOP_K, k, tl.where(code == _TOP_P, (p - _SLACK) * total, (mass + _SLACK) * total))
+        limit = tl.where(
+            code == _TOP_K, k, tl.where(code == _TOP_P, (p - _SLACK) * tl.maximum(total, weight), (mass + _SLACK) * total)
+        )
         cuts = tl.where(code == _TOP_K, (k > 0) & (k < number), tl.where(code == _TOP_P, p < 1, mass < 1))
         if cuts:
             if limit > 0:
@@ -382,12 +388,25 @@ def _write_mixture(
 
 
 @triton.jit
-def _reached_by_all(code, own, highest, maxima, groups, lowered, GROUPS: tl.constexpr):  # noqa: N803
-    """A logit that all candidates reach which this stage keeps as the first; the smallest number where none is known.
+def _reached_by_all(
+    line,
+    vocabulary,
+    code,
+    own,
+    highest,
+    maxima,
+    groups,
+    lowered,
+    BLOCK: tl.constexpr,  # noqa: N803
+    GROUPS: tl.constexpr,  # noqa: N803
+):
+    """A logit that all candidates reach which this stage keeps as the first, and the weight of all where top_p asks for it.
+
+    Where no such logit is known it is the smallest number.
 
     Of the groups' maxima, which are older than what DRY took off ``lowered`` logits, so many may be too large.
     """
-    border = tl.full((), _LOWEST, tl.float32)
+    border, weight = tl.full((), _LOWEST, tl.float32), tl.full((), 0.0, tl.float64)
     if code == _TOP_K:
         k = tl.load(own + _K).to(tl.int32)
         if (k > 0) & (k < groups):
@@ -397,7 +416,14 @@ def _reached_by_all(code, own, highest, maxima, groups, lowered, GROUPS: tl.cons
         if smallest > 0:
             below = tl.log(smallest * (1 - _SLACK)).to(tl.float32)
             border = tl.maximum(border, (highest + below) - _MARGIN * (1.0 + tl.abs(highest) - below))
-    return border
+    elif code == _TOP_P:
+        p = tl.load(own + _P)
+        if p < 1:
+            # Smaller candidates weigh less, all taken together, than what top_p leaves out.
+            number, weight, _product = _sums(line, vocabulary, highest, BLOCK)
+            below = tl.log(0.999 * (1.0 - p) * weight / number).to(tl.float32)
+            border = tl.maximum(border, (highest + below) - _MARGIN * (1.0 + tl.abs(highest) - below))
+    return border, weight
 
 
 @triton.jit
@@ -467,7 +493,7 @@ def _chain(
     few, ids = values + row * CAPACITY, ids + row * CAPACITY
     # What the stages work on: the row, or what was gathered of it.
     line, size = whole, tl.full((), 0, tl.int32) + vocabulary
-    gathered = tl.full((), 0, tl.int32)
+    gathered, weight = tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float64)
     tl.store(shares + row, 0.0)
     is_greedy = tl.load(greedy + row) != 0
     highest, best = survey(whole, vocabulary, BLOCK)
@@ -476,14 +502,25 @@ def _chain(
         _alone(whole, vocabulary, best, BLOCK)
         return
     if split > 0:
-        sure = _reached_by_all(tl.load(stages), own, highest, maxima + row * groups, groups, tl.load(lowered + row), GROUPS)
+        sure, weight = _reached_by_all(
+            whole,
+            vocabulary,
+            tl.load(stages),
+            own,
+            highest,
+            maxima + row * groups,
+            groups,
+            tl.load(lowered + row),
+            BLOCK,
+            GROUPS,
+        )
         if sure > _LOWEST:
             number = _gather(whole, vocabulary, sure, few, ids, BLOCK, CAPACITY)
             if number <= CAPACITY:
                 line, size, gathered = few, number, gathered + 1
     for place in tl.range(0, split):
         code = tl.load(stages + place)
-        _apply(line, size, code, own, BLOCK, SEARCHED, DIGIT)
+        _apply(line, size, code, own, tl.where(place == 0, weight, 0.0), BLOCK, SEARCHED, DIGIT)
         if (gathered == 0) & (code != _TEMPERATURE) & (code != _DYNATEMP):
             number = _gather(whole, vocabulary, _LOWEST, few, ids, BLOCK, CAPACITY)
             if number <= CAPACITY:
@@ -525,7 +562,7 @@ def _chain(
         )
     else:
         for place in tl.range(split + 1, count):
-            _apply(line, size, tl.load(stages + place), own, BLOCK, SEARCHED, DIGIT)
+            _apply(line, size, tl.load(stages + place), own, 0.0, BLOCK, SEARCHED, DIGIT)
         _write(line, size, is_greedy, BLOCK)
     if gathered > 0:
         _put_back(whole, vocabulary, few, ids, size, BLOCK)

@@ -14,12 +14,12 @@ from unittest import mock
 import torch
 
 from tests.support.machine_code import compiling, specialising
-from vllm_entropix import EntropixConfig
 from vllm_entropix.distribution import backend
 from vllm_entropix.distribution.plan import Plan
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
+from vllm_entropix.samplers import registry
 from vllm_entropix.sampling import AttentionStatistics
 
 SIZES = (1, 2, 15, 16, 17, 64, 100, 256, 1000, 1024)
@@ -34,13 +34,16 @@ def some_attention(rows, wanted):
 
 # One whose plan reads more of the logits; one that plans in PyTorch, beside one with a rule for the kernel.
 OTHERS = (("top_n_sigma",), ("entropix", "chain"))
+# A server's own.
+CHAIN = {"base": {}, "samplers": ("chain",), "server": "chain"}
 
 
-def step(rows, base, clarification=(1, 2, 3), samplers=("entropix",), measure=some_attention):
-    """All kernels of a step; none of them is run."""
-    config = EntropixConfig.from_dict({"base": base})
+def step(rows, base, clarification=(1, 2, 3), samplers=("entropix",), measure=some_attention, server="entropix"):
+    """All kernels of a step on a server of some sampler; none of them is run."""
+    config = registry.server_settings().from_dict({"base": base, "sampler": server})
     batch = BatchSampler(config, rows, clarification, "cpu", counted=True)
-    batch.samplers["chain"].plan = lambda rows: Plan(rows.base)  # whatever it plans
+    if server != "chain":
+        batch.samplers["chain"].plan = lambda rows: Plan(rows.base)  # whatever it plans
     own = (1.0, 1.0, float(config.base.top_k), 0.0)
     for row in range(rows):
         name = samplers[row % len(samplers)]
@@ -61,7 +64,8 @@ def codes(capability=90):
     found = {}
     bases = BASES if capability == 90 else BASES[-1:]
     steps = [(str(base), {"base": base}) for base in bases] + [
-        (str(names), {"base": {}, "samplers": names}) for names in OTHERS
+        *((str(names), {"base": {}, "samplers": names}) for names in OTHERS),
+        ("chain", CHAIN),
     ]
     for what, settings in steps:
         with compiling(capability) as launched:
@@ -82,6 +86,7 @@ def variants():
     with specialising() as found:
         for size in SIZES:
             step(size, BASES[-1])
+            step(size, **CHAIN)
             backend.TritonBackend("cpu").spread(torch.empty(1, VOCABULARY).expand(size, -1))
         for samplers in (*OTHERS, ("chain",), ("min_p", "vllm")):
             for measure in (some_attention, None):

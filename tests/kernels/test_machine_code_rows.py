@@ -7,14 +7,14 @@ import pytest
 
 from tests.kernels.test_triton import result_of
 from tests.support.machine_code import SHARED
-from vllm_entropix.kernels.triton_ import candidates, logits_metrics, wide_filters
+from vllm_entropix.kernels.triton_ import candidates, chain, logits_metrics, wide_filters
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 # An H100's bytes a second, multiprocessors, schedulers of each, cycles a second.
 BANDWIDTH, MULTIPROCESSORS, SCHEDULERS, CLOCK = 3.35e12, 132, 4, 1.7e9
 ROWS, VOCABULARY = 256, 128256
 
-READING_LOGITS = {"_measure_tile", "_spread_of_tile", "_distribute", "_begin", "_tally", "_count_values", "_write"}
+READING_LOGITS = {"_measure_tile", "_spread_of_tile", "_distribute", "_begin", "_tally", "_count_values", "_write", "_chain"}
 KERNELS = {"_merge_tiles", "_merge_spreads", "_want_attention", "_decide", "_choose", "_choose_value", *READING_LOGITS}
 
 
@@ -80,6 +80,8 @@ def test_the_page_says_what_steps_cost():
         ("a `top_k` of 128", ROWS * 128 * group * 4, logits, maxima + collected, []),
         ("a `top_p`, no `top_k`", 4 * logits, logits, sought + 2 * maxima, ["_tally", "_tally", "_count_values", "_write"]),
         ("neither", 2 * logits, logits, 3 * tallies + maxima, ["_tally", "_write"]),
+        # The largest logit, and what is gathered, which is written and read; then the row is excluded.
+        ("llama.cpp's default chain", 2 * logits, logits, maxima + 2 * ROWS * chain._CAPACITY * (4 + 4), []),
     ):
         seconds = (read + written + beside) / BANDWIDTH
         want = [read / 1e6, written / 1e6, beside / 1e6, seconds * 1e3]
@@ -93,12 +95,13 @@ def test_the_page_says_what_steps_cost():
 
 def test_the_page_says_what_a_whole_step_moves_at_least():
     logits = ROWS * VOCABULARY * 4 / 1e6
-    metrics, filtered = said_of("metrics"), said_of("a `top_k` of 128")
+    metrics, filtered, chained = map(said_of, ("metrics", "a `top_k` of 128", "llama.cpp's default chain"))
     # Reads and writes of vLLM 0.32's V2: the copy (sampler.py:242), its temperature (gumbel.py), the first and the last
     # pass of topk_topp_triton.py, and the draw. A search that needs more passes only adds to them.
     whole = {
         "vLLM's own": ((1 + 1 + 2 + 1) * logits, (1 + 1 + 1) * logits, 0.0),
         "with entropix": ((1 + 1) * logits + metrics[0] + filtered[0], logits + filtered[1], metrics[2] + filtered[2]),
+        "with that chain": ((1 + 1) * logits + metrics[0] + chained[0], logits + chained[1], metrics[2] + chained[2]),
     }
     times = []
     for label, megabytes in whole.items():
@@ -107,4 +110,5 @@ def test_the_page_says_what_a_whole_step_moves_at_least():
         for number, one, error in zip(said_of(label), (*megabytes, times[-1]), (0.1, 0.1, 0.1, 0.0005), strict=True):
             assert abs(number - one) <= error * 1.01, (label, megabytes, times)
     assert f"That is {times[1] / times[0]:.2f} of vLLM's own step" in PAGE.read_text()
+    assert f"and with that chain {times[2] / times[0]:.2f} of it" in PAGE.read_text()
     assert f"the sampler's step {times[1] / times[0]:.2f} of vLLM's own" in PAGE.read_text()

@@ -212,16 +212,17 @@ def _spread(line: Any, count: int) -> float:
 
 
 @compiled()
-def _entropy(line: Any, count: int, highest: Any, total: float) -> float:
-    """Entropy of the candidates in nats."""
+def _total_and_entropy(line: Any, count: int, highest: Any) -> Any:
+    """Sum of the candidates' weights exp(l - highest), and their entropy in nats."""
     weights = np.empty(_BLOCK, dtype=np.float32)
-    found = 0.0
+    total, found = 0.0, 0.0
     for start in range(0, count, _BLOCK):
         length = min(_BLOCK, count - start)
         part = line[start : start + length]
         _weigh(part, highest, weights[:length])
+        total += _sum(weights[:length])
         found -= _sum_of_products(weights[:length], part, highest)
-    return float(found / total + np.log(total))
+    return total, float(found / total + np.log(total))
 
 
 @compiled()
@@ -232,7 +233,7 @@ def _dynamic(line: Any, count: int, own: Any) -> float:
     if count < 2:
         return 1.0
     highest = largest(line[:count])
-    share = _entropy(line, count, highest, _total(line, count, highest)) / np.log(count)
+    share = _total_and_entropy(line, count, highest)[1] / np.log(count)
     low, high = max(own[_T] - own[_RANGE], 0.0), own[_T] + own[_RANGE]
     return float(low + (high - low) * min(max(share, 0.0), 1.0) ** own[_EXPONENT])
 
@@ -293,9 +294,8 @@ def _keep_mass(line: Any, ids: Any, count: int, typical: bool, limit: float) -> 
     few are ever put in order.
     """
     highest = largest(line[:count])
-    total = _total(line, count, highest)
+    total, entropy = _total_and_entropy(line, count, highest) if typical else (_total(line, count, highest), 0.0)
     log_total = np.log(total)
-    entropy = _entropy(line, count, highest, total) if typical else 0.0
     if not (typical or limit > 0.0):
         best = _best(line, count)
         line[0], ids[0] = line[best], ids[best]

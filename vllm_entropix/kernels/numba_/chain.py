@@ -77,12 +77,18 @@ def chain_of_rows(
             ids[token_id] = token_id
         count = _without_dropped(line, ids, line.shape[0])
         count = _through(stages[:split], own, places[row], penalties[row], line, ids, count)
-        least = _least_of_top_choices(line, count, own[_THRESHOLD]) if split < len(stages) and own[_PI] > 0 else -1
-        if least < 0:
+        least, tops, total = -1, 0, 0.0
+        if split < len(stages) and own[_PI] > 0 and own[_THRESHOLD] <= 0.5:
+            total = _total(line, count, largest(line[:count]))
+            least, tops = _least_of_top_choices(line, count, own[_THRESHOLD] * (1 - _SLACK) * total)
+        if tops < 2:
             count = _through(stages[split + 1 :], own, places[row], penalties[row], line, ids, count)
             _write(line, ids, count, greedy[row])
             continue
         shares[row] = own[_PI]
+        if split + 1 == len(stages):
+            _write_excluding(line, ids, count, least, tops - 1, total, own[_PI], greedy[row])
+            continue
         # The other side of the coin: without the top choices but the least probable of them.
         rest, rest_ids = np.empty(count, dtype=np.float32), np.empty(count, dtype=np.int32)
         left = 0
@@ -364,19 +370,21 @@ def _keep_mass(line: Any, ids: Any, count: int, typical: bool, limit: float) -> 
 
 
 @compiled()
-def _least_of_top_choices(line: Any, count: int, threshold: float) -> int:
-    """Index of the least probable of XTC's top choices, of equals that with the highest id; -1 if there are fewer than two."""
-    if threshold > 0.5:
-        return -1
+def _least_of_top_choices(line: Any, count: int, border: float) -> Any:
+    """Index of the least probable of XTC's top choices, of equals that with the highest id, and how many there are.
+
+    A top choice weighs at least ``border``.
+    """
     highest = largest(line[:count])
-    border = threshold * (1 - _SLACK) * _total(line, count, highest)
+    # Rounding decides nothing between this and the border, and few exponentials are asked for.
+    near = np.log(border) - 1e-4 if border > 0 else -np.inf
     found, least = 0, -1
     for i in range(count):
-        if exponential(line[i] - highest) >= border:
+        if line[i] - highest >= near and exponential(line[i] - highest) >= border:
             found += 1
             if least < 0 or line[i] <= line[least]:
                 least = i
-    return least if found > 1 else -1
+    return least, found
 
 
 @compiled()
@@ -429,6 +437,48 @@ def _subtract(line: Any, highest: Any, log_total: Any) -> None:
     """Replace each l by l - highest - log_total."""
     for i in range(line.shape[0]):
         line[i] = (line[i] - highest) - log_total
+
+
+@compiled()
+def _write_excluding(
+    line: Any, ids: Any, count: int, least: int, number: int, total: float, probability: float, greedy: bool
+) -> None:
+    """What :func:`_write` does, where XTC comes last: ``number`` top choices, all but the least, have none of this share.
+
+    Both sides of the coin weigh the others alike, so these stay in proportion, and no exponential of them is asked for.
+    """
+    highest, border = largest(line[:count]), line[least]
+    tops, found, excluded = np.empty(number, dtype=np.int64), 0, 0.0
+    for i in range(count):
+        if line[i] > border or (line[i] == border and i < least):
+            tops[found] = i
+            found += 1
+            excluded += np.float64(exponential(line[i] - highest))
+    if total - excluded > 1e-6 * total:
+        log_left = np.log(total - excluded)
+    else:  # digits have cancelled
+        left = 0.0
+        for i in range(count):
+            if line[i] < border or (line[i] == border and i >= least):
+                left += np.float64(exponential(line[i] - border))
+        log_left = np.log(left) + np.float64(border - highest)
+    # What has a share of both sides, and what has one of the first alone.
+    log_excluded = np.log((1 - probability) / total) if probability < 1 else -np.inf
+    log_other = np.log(probability) - log_left
+    log_share = max(log_excluded, log_other) + np.log1p(np.exp(-abs(log_excluded - log_other)))
+    # Of the others the largest is the border's, which may be far below the row's.
+    alone = np.empty(number, dtype=np.float32)
+    for index in range(number):
+        alone[index] = np.float64(line[tops[index]] - highest) + log_excluded
+    _subtract(line[:count], border, np.float32(-(log_share + np.float64(border - highest))))
+    for index in range(number):
+        line[tops[index]] = alone[index]
+    if greedy:
+        token = ids[_best(line, count)]
+        line[:] = -np.inf
+        line[token] = 0.0
+        return
+    _put_back(line, ids, count, np.float32(-np.inf))
 
 
 @compiled()

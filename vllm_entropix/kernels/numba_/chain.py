@@ -12,7 +12,7 @@ import numpy as np
 from vllm_entropix.kernels.chains import NUMBERS, STAGES
 from vllm_entropix.kernels.numba_.compiled import compiled
 from vllm_entropix.kernels.numba_.distribute import largest_beside_nan, largest_tokens
-from vllm_entropix.kernels.numba_.elementary import exponential, largest
+from vllm_entropix.kernels.numba_.elementary import exponential, largest, smallest
 from vllm_entropix.kernels.numba_.repetitions import repetitions_of_rows
 
 _TEMPERATURE, _DYNATEMP, _TOP_K, _TOP_P, _MIN_P, _TOP_N_SIGMA, _TYP_P, _XTC, _DRY = range(len(STAGES))
@@ -293,6 +293,65 @@ def _key(value: Any, highest: Any, typical: bool, log_total: float, entropy: flo
 
 
 @compiled()
+def _bins_of(
+    line: Any, highest: Any, typical: bool, log_total: float, entropy: float, low: float, step: float, found: Any
+) -> None:
+    """Fill ``found`` with each candidate's bin: the keys from ``low`` on, ``step`` bins for each unit of them."""
+    for i in range(line.shape[0]):
+        place = (_key(line[i], highest, typical, log_total, entropy) - low) * step
+        found[i] = np.int32(place if place < _BINS - 1 else _BINS - 1)
+
+
+@compiled()
+def _share_among_bins(
+    line: Any,
+    count: int,
+    highest: Any,
+    typical: bool,
+    log_total: float,
+    entropy: float,
+    low: float,
+    step: float,
+    masses: Any,
+    sizes: Any,
+) -> None:
+    """Add all candidates' weights and number to those of their bins; vector instructions find both of each candidate."""
+    weights, bins = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int32)
+    for start in range(0, count, _BLOCK):
+        length = min(_BLOCK, count - start)
+        part = line[start : start + length]
+        _weigh(part, highest, weights[:length])
+        _bins_of(part, highest, typical, log_total, entropy, low, step, bins[:length])
+        for i in range(length):
+            masses[bins[i]] += np.float64(weights[i])
+            sizes[bins[i]] += 1
+
+
+@compiled()
+def _inside(
+    line: Any,
+    count: int,
+    highest: Any,
+    typical: bool,
+    log_total: float,
+    entropy: float,
+    low: float,
+    step: float,
+    border: int,
+    members: Any,
+) -> None:
+    """Fill ``members`` with the indices of the candidates in the bin ``border``."""
+    bins, size = np.empty(_BLOCK, dtype=np.int32), 0
+    for start in range(0, count, _BLOCK):
+        length = min(_BLOCK, count - start)
+        _bins_of(line[start : start + length], highest, typical, log_total, entropy, low, step, bins[:length])
+        for i in range(length):
+            if bins[i] == border:
+                members[size] = start + i
+                size += 1
+
+
+@compiled()
 def _keep_mass(line: Any, ids: Any, count: int, typical: bool, limit: float) -> int:
     """Keep candidates before which there is less mass than ``limit``; where ``typical``, as much as it at most.
 
@@ -316,21 +375,28 @@ def _keep_mass(line: Any, ids: Any, count: int, typical: bool, limit: float) -> 
     masses, sizes = np.empty(_BINS, dtype=np.float64), np.empty(_BINS, dtype=np.int64)
     first = True
     while True:
-        low, high = np.inf, -np.inf
-        for m in range(size):
-            i = m if first else members[m]
-            key = _key(line[i], highest, typical, log_total, entropy)
-            low, high = min(low, key), max(high, key)
-        if not first and (size <= _FEW or not high > low):
-            break
+        if first:
+            furthest = float(smallest(line[:count]) - highest)
+            low, high = 0.0, -furthest
+            if typical:
+                high = max(abs(log_total - entropy), abs(log_total - furthest - entropy))
+        else:
+            low, high = np.inf, -np.inf
+            for member in members:
+                key = _key(line[member], highest, typical, log_total, entropy)
+                low, high = min(low, key), max(high, key)
+            if size <= _FEW or not high > low:
+                break
         step = _BINS / (high - low) if high > low else 0.0
         step = step if np.isfinite(step) else 0.0
         masses[:], sizes[:] = 0.0, 0
-        for m in range(size):
-            i = m if first else members[m]
-            where = min(int((_key(line[i], highest, typical, log_total, entropy) - low) * step), _BINS - 1)
-            masses[where] += exponential(line[i] - highest)
-            sizes[where] += 1
+        if first:
+            _share_among_bins(line, count, highest, typical, log_total, entropy, low, step, masses, sizes)
+        else:
+            for member in members:
+                where = min(int((_key(line[member], highest, typical, log_total, entropy) - low) * step), _BINS - 1)
+                masses[where] += exponential(line[member] - highest)
+                sizes[where] += 1
         border, begun = 0, before
         while border < _BINS and (before + masses[border] <= limit if typical else before + masses[border] < limit):
             before += masses[border]
@@ -341,12 +407,15 @@ def _keep_mass(line: Any, ids: Any, count: int, typical: bool, limit: float) -> 
             before = begun
             break  # rounding: the border is the end of what is looked at
         inside = np.empty(sizes[border], dtype=np.int64)
-        size, found = 0, size
-        for m in range(found):
-            i = m if first else members[m]
-            if min(int((_key(line[i], highest, typical, log_total, entropy) - low) * step), _BINS - 1) == border:
-                inside[size] = i
-                size += 1
+        size, found = sizes[border], size
+        if first:
+            _inside(line, count, highest, typical, log_total, entropy, low, step, border, inside)
+        else:
+            place = 0
+            for member in members:
+                if min(int((_key(line[member], highest, typical, log_total, entropy) - low) * step), _BINS - 1) == border:
+                    inside[place] = member
+                    place += 1
         if not first and size == found:
             break  # nothing tells them apart any more
         members, first = inside, False

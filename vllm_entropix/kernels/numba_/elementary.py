@@ -1,4 +1,4 @@
-"""exp() and the largest number, written so that LLVM vectorises loops over them.
+"""exp(), the largest and the smallest number, written so that LLVM vectorises loops over them.
 
 Without Intel's library, numba calls the C library's ``expf`` for each number; and a maximum of floating-point numbers it takes
 one by one, because of NaN.
@@ -27,7 +27,7 @@ _P0, _P1, _P2, _P3, _P4, _P5 = (
     for p in (5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4)
 )
 _ABOVE_SIGN = np.int32(0x7FFFFFFF)
-_SMALLEST = np.int32(-(2**31))
+_SMALLEST, _LARGEST = np.int32(-(2**31)), np.int32(2**31 - 1)
 
 
 # No reassociation here: adding and subtracting the rounder would cancel.
@@ -55,4 +55,13 @@ def largest(numbers: Any) -> Any:
     found = _SMALLEST
     for i in range(numbers.shape[0]):
         found = max(found, _ordered(np.float32(numbers[i]).view(np.int32)))
+    return np.int32(_ordered(found)).view(np.float32)
+
+
+@compiled()
+def smallest(numbers: Any) -> Any:
+    """The smallest of float32 ``[n]``, at least one, without NaN."""
+    found = _LARGEST
+    for i in range(numbers.shape[0]):
+        found = min(found, _ordered(np.float32(numbers[i]).view(np.int32)))
     return np.int32(_ordered(found)).view(np.float32)

@@ -71,6 +71,20 @@ def test_rows_of_a_wide_vocabulary(name, seed, by_kernel):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("probability", [0.5, 1.0])
+@pytest.mark.parametrize("threshold", [0.0, 1e-7, 0.1])
+@pytest.mark.parametrize("names", [["xtc"], ["temperature", "xtc"]])
+def test_what_xtc_leaves_at_a_chains_end(names, threshold, probability, by_kernel):
+    """Next to nothing of the row's mass, where all its candidates but the least are excluded."""
+    logits = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 300)) * [[8], [1]]).float()
+    said = {"temperature": 0.1, "xtc_threshold": threshold, "xtc_probability": probability}
+    batch = Batch([(*request_of(names, said), base_of(said, 300))] * 2, server="dry;min_p")
+    found = batch.distributions(logits, [[[1]]] * 2)
+    assert by_kernel
+    expected = Chain.parse(names, parameters_of(names, said)).begin(2).distribution(logits.double())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_server_of_another_sampler_has_the_kernel_once_it_is_compiled(ranks, by_kernel, monkeypatch):
     """Until then PyTorch runs its chains, and for good where another rank may have it at another time."""

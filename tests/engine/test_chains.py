@@ -158,12 +158,13 @@ def chain_that_matters(name, row):
     pytest.fail(f"no value of {known} changes anything")
 
 
-@pytest.mark.skipif(is_v2(), reason="vLLM takes no min_p beside the drafts that this engine has on Model Runner V2")
 def test_each_sampler_draws_what_it_says(llm, model_rows):
     """One token of all of them in one batch, beside the chain that notebooks have."""
     assert {*TRIED, "entropix"} == set(names())  # entropix has tests of its own
+    # vLLM takes no min_p beside the drafts that this engine has on Model Runner V2.
+    tried = [name for name in TRIED if not (is_v2() and name == "min_p")]
     samples, expected, asked = 100, {}, []
-    for name in TRIED:
+    for name in tried:
         text, settings, found = chain_that_matters(name, model_rows[()])
         expected[name] = {token: float(found[token]) for token in ALLOWED}
         own = {key: value for key, value in settings.items() if key in OWN}
@@ -171,7 +172,7 @@ def test_each_sampler_draws_what_it_says(llm, model_rows):
         said |= {"dry_sequence_breakers": [1]} if name == "dry" else {}
         asked += [params(seed=seed, max_tokens=1, allowed_token_ids=ALLOWED, extra_args=said, **own) for seed in range(samples)]
     drawn = [output.outputs[0].token_ids[0] for output in generate(llm, [{"prompt_token_ids": PROMPT}] * len(asked), asked)]
-    for number, name in enumerate(TRIED):
+    for number, name in enumerate(tried):
         mine, best = drawn[number * samples : (number + 1) * samples], max(expected[name], key=expected[name].get)
         if expected[name][best] > 0.99:  # too little of the others for a test of frequencies
             assert sum(token != best for token in mine) <= 8, name

@@ -275,26 +275,84 @@ def post(url, **body):
         return error.code, json.load(error)
 
 
-# What SillyTavern sends to text-generation-webui, with its neutral values.
+# All that SillyTavern sends to text-generation-webui, with its neutral values.
 SILLYTAVERN = {
+    "max_new_tokens": 4,
+    "temperature": 1,
+    "top_p": 1,
+    "top_k": 0,
+    "min_p": 0,
     "typical_p": 1,
     "typical": 1,
-    "tfs": 1,
+    "sampler_seed": -1,
+    "seed": -1,
+    "min_length": 0,
+    "min_tokens": 0,
+    "num_beams": 1,
+    "length_penalty": 1,
+    "early_stopping": False,
+    "add_bos_token": True,
+    "dynamic_temperature": False,
+    "dynatemp_low": 1,
+    "dynatemp_high": 1,
+    "dynatemp_range": 0,
+    "dynatemp_exponent": 1,
+    "smoothing_factor": 0,
+    "smoothing_curve": 1,
+    "max_tokens_second": 0,
+    "stopping_strings": ["\nUser:"],
+    "stop": ["\nUser:"],
+    "truncation_length": 2048,
+    "ban_eos_token": False,
+    "ignore_eos": False,
+    "skip_special_tokens": True,
+    "include_reasoning": True,
     "top_a": 0,
+    "tfs": 1,
+    "tfs_z": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "mirostat": 0,
     "mirostat_mode": 0,
     "mirostat_tau": 5,
     "mirostat_eta": 0.1,
-    "smoothing_factor": 0,
-    "smoothing_curve": 1,
+    "custom_token_bans": "",
+    "banned_strings": [],
+    "api_type": "ooba",
+    "api_server": "http://127.0.0.1:5000",
+    "adaptive_target": -0.01,
+    "adaptive_decay": 0.9,
     "nsigma": 0,
+    "top_n_sigma": 0,
+    "min_keep": 0,
     "rep_pen": 1,
     "rep_pen_range": 0,
+    "repetition_penalty_range": 0,
+    "repetition_decay": 0,
     "repetition_penalty": 1,
+    "repeat_penalty": 1,
+    "repeat_last_n": 0,
+    "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
     "frequency_penalty": 0,
     "presence_penalty": 0,
+    "penalty_alpha": 0,
+    "skew": 0,
+    "temperature_last": True,
+    "do_sample": True,
+    "guidance_scale": 1,
+    "negative_prompt": "",
+    "grammar_string": "",
+    "n_predict": 4,
+    "num_predict": 4,
+    "num_ctx": 2048,
+    "sampler_priority": ["repetition_penalty", "dry", "temperature", "top_n_sigma", "top_k", "min_p", "xtc"],
     "xtc_threshold": 0.1,
+    "xtc_probability": 0,
+    "dry_multiplier": 0,
     "dry_allowed_length": 2,
     "dry_base": 1.75,
+    "dry_penalty_last_n": 0,
     "dry_sequence_breakers": '["\\n", ":", "\\"", "*"]',
 }
 
@@ -310,9 +368,9 @@ def test_a_body_of_llama_cpps_clients_is_taken(url, stream):
             )
         return
     trace = {"vllm_xargs": {"entropix_trace": "on"}}
-    status, answer = post(url, **SILLYTAVERN, xtc_probability=0.5, dry_multiplier=0.9, **trace)
+    status, answer = post(url, **SILLYTAVERN | {"xtc_probability": 0.5, "dry_multiplier": 0.9}, **trace)
     assert status == 200
-    assert answer["choices"][0]["entropix"]["sampler"] == "dry;top_n_sigma;xtc;min_p;temperature"
+    assert answer["choices"][0]["entropix"]["sampler"] == "dry;top_n_sigma;xtc;min_p;dynatemp"  # whose range is 0
     records = answer["choices"][0]["entropix"]["tokens"]
     assert {record["xtc_share"] for record in records} <= {0.0, 0.5}
     status, answer = post(url, samplers=["mirostat_v2"], mirostat_tau=2, **trace)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support.engine import adapter_of, engine, generate, worker_of
 from tests.support.runners import is_v2
 from vllm_entropix import EntropixConfig, scores, traces
+from vllm_entropix.samplers.entropix.presets import preset_names
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
 
@@ -232,7 +233,7 @@ def test_wrong_settings_are_refused_and_the_engine_goes_on(llm):
         ({"entropix_temprature": 1}, "entropix_temprature"),
         ({"entropix": "perhaps"}, "perhaps"),
         ({"entropix_top_p": 1.5}, "1.5"),
-        ({"entropix_preset": "gpt"}, "explore, jax-2024-10, neutral-cool, neutral-warm, think, torch-2024-10"),
+        ({"entropix_preset": "gpt"}, ", ".join(preset_names())),
     ):
         with pytest.raises(ValueError, match=named):
             generate(llm, ["a"], [params(extra_args=bad)])

@@ -19,6 +19,7 @@ from vllm_entropix.bench.answers import read
 from vllm_entropix.cli.main import app
 from vllm_entropix.client import ASK, StreamTraces, trace_of
 from vllm_entropix.demo_model import shipped_model
+from vllm_entropix.samplers.entropix.presets import preset_names
 
 pytestmark = pytest.mark.engine
 
@@ -119,7 +120,7 @@ def test_a_small_study_through_the_server(url, tmp_path):
         ({"entropix_top_k": True}, "entropix_top_k is True, but it should be a number"),
         ({"entropix.trace": "on"}, "did you mean 'entropix_trace'?"),
         ({"entropix_preset": "x" * 1_000_000}, "entropix_preset is 'xxx"),
-        ({"entropix_preset": "llama"}, "explore, jax-2024-10, neutral-cool, neutral-warm, think, torch-2024-10"),
+        ({"entropix_preset": "llama"}, ", ".join(preset_names())),
         ({"entropix_abstain_above": 1}, "entropix_abstain_above is given without entropix_abstain_score"),
         ({"entropix_abstain_score": "luck", "entropix_abstain_above": 1}, "entropix_abstain_score is 'luck'"),
         ({"entropix_scores": "on", "entropix": "off"}, "entropix_scores is on, but entropix is off"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support.dense import Dense
-from tests.support.engine import adapter_of, engine, generate, scheduler_of
+from tests.support.engine import adapter_of, engine, generate, scheduler_of, worker_of
 from vllm_entropix import traces
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_runners]
@@ -214,9 +214,12 @@ def test_sleep_and_wake(llm):
     prompts, asked = [prompt_of(range(40)), prompt_of(range(50, 60))], [params(seed=1), params(seed=2, max_tokens=8)]
     before = generate(llm, prompts, asked)
     llm.sleep(level=1)
+    kept = worker_of(llm).model_runner.kv_caches  # where vLLM copies blocks
     for layer in adapter_of(llm).observer.layers.values():
         # What the CPU's worker leaves out: here sleeping frees nothing.
-        layer.kv_cache = torch.full_like(layer.kv_cache, 7.0)
+        asleep, layer.kv_cache = layer.kv_cache, torch.full_like(layer.kv_cache, 7.0)
+        [index] = [index for index, cache in enumerate(kept) if cache.data_ptr() == asleep.data_ptr()]
+        kept[index] = layer.kv_cache.as_strided(kept[index].size(), kept[index].stride())
     llm.wake_up()
     after = generate(llm, prompts, asked)
     assert [output.num_cached_tokens for output in after] == [0, 0]

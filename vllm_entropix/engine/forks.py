@@ -307,10 +307,10 @@ class _Answer:
 
     def _release(self, losers: list[_Sequence]) -> None:
         """Keep no text and no trace of branches that were given up, unless they are written to disk: they may be thousands."""
-        root = self.sequences[0]  # whose state tells of the prompt
-        if getattr(root.state, "entropix_label", None) is None:
+        first = self.sequences[0]  # whose state tells of the prompt
+        if getattr(first.state, "entropix_label", None) is None:
             for loser in losers:
-                if loser is not root:
+                if loser is not first:
                     loser.state = loser.output = None
 
     def abort(self) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.support.odd_values import HUGE, LARGE, anything
 from vllm_entropix.records.scores import Abstention
 from vllm_entropix.samplers import chain
+from vllm_entropix.samplers.entropix.presets import preset_names
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.samplers.registry import load_server, parse_request, request_settings, sampler_of
 from vllm_entropix.settings.errors import ConfigError
@@ -126,8 +127,9 @@ def test_a_value_that_cannot_be_is_refused_in_one_sentence(given, words):
 def test_an_error_repeats_no_more_than_a_hundred_characters_of_a_value(key, value):
     message = refusal({key: value})
     assert message.startswith((f"{key} is ", "unknown sampler 'y") if key == "samplers" else f"{key} is ")
-    # A chain's samplers are listed.
-    assert len(message) < 100 + 150 + (len(", ".join(chain.names())) if key == "samplers" else 0)
+    # What there is to choose from is listed.
+    listed = {"samplers": chain.names(), "entropix_preset": sorted({*preset_names()} - {"signals"})}.get(key, [])
+    assert len(message.replace(", ".join(listed), "")) < 100 + 150
 
 
 @settings(max_examples=300, deadline=None)

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.engine import close_engine, engine, generate
+from vllm_entropix.cli.calibrate import _PROMPTS, _asked, _measure
+from vllm_entropix.cli.demo import load_prompts
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.engine.resolved import RESOLVED
+from vllm_entropix.observability import neutral
+from vllm_entropix.observability.calibration import MIN_TOKENS
 from vllm_entropix.records.regimes import REGIMES
 from vllm_entropix.samplers.entropix import calibrations
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
@@ -24,6 +28,7 @@ PROMPTS = [
     for name in ("Finn", "Hugo", "Mia", "Otto", "Ida", "Lena", "Ben", "Ada")
     for text in (f"Tell me a story about a brave fox called {name}.", f"What is in the sealed box of {name}?")
 ]
+SERVER = {"sampler": "entropix", "sampler_config": {"experiments": {"constants": True}}}
 CHAT = [[{"role": "user", "content": text}] for text in PROMPTS]
 
 
@@ -76,7 +81,7 @@ def test_an_engine_finds_the_proposal_and_samples_with_it(calibrated, monkeypatc
     folder, _ = calibrated
     monkeypatch.setenv(calibrations.FOLDER, str(folder / "kept"))
     config = EntropixConfig.from_file(folder / "preset.toml")
-    llm = engine(shipped_model(), sampler="entropix")
+    llm = engine(shipped_model(), **SERVER)
     resolved = llm.llm_engine.vllm_config.additional_config[RESOLVED]["config"]
     found = config.model_dump(mode="json", include=set(calibrations.SECTIONS))
     assert {name: resolved[name] for name in calibrations.SECTIONS} == found
@@ -92,4 +97,14 @@ def test_an_engine_finds_the_proposal_and_samples_with_it(calibrated, monkeypatc
         sure = record.entropy < borders.lelv.entropy_below and record.varentropy < borders.lelv.varentropy_below
         assert (record.regime == "LELV") == sure
     assert generate(llm, ["a"], [SamplingParams(max_tokens=2)])[0].finished
+
+
+def test_a_model_of_short_answers_is_asked_again(calibrated, monkeypatch):
+    folder, _ = calibrated
+    monkeypatch.setenv(calibrations.FOLDER, str(folder / "kept"))
+    llm = engine(shipped_model(), **SERVER)
+    prompts, _ = _asked(llm, load_prompts(_PROMPTS), chat=None)
+    constants = neutral.without_regimes(0.03)
+    found = _measure(llm, prompts, 256, constants, "again")
+    assert sum(map(len, found)) >= 4 * MIN_TOKENS
     close_engine()  # others with the same arguments run without it

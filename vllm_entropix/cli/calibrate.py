@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,12 +34,14 @@ from vllm_entropix.samplers.entropix.settings import DEFAULT_PRESET, EntropixCon
 from vllm_entropix.settings.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
     from vllm_entropix.observability.calibration import Calibration, Measured
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _PROMPTS = Path(__file__).with_name("calibration_prompts.txt")
+# A model that answers in a few words is asked again, so many times in all at most.
+_ROUNDS = 8
 _COLUMNS, _ROWS = 64, 18
 _SMALLEST = 1e-6  # where the picture's logarithmic axes begin at the lowest
 _SHADES = " ·░▒▓█"
@@ -199,41 +201,58 @@ def _start(console: Console, model: str, base: str, seed: int, arguments: dict[s
 
 
 def _measure(llm: LLM, prompts: list[Prompt], max_tokens: int, constants: Mapping[str, float], how: str) -> list[Measured]:
-    """Run all prompts with these constants; entropies of the answers' tokens."""
+    """Run all prompts with these constants; entropies of the answers' tokens.
+
+    Where answers are so short that a half of the prompts may have too few tokens, all are asked again.
+    """
     from vllm import SamplingParams
 
-    from vllm_entropix.observability.calibration import Measured
+    from vllm_entropix.observability.calibration import MIN_TOKENS, Measured
 
     tokenizer = llm.get_tokenizer()
-    engine = llm.llm_engine
     room = llm.model_config.max_model_len
     # The engine's seed, and none of its own: on a CPU vLLM can't cut a seeded request's prompt in pieces.
     ours = {"entropix_trace": "on", "entropix_base": "preset", "entropix_constants": dict(constants)}
     params = SamplingParams(max_tokens=max_tokens, extra_args=ours)
-    for number, prompt in enumerate(prompts):
-        ids = prompt.token_ids(tokenizer)
+    asked = [prompt.token_ids(tokenizer) for prompt in prompts]
+    for prompt, ids in zip(prompts, asked, strict=True):
         if len(ids) >= room:
             raise ConfigError(f"the prompt {prompt.name!r} has {len(ids)} tokens, but the model takes {room} with the answer")
-        engine.add_request(f"{how}-{number}", {"prompt_token_ids": ids}, params)
-    found: dict[int, Measured] = {}
-    entropy, varentropy = (names().index(name) for name in ("entropy", "varentropy"))
+    found = [Measured(np.empty(0), np.empty(0)) for _ in prompts]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task(f"prompts, {how}", total=len(prompts))
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if not output.finished:
-                    continue
-                [trace] = traces(output)
-                if trace is not None:
-                    values = trace.values().astype(np.float64)
-                    finite = np.isfinite(values[:, [entropy, varentropy]]).all(1)
-                    found[int(output.request_id.rpartition("-")[2])] = Measured(
-                        values[finite, entropy], values[finite, varentropy]
-                    )
+        for turn in range(_ROUNDS):
+            told = sum(map(len, found))
+            if turn and not 0 < told < 4 * MIN_TOKENS:
+                break
+            progress.update(task, total=len(prompts) * (turn + 1))
+            for number, part in _answers(llm, asked, params, f"{how}-{turn}"):
+                found[number] = Measured.joined([found[number], part])
                 progress.advance(task)
-    nothing = Measured(np.empty(0), np.empty(0))
-    return [found.get(number, nothing) for number in range(len(prompts))]
+    return found
+
+
+def _answers(llm: LLM, asked: list[list[int]], params: SamplingParams, name: str) -> Iterator[tuple[int, Measured]]:
+    """What prompts, as ids of tokens, are answered: of each its place, and entropies of the tokens; as they end."""
+    from vllm_entropix.observability.calibration import Measured
+
+    engine = llm.llm_engine
+    for number, ids in enumerate(asked):
+        engine.add_request(f"{name}-{number}", {"prompt_token_ids": ids}, params)
+    entropy, varentropy = (names().index(metric) for metric in ("entropy", "varentropy"))
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if not output.finished:
+                continue
+            number = int(output.request_id.rpartition("-")[2])
+            [trace] = traces(output)
+            if trace is None:
+                yield number, Measured(np.empty(0), np.empty(0))
+                continue
+            values = trace.values().astype(np.float64)
+            finite = np.isfinite(values[:, [entropy, varentropy]]).all(1)
+            yield number, Measured(values[finite, entropy], values[finite, varentropy])
 
 
 def _show(console: Console, measured: Measured, base: EntropixConfig, found: Calibration) -> None:

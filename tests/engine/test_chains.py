@@ -275,7 +275,7 @@ def post(url, **body):
         return error.code, json.load(error)
 
 
-# All that SillyTavern sends to text-generation-webui, with its neutral values.
+# Fields that SillyTavern (textgen-settings.js) sends to text-generation-webui, with neutral values.
 SILLYTAVERN = {
     "max_new_tokens": 4,
     "temperature": 1,

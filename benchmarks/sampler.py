@@ -60,7 +60,7 @@ class Own:
     drawn: Callable[[torch.Tensor], torch.Tensor]
 
 
-def own_of_v1(rows: int, device: torch.device, top_k: int, top_p: float, temperature: float) -> Own:
+def own_of_v1(rows: int, device: torch.device, top_k: int | None, top_p: float | None, temperature: float) -> Own:
     """Model Runner V1's, which a CPU runs."""
     from vllm.v1.sample.sampler import Sampler
 
@@ -74,7 +74,7 @@ def own_of_v1(rows: int, device: torch.device, top_k: int, top_p: float, tempera
     )
 
 
-def own_of_v2(rows: int, device: torch.device, top_k: int, top_p: float, temperature: float) -> Own:
+def own_of_v2(rows: int, device: torch.device, top_k: int | None, top_p: float | None, temperature: float) -> Own:
     """Model Runner V2's, which a GPU runs (vllm/v1/worker/gpu/sample/sampler.py), without FlashInfer."""
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
     from vllm.v1.worker.gpu.sample.gumbel import apply_temperature, gumbel_sample
@@ -82,7 +82,8 @@ def own_of_v2(rows: int, device: torch.device, top_k: int, top_p: float, tempera
     mapping = torch.arange(rows, dtype=torch.int32, device=device)
     temperatures = torch.full((rows,), temperature, device=device)
     seeds = torch.arange(rows, dtype=torch.int64, device=device)
-    k, p = torch.full((rows,), top_k, dtype=torch.int32, device=device), torch.full((rows,), top_p, device=device)
+    k = None if top_k is None else torch.full((rows,), top_k, dtype=torch.int32, device=device)
+    p = None if top_p is None else torch.full((rows,), top_p, device=device)
 
     def drawn(logits: torch.Tensor) -> torch.Tensor:
         return gumbel_sample(logits, mapping, temperatures, seeds, seeds, apply_temperature=False, is_drafting=False)
@@ -111,7 +112,7 @@ class Step:
         prepare: puts the logits back that the actions change in place.
         actions: what is timed, each on prepared logits: whole steps, from logits to drawn tokens (``vllm``, ``entropix`` or
             ``chain``, by the runner that the device has; ``flashinfer`` where it is installed), ``transform``, which is ours
-            without the draw, ``metrics`` and ``read``.
+            without the draw, ``draw``, which is vLLM's alone, ``metrics`` and ``read``.
         batch: the batch sampler behind ours.
     """
 
@@ -170,15 +171,25 @@ def text_of(asked: Asked, rows: int, vocabulary: int, device: torch.device) -> R
     )
 
 
-def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None = None) -> Step:
-    """A step of this size, all of its rows drawn, by entropix or by the chain that is ``asked`` for."""
+def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None = None, unfiltered: bool = False) -> Step:
+    """A step of this size, all of its rows drawn, by entropix or by the chain that is ``asked`` for.
+
+    Args:
+        rows: its rows.
+        vocabulary: tokens of each.
+        device: where it runs.
+        asked: a chain in the place of entropix.
+        unfiltered: entropix filters nothing, and vLLM neither: a temperature is all that there is.
+    """
     import numpy as np
 
     from vllm_entropix.rows.batch import BatchSampler
     from vllm_entropix.rows.rows import Rows
     from vllm_entropix.samplers import registry
 
-    server = {} if asked is None else {"sampler": asked.chain}
+    server: dict[str, Any] = {} if asked is None else {"sampler": asked.chain}
+    if unfiltered:
+        server = {"regimes": False, "base": {"temperature": 0.8, "top_k": vocabulary, "top_p": 1.0, "min_p": 0.0}}
     config = registry.load_server({**server, "trace": {"alternatives": 0}})
     generator = torch.Generator().manual_seed(0)
     # Rows of every kind: flat to peaked, as a serving batch has them.
@@ -202,7 +213,7 @@ def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None =
         text=text,
     )
     own = (own_of_v2 if device.type == "cuda" else own_of_v1)(
-        rows, device, config.base.top_k, config.base.top_p, config.base.temperature
+        rows, device, *((None, None) if unfiltered else (config.base.top_k, config.base.top_p)), config.base.temperature
     )
 
     def vllm() -> object:
@@ -221,6 +232,9 @@ def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None =
         batch.begin_step()
         return batch.apply(work, described, None)
 
+    def draw() -> object:
+        return own.drawn(work)
+
     def metrics() -> object:
         return batch.backend.statistics(work)
 
@@ -228,22 +242,25 @@ def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None =
         return work.sum()
 
     name = "entropix" if asked is None else "chain"
-    actions = {"vllm": vllm, name: ours, "transform": transform, "metrics": metrics, "read": read}
-    rival = flashinfer_sampler(work, config.base.top_k, config.base.top_p, config.base.temperature)
+    actions = {"vllm": vllm, name: ours, "transform": transform, "draw": draw, "metrics": metrics, "read": read}
+    rival = None if unfiltered else flashinfer_sampler(work, config.base.top_k, config.base.top_p, config.base.temperature)
     if rival is not None:
         actions["flashinfer"] = rival
     return Step(lambda: work.copy_(logits), actions, batch)
 
 
-def measure(rows: int, vocabulary: int, repeats: int, device: torch.device, asked: Asked | None = None) -> dict[str, object]:
+def measure(
+    rows: int, vocabulary: int, repeats: int, device: torch.device, asked: Asked | None = None, unfiltered: bool = False
+) -> dict[str, object]:
     """Times and memory at one size."""
-    one, name = step(rows, vocabulary, device, asked), "entropix" if asked is None else "chain"
+    one, name = step(rows, vocabulary, device, asked, unfiltered), "entropix" if asked is None else "chain"
     times = paired(one.actions, repeats, one.prepare, device.type == "cuda")
     one.prepare()
     extra = peak_extra_bytes(one.actions[name], device)
     rival = "flashinfer" in one.actions
     return {
         **({} if asked is None else {"chain": asked.chain, "text": asked.text}),
+        **({"unfiltered": True, "transform_over_vllm": round(ratio(times, "transform", "vllm"), 4)} if unfiltered else {}),
         "rows": rows,
         "vocabulary": vocabulary,
         "median_ms": medians_ms(times),
@@ -311,9 +328,12 @@ def main() -> None:
     parser.add_argument(
         "--settings", type=json.loads, default={}, help="JSON: the chain's settings, of which some are on by default"
     )
+    parser.add_argument("--unfiltered", action="store_true", help="a temperature alone: no top_k, no top_p, no min_p")
     parser.add_argument("--text", type=int, default=1024, help="tokens before each row, which DRY looks at (default: 1024)")
     add_out(parser)
     options = parser.parse_args()
+    if options.unfiltered and options.chain:
+        parser.error("--unfiltered is of entropix: it goes without --chain")
     quiet()
     import vllm.platforms
 
@@ -324,7 +344,7 @@ def main() -> None:
         for vocabulary in options.vocab:
             for rows in options.rows:
                 for asked in chains(options):
-                    results.append(measure(rows, vocabulary, options.repeats, device, asked))
+                    results.append(measure(rows, vocabulary, options.repeats, device, asked, options.unfiltered))
     finish("sampler", results, options.out)
 
 

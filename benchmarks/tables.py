@@ -38,6 +38,8 @@ def sampler(results: list[dict[str, Any]]) -> str:
     """Step times of the sampler, or of chains."""
     if "chain" in results[0]:
         return chains(results)
+    if "unfiltered" in results[0]:
+        return unfiltered(results)
     head = ["rows, vocabulary", "vLLM, ms", "entropix, ms", "ratio", "metrics / one read", "extra memory / logits"]
     rows = [
         [
@@ -47,6 +49,21 @@ def sampler(results: list[dict[str, Any]]) -> str:
             number(one["entropix_over_vllm"]),
             number(one.get("metrics_over_read")),
             number(one["peak_extra_over_logits"]),
+        ]
+        for one in results
+    ]
+    return markdown(head, rows)
+
+
+def unfiltered(results: list[dict[str, Any]]) -> str:
+    """Step times of rows that nothing filters."""
+    head = ["rows, vocabulary", "vLLM, ms", "entropix, ms", "of which before the draw, ms", "before the draw / vLLM", "ratio"]
+    rows = [
+        [
+            f"{one['rows']}, {one['vocabulary']:,}",
+            *(number(one["median_ms"][name]) for name in ("vllm", "entropix", "transform")),
+            number(one["transform_over_vllm"]),
+            number(one["entropix_over_vllm"]),
         ]
         for one in results
     ]

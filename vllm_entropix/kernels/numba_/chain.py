@@ -14,13 +14,12 @@ from vllm_entropix.kernels.numba_.compiled import compiled
 from vllm_entropix.kernels.numba_.distribute import largest_beside_nan, largest_tokens
 from vllm_entropix.kernels.numba_.elementary import exponential, largest, smallest
 from vllm_entropix.kernels.numba_.repetitions import repetitions_of_rows
+from vllm_entropix.kernels.numba_.weights import BLOCK, total_of, total_weight, weigh
 
 _TEMPERATURE, _DYNATEMP, _TOP_K, _TOP_P, _MIN_P, _TOP_N_SIGMA, _TYP_P, _XTC, _DRY = range(len(STAGES))
 _T, _RANGE, _EXPONENT, _K, _P, _MIN, _SIGMAS, _TYPICAL, _PI, _THRESHOLD = range(len(NUMBERS))
 # Of sums and ratios, as of float32: see ``distribution.survivors``.
 _SLACK = 16 * float(np.finfo(np.float32).eps)
-# Candidates that are weighed together, so that their weights stay in the first-level cache.
-_BLOCK = 2048
 # Temperatures below this are as good as 0.
 _COLDEST = 1e-38
 # Candidates of a part of the order that are put in order at last.
@@ -79,7 +78,7 @@ def chain_of_rows(
         count = _through(stages[:split], own, places[row], penalties[row], line, ids, count)
         least, tops, total = -1, 0, 0.0
         if split < len(stages) and own[_PI] > 0 and own[_THRESHOLD] <= 0.5:
-            total = _total(line, count, largest(line[:count]))
+            total = total_weight(line, count, largest(line[:count]))
             least, tops = _least_of_top_choices(line, count, own[_THRESHOLD] * (1 - _SLACK) * total)
         if tops < 2:
             count = _through(stages[split + 1 :], own, places[row], penalties[row], line, ids, count)
@@ -156,40 +155,13 @@ def _without_dropped(line: Any, ids: Any, count: int) -> int:
     return kept
 
 
-@compiled()
-def _weigh(line: Any, highest: Any, weights: Any) -> None:
-    """Fill ``weights`` with exp(l - highest) of these candidates."""
-    for i in range(line.shape[0]):
-        weights[i] = exponential(line[i] - highest)
-
-
-# The order of sums is LLVM's, so that it may add several side by side.
-@compiled(fastmath={"reassoc", "nsz"})
-def _sum(weights: Any) -> float:
-    total = 0.0
-    for i in range(weights.shape[0]):
-        total += np.float64(weights[i])
-    return total
-
-
+# The order of the sum is LLVM's, so that it may add several side by side.
 @compiled(fastmath={"reassoc", "nsz"})
 def _sum_of_products(weights: Any, line: Any, highest: Any) -> float:
     """Sum of the weights times l - highest."""
     total = 0.0
     for i in range(weights.shape[0]):
         total += np.float64(weights[i]) * np.float64(line[i] - highest)
-    return total
-
-
-@compiled()
-def _total(line: Any, count: int, highest: Any) -> float:
-    """Sum of the candidates' weights exp(l - highest)."""
-    weights = np.empty(_BLOCK, dtype=np.float32)
-    total = 0.0
-    for start in range(0, count, _BLOCK):
-        length = min(_BLOCK, count - start)
-        _weigh(line[start : start + length], highest, weights[:length])
-        total += _sum(weights[:length])
     return total
 
 
@@ -220,13 +192,13 @@ def _spread(line: Any, count: int) -> float:
 @compiled()
 def _total_and_entropy(line: Any, count: int, highest: Any) -> Any:
     """Sum of the candidates' weights exp(l - highest), and their entropy in nats."""
-    weights = np.empty(_BLOCK, dtype=np.float32)
+    weights = np.empty(BLOCK, dtype=np.float32)
     total, found = 0.0, 0.0
-    for start in range(0, count, _BLOCK):
-        length = min(_BLOCK, count - start)
+    for start in range(0, count, BLOCK):
+        length = min(BLOCK, count - start)
         part = line[start : start + length]
-        _weigh(part, highest, weights[:length])
-        total += _sum(weights[:length])
+        weigh(part, highest, weights[:length])
+        total += total_of(weights[:length])
         found -= _sum_of_products(weights[:length], part, highest)
     return total, float(found / total + np.log(total))
 
@@ -316,11 +288,11 @@ def _share_among_bins(
     sizes: Any,
 ) -> None:
     """Add all candidates' weights and number to those of their bins; vector instructions find both of each candidate."""
-    weights, bins = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int32)
-    for start in range(0, count, _BLOCK):
-        length = min(_BLOCK, count - start)
+    weights, bins = np.empty(BLOCK, dtype=np.float32), np.empty(BLOCK, dtype=np.int32)
+    for start in range(0, count, BLOCK):
+        length = min(BLOCK, count - start)
         part = line[start : start + length]
-        _weigh(part, highest, weights[:length])
+        weigh(part, highest, weights[:length])
         _bins_of(part, highest, typical, log_total, entropy, low, step, bins[:length])
         for i in range(length):
             masses[bins[i]] += np.float64(weights[i])
@@ -341,9 +313,9 @@ def _inside(
     members: Any,
 ) -> None:
     """Fill ``members`` with the indices of the candidates in the bin ``border``."""
-    bins, size = np.empty(_BLOCK, dtype=np.int32), 0
-    for start in range(0, count, _BLOCK):
-        length = min(_BLOCK, count - start)
+    bins, size = np.empty(BLOCK, dtype=np.int32), 0
+    for start in range(0, count, BLOCK):
+        length = min(BLOCK, count - start)
         _bins_of(line[start : start + length], highest, typical, log_total, entropy, low, step, bins[:length])
         for i in range(length):
             if bins[i] == border:
@@ -359,7 +331,7 @@ def _keep_mass(line: Any, ids: Any, count: int, typical: bool, limit: float) -> 
     few are ever put in order.
     """
     highest = largest(line[:count])
-    total, entropy = _total_and_entropy(line, count, highest) if typical else (_total(line, count, highest), 0.0)
+    total, entropy = _total_and_entropy(line, count, highest) if typical else (total_weight(line, count, highest), 0.0)
     log_total = np.log(total)
     if not (typical or limit > 0.0):
         best = _best(line, count)
@@ -481,7 +453,7 @@ def _write(line: Any, ids: Any, count: int, greedy: bool) -> None:
         line[token] = 0.0
         return
     highest = largest(line[:count])
-    _subtract(line[:count], highest, np.float32(np.log(_total(line, count, highest))))
+    _subtract(line[:count], highest, np.float32(np.log(total_weight(line, count, highest))))
     _put_back(line, ids, count, np.float32(-np.inf))
 
 
@@ -556,8 +528,8 @@ def _write_mixture(
 ) -> None:
     """The same of two parts, the second of which has this probability."""
     highest, highest_left = largest(line[:count]), largest(rest[:left])
-    share = (1 - probability) / _total(line, count, highest)
-    share_left = probability / _total(rest, left, highest_left)
+    share = (1 - probability) / total_weight(line, count, highest)
+    share_left = probability / total_weight(rest, left, highest_left)
     for i in range(count):
         line[i] = share * exponential(line[i] - highest)
     _put_back(line, ids, count, np.float32(0.0))

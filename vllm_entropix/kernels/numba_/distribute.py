@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from vllm_entropix.kernels.numba_.compiled import compiled
-from vllm_entropix.kernels.numba_.elementary import exponential, largest
+from vllm_entropix.kernels.numba_.elementary import largest
+from vllm_entropix.kernels.numba_.weights import total_weight
 
 # exp() of it and of less is 0.
 _LEAST = -745.14
-# Weights that are added together, so that they stay in the first-level cache.
-_BLOCK = 2048
 # Logits whose largest is asked for together.
 _STRETCH = 64
 
@@ -116,21 +115,6 @@ def _divide(line: Any, highest: Any, t: float) -> None:
 
 
 @compiled()
-def _weigh(line: Any, weights: Any) -> None:
-    for i in range(line.shape[0]):
-        weights[i] = exponential(line[i])
-
-
-# The order of the sum is LLVM's, so that it may add several side by side.
-@compiled(fastmath={"reassoc", "nsz"})
-def _sum(weights: Any) -> float:
-    total = 0.0
-    for i in range(weights.shape[0]):
-        total += np.float64(weights[i])
-    return total
-
-
-@compiled()
 def _subtract(line: Any, log_total: float) -> None:
     """Replace each l by l - log_total, and what has no probability by -inf."""
     least = np.float32(_LEAST)
@@ -142,12 +126,7 @@ def _subtract(line: Any, log_total: float) -> None:
 def _scale(line: Any, t: float) -> None:
     """Overwrite a row of finite softmax with its log-probabilities at temperature ``t``."""
     _divide(line, np.float64(largest(line)), t)
-    weights = np.empty(_BLOCK, dtype=np.float32)
-    total = 0.0
-    for start in range(0, line.shape[0], _BLOCK):
-        length = min(_BLOCK, line.shape[0] - start)
-        _weigh(line[start : start + length], weights[:length])
-        total += _sum(weights[:length])
+    total = total_weight(line, line.shape[0], np.float32(0.0))
     _subtract(line, np.log(total))
 
 

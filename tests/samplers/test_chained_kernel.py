@@ -52,16 +52,23 @@ def test_rows_of_random_chains(seed, by_kernel):
         assert torch.isnan(told["xtc_share"][row]) == ("xtc" not in names)
 
 
-@pytest.mark.parametrize("name", STAGES)
+# What one stage leaves is another's: a band of logits, candidates at the front of the row, or both sides of XTC's coin.
+PAIRS = [
+    *(("typ_p", "top_p"), ("top_p", "typ_p"), ("top_p", "xtc"), ("typ_p", "xtc"), ("xtc", "typ_p"), ("top_k", "typ_p")),
+    *(("typ_p", "dynatemp"), ("temperature", "top_p"), ("dry", "top_p"), ("top_p", "dry"), ("min_p", "typ_p")),
+]
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in STAGES), *PAIRS], ids=";".join)
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_of_a_wide_vocabulary(name, seed, by_kernel):
+def test_rows_of_a_wide_vocabulary(names, seed, by_kernel):
     """Of which the borders are found by bins, ties among them."""
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.normal(size=(2, 50000)) * rng.choice([0.1, 2, 6])).float()
     logits[1] = (logits[1] * 2).round() / 2
     said = {**random_settings(rng), "top_p": 0.9, "typ_p": 0.8, "min_p": 0.02, "top_k": 700, "temperature": 0.7}
     said |= {"top_n_sigma": 1.5, "dynatemp_range": 0.4, "xtc_threshold": 1e-5, "xtc_probability": 0.5}
-    names = [name, "temperature"] if name in ("min_p", "top_n_sigma") else [name]
+    names = [*names, "temperature"] if names in (("min_p",), ("top_n_sigma",)) else list(names)
     batch = Batch([(*request_of(names, said), base_of(said, 50000))] * 2, server="dry;min_p")
     text = rng.integers(0, 50, size=60).tolist()
     found = batch.distributions(logits, [[text]] * 2)
@@ -69,6 +76,16 @@ def test_rows_of_a_wide_vocabulary(name, seed, by_kernel):
     chain = Chain.parse(names, parameters_of(names, said)).begin(2)
     expected = chain.distribution(logits, [text] * 2).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_a_band_ends_between_float32_of_which_none_lies_between(by_kernel):
+    """The more probable of two is the more typical by less than float32 tells at -1000."""
+    below = torch.arange(33.0, 120.0) * 2**-14
+    logits = -1000 - torch.stack([torch.zeros_like(below), below], dim=-1)
+    batch = Batch([(*request_of(["typ_p"], {"typ_p": 0.3}), base_of({}, 2))] * len(logits), server="dry;min_p")
+    found = batch.distributions(logits, [[[1]]] * len(logits))
+    assert by_kernel
+    assert found.tolist() == [[1.0, 0.0]] * len(logits)
 
 
 @pytest.mark.parametrize("probability", [0.5, 1.0])

@@ -59,9 +59,17 @@ def largest(numbers: Any) -> Any:
 
 
 @compiled()
-def smallest(numbers: Any) -> Any:
-    """The smallest of float32 ``[n]``, at least one, without NaN."""
-    found = _LARGEST
+def extremes(numbers: Any) -> Any:
+    """The smallest and the largest of float32 ``[n]``, at least one, without NaN."""
+    low, high = _LARGEST, _SMALLEST
     for i in range(numbers.shape[0]):
-        found = min(found, _ordered(np.float32(numbers[i]).view(np.int32)))
-    return np.int32(_ordered(found)).view(np.float32)
+        ordered = _ordered(np.float32(numbers[i]).view(np.int32))
+        low, high = min(low, ordered), max(high, ordered)
+    return np.int32(_ordered(low)).view(np.float32), np.int32(_ordered(high)).view(np.float32)
+
+
+@compiled()
+def rounded_up(number: float) -> Any:
+    """The smallest float32 that is no smaller."""
+    near = np.float32(number)
+    return np.nextafter(near, np.float32(np.inf)) if near < number else near

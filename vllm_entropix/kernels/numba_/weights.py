@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from vllm_entropix.kernels.numba_.compiled import compiled
-from vllm_entropix.kernels.numba_.elementary import exponential
+from vllm_entropix.kernels.numba_.elementary import exponential, largest
 
 # Logits that are weighed together, so that their weights stay in the first-level cache.
 BLOCK = 2048
+# Logits of which some may be left.
+_PART = 256
 
 
 @compiled()
@@ -18,6 +20,14 @@ def weigh(line: Any, highest: Any, weights: Any) -> None:
     """Fill ``weights`` with exp(l - highest) of these logits, float32 ``[n]``."""
     for i in range(line.shape[0]):
         weights[i] = exponential(line[i] - highest)
+
+
+@compiled()
+def weigh_within(line: Any, highest: Any, least: Any, most: Any, weights: Any) -> None:
+    """The same of logits from ``least`` to ``most``; others weigh nothing."""
+    for i in range(line.shape[0]):
+        weight = exponential(line[i] - highest)
+        weights[i] = weight if (line[i] >= least) & (line[i] <= most) else np.float32(0.0)
 
 
 # The order of the sum is LLVM's, so that it may add several side by side.
@@ -30,6 +40,15 @@ def total_of(weights: Any) -> float:
     return total
 
 
+@compiled(fastmath={"reassoc", "nsz"})
+def product_of(weights: Any, line: Any, highest: Any) -> float:
+    """Sum of the weights times l - highest, in float64."""
+    total = 0.0
+    for i in range(weights.shape[0]):
+        total += np.float64(weights[i]) * np.float64(line[i] - highest)
+    return total
+
+
 @compiled()
 def total_weight(line: Any, count: int, highest: Any) -> float:
     """Sum of the weights exp(l - highest) of the first ``count`` logits."""
@@ -39,4 +58,33 @@ def total_weight(line: Any, count: int, highest: Any) -> float:
         length = min(BLOCK, count - start)
         weigh(line[start : start + length], highest, weights[:length])
         total += total_of(weights[:length])
+    return total
+
+
+@compiled()
+def total_and_entropy(line: Any, count: int, highest: Any) -> Any:
+    """Sum of the weights of the first ``count`` logits, and their entropy in nats."""
+    weights = np.empty(BLOCK, dtype=np.float32)
+    total, product = 0.0, 0.0
+    for start in range(0, count, BLOCK):
+        length = min(BLOCK, count - start)
+        part = line[start : start + length]
+        weigh(part, highest, weights[:length])
+        total += total_of(weights[:length])
+        product += product_of(weights[:length], part, highest)
+    return total, float(np.log(total) - product / total)
+
+
+@compiled()
+def total_weight_within(line: Any, count: int, highest: Any, least: Any, most: Any) -> float:
+    """The same of those with logits from ``least`` to ``most``; none of these is above ``highest``."""
+    weights = np.empty(_PART, dtype=np.float32)
+    total = 0.0
+    for start in range(0, count, _PART):
+        length = min(_PART, count - start)
+        part = line[start : start + length]
+        # Of most parts nothing may be left.
+        if largest(part) >= least:
+            weigh_within(part, highest, least, most, weights[:length])
+            total += total_of(weights[:length])
     return total

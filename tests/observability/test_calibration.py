@@ -113,6 +113,14 @@ def test_halves_are_of_prompts_and_agree():
     assert found == calibrate(prompts, DEFAULT_SHARES, EntropixConfig())
 
 
+def test_either_half_is_like_all_prompts():
+    """One prompt in four is answered with much that is unsure."""
+    prompts = [distributions(60, seed, sure=0.2 if seed % 4 == 0 else 0.95) for seed in range(80)]
+    for seed in range(5):
+        split = calibrate(prompts, DEFAULT_SHARES, EntropixConfig(), seed).split
+        assert [sum(place % 4 == 0 for place in half) for half in split] == [10, 10]
+
+
 def test_intervals_know_that_tokens_of_a_prompt_are_alike():
     """Prompts that are all sure or all lost leave a wider interval than the same tokens shuffled."""
     alike = [Measured(np.full(50, v) + np.arange(50) * 1e-6, np.full(50, v) + np.arange(50) * 1e-6) for v in (0.01, 9.0) * 20]

@@ -175,7 +175,8 @@ def calibrate(
 ) -> Calibration:
     """Fit borders and parameters to half of the prompts, and check them on the other half.
 
-    Halves are of prompts and not of tokens: tokens of one text are alike.
+    Halves are of prompts and not of tokens: tokens of one text are alike. Prompts whose answers are about as unsure are parted,
+    so that either half is like all of them.
 
     Args:
         prompts: what was measured without regimes, by prompt.
@@ -190,8 +191,7 @@ def calibrate(
     usable = [place for place, part in enumerate(prompts) if len(part)]
     if len(usable) < 2:
         raise ConfigError("calibration needs two prompts with an answer or more: half of them fit, half of them check")
-    order = np.random.default_rng(seed).permutation(usable)
-    split = tuple(order[::2].tolist()), tuple(order[1::2].tolist())
+    split = _split(prompts, usable, seed)
     fitting = Measured.joined(_half(prompts, split[0], MIN_TOKENS))
     _half(prompts, split[1], MIN_TOKENS)
     thresholds = propose(fitting, shares)
@@ -230,6 +230,15 @@ def corrected(found: Calibration, again: Sequence[Measured], seed: int = 0) -> C
     return replace(
         found, config=config, fitting=half(fitting, config, seed), checking=half(checking, config, seed), with_regimes=True
     )
+
+
+def _split(prompts: Sequence[Measured], usable: Sequence[int], seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Places of the usable prompts of either half: neighbours by what ADAPTIVE's temperature goes by are parted by lot."""
+    order = sorted(usable, key=lambda place: float((prompts[place].entropy + prompts[place].varentropy).mean()))
+    lots = np.random.default_rng(seed).integers(2, size=len(order) // 2).tolist()
+    first = [order[2 * pair + lot] for pair, lot in enumerate(lots)] + order[2 * len(lots) :]
+    second = [order[2 * pair + 1 - lot] for pair, lot in enumerate(lots)]
+    return tuple(first), tuple(second)
 
 
 def _half(prompts: Sequence[Measured], places: Sequence[int], least: int = 0) -> list[Measured]:

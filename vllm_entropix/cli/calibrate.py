@@ -53,7 +53,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Any model that vLLM can load; `demo` is the one that is shipped.")],
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file with a prompt per line, or JSON like the demo's; default: 24 questions that are shipped."),
+        typer.Option(help="Text file with a prompt per line, or JSON like the demo's; default: 144 questions that ship."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write what is found into this TOML file, too.")] = None,
     shares: Annotated[
@@ -71,7 +71,7 @@ def calibrate(
         bool | None,
         typer.Option("--chat/--no-chat", help="Put each prompt into the model's chat template; default: if it has one."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the draws and of the split.")] = 0,
     engine: Annotated[str, typer.Option(help="Arguments of vLLM's LLM as JSON, as in '{\"tensor_parallel_size\": 2}'.")] = "{}",
     svg: Annotated[Path | None, typer.Option(help="Also write what is shown as an SVG picture.")] = None,

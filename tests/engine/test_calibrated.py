@@ -7,8 +7,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from tests.support.processes import ends
+from vllm_entropix.cli import calibrate as command
 from vllm_entropix.demo_model import shipped_model
 from vllm_entropix.engine import calibrated
 from vllm_entropix.samplers import registry
@@ -20,7 +22,7 @@ MODEL = str(shipped_model())
 OWN = calibrations.fingerprint(MODEL)
 
 
-def engine_config(model=MODEL):
+def engine_config(model=MODEL, dtype="torch.float32"):
     return SimpleNamespace(
         model_config=SimpleNamespace(
             model=model,
@@ -28,7 +30,7 @@ def engine_config(model=MODEL):
             revision=None,
             tokenizer_revision=None,
             quantization=None,
-            dtype="torch.float32",
+            dtype=dtype,
             max_model_len=512,
             trust_remote_code=False,
         ),
@@ -112,6 +114,28 @@ def test_auto_calibrates_once(monkeypatch):
     [command] = calls
     assert command[1:5] == ["-m", "vllm_entropix", "calibrate", MODEL]
     assert '"dtype": "float32"' in command[-1]
+
+
+@pytest.mark.parametrize(("on_cpu", "said"), [(True, False), (False, True)])
+def test_auto_leaves_types_of_two_bytes_to_the_command_on_a_cpu(monkeypatch, on_cpu, said):
+    calls = []
+    monkeypatch.setattr(calibrated.current_platform, "is_cpu", lambda: on_cpu)
+    monkeypatch.setattr(calibrated, "_said", lambda command, _: calls.append(command) or "no")
+    with pytest.raises(ConfigError):
+        calibrated.with_calibration({"thresholds": "auto"}, engine_config(dtype="torch.bfloat16"), says=True)
+    assert ('"dtype": "bfloat16"' in calls[0][-1]) is said
+
+
+@pytest.mark.parametrize(
+    ("has", "given", "dtype"), [(False, {}, "float32"), (True, {}, None), (False, {"dtype": "half"}, "half")]
+)
+def test_the_command_runs_a_model_in_a_type_that_the_cpu_multiplies(monkeypatch, has, given, dtype):
+    made = []
+    monkeypatch.setattr("vllm.LLM", lambda _model, **arguments: made.append(arguments))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": has})
+    command._start(Console(quiet=True), MODEL, "jax-2024-10", 0, given)
+    assert made[0].get("dtype") == dtype
 
 
 def test_auto_that_fails_ends_the_start_with_the_reason(monkeypatch):

@@ -201,7 +201,17 @@ def _start(console: Console, model: str, base: str, seed: int, arguments: dict[s
         ours["additional_config"] = {"entropix": settings}
         if not torch.cuda.is_available():
             ours["kv_cache_memory_bytes"] = 1 << 30
+            if not _has_bfloat16():
+                ours["dtype"] = "float32"
         return LLM(model, **{**ours, **arguments})
+
+
+def _has_bfloat16() -> bool:
+    """Does the CPU multiply bfloat16? One that has nothing newer than AVX2 takes ten times as long for it as for float32."""
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _measure(llm: LLM, prompts: list[Prompt], max_tokens: int, constants: Mapping[str, float], how: str) -> list[Measured]:

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_entropix.samplers.entropix import calibrations
 from vllm_entropix.samplers.entropix.settings import as_mapping
@@ -23,8 +24,9 @@ logger = init_logger("vllm.plugins.entropix")
 
 # A calibration at the start may take so long, weights of any size included.
 SECONDS = 1800
-# Tokens of an answer, and of a prompt with its answer.
-_TOKENS, _CONTEXT = 96, 2048
+# Tokens of an answer, and of a prompt with its answer. There are many prompts, which tell more than long answers.
+_TOKENS, _CONTEXT = 40, 2048
+_TWO_BYTES = ("bfloat16", "float16")
 
 
 def with_calibration(wanted: Any, vllm_config: VllmConfig, says: bool) -> Any:
@@ -75,8 +77,10 @@ def _calibrate(vllm_config: VllmConfig, own: str) -> str:
     """Calibrate in a process of its own, whose memory is free again when the engine starts; gives the path of the file."""
     model = vllm_config.model_config
     logger.info("entropix: calibrating %s with the prompts that are shipped, once.", model.model)
+    dtype = str(model.dtype).removeprefix("torch.")
     arguments = {
-        "dtype": str(model.dtype).removeprefix("torch."),
+        # Many CPUs are slow at types of two bytes; the command knows, and their last bits move no border.
+        "dtype": None if current_platform.is_cpu() and dtype in _TWO_BYTES else dtype,
         "max_model_len": min(model.max_model_len, _CONTEXT),
         "trust_remote_code": model.trust_remote_code,
         "tokenizer": model.tokenizer,

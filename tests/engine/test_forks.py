@@ -197,7 +197,9 @@ def test_a_branch_begins_with_its_parents_blocks(llm, branches, monkeypatch):
 @pytest.mark.both_runners
 def test_what_a_branch_shares_may_be_evicted_before_it_begins(llm, branches, monkeypatch):
     settings = [params(seed=seed) for seed in range(2)]
-    outputs = generate(llm, [PROMPT] * 2, settings)
+    prompts = [PROMPT * 6] * 2  # longer than a block, which would be found in the cache
+    assert len(ids(llm, prompts[0])) > scheduler_of(llm).block_size
+    outputs = generate(llm, prompts, settings)
     told = sorted([branch.token_ids for branch in tree] for _, tree in branches)
     branches.clear()
     manager = scheduler_of(llm).kv_cache_manager
@@ -207,7 +209,7 @@ def test_what_a_branch_shares_may_be_evicted_before_it_begins(llm, branches, mon
         return type(manager).get_computed_blocks(manager, request)
 
     monkeypatch.setattr(manager, "get_computed_blocks", evict)
-    others = generate(llm, [PROMPT] * 2, settings)
+    others = generate(llm, prompts, settings)
     # All is computed again, and the same.
     assert not any(state.num_cached_tokens for states, _ in branches for state in states)
     assert sorted([branch.token_ids for branch in tree] for _, tree in branches) == told

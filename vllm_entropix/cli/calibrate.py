@@ -362,7 +362,7 @@ def _shares_table(found: Calibration) -> Table:
         f"{mean.value:.3f}",
         f"{mean.low:.3f} to {mean.high:.3f}",
     )
-    table.caption = "temperature: mean of the tokens that aren't argmax, relative to the base temperature"
+    table.caption = "temperature: mean of the tokens that aren't argmax, relative to the base temperature; 1 over both halves"
     table.caption_justify = "left"
     return table
 

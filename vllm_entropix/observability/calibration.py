@@ -13,7 +13,7 @@ They are found one after the other:
    keeps it apart from HEHV. A model that has hardly any such tokens has no HELV, and this is said.
 
 Parameters are those of ``neutral.py``. They are found on tokens that were drawn without regimes. Tokens that are drawn with
-them are others, so a second run corrects the parameters by what its first half shows, and the other half checks them.
+them are others, so a second run corrects all temperatures by one factor, and each half shows what is left.
 """
 
 from __future__ import annotations
@@ -215,6 +215,8 @@ def calibrate(
 def corrected(found: Calibration, again: Sequence[Measured], seed: int = 0) -> Calibration:
     """The same borders with temperatures that are neutral over tokens that were drawn with what was found.
 
+    All prompts' tokens tell this one factor, which there is no overfitting of; borders are the fitting half's.
+
     Args:
         found: by :func:`calibrate`.
         again: what was measured of the same prompts, in the same order, under ``found.config``.
@@ -224,7 +226,7 @@ def corrected(found: Calibration, again: Sequence[Measured], seed: int = 0) -> C
         ConfigError: too few tokens were drawn.
     """
     fitting, checking = (_half(again, places, MIN_TOKENS) for places in found.split)
-    mean = half(fitting, found.config, seed).temperature.value
+    mean = half([*fitting, *checking], found.config, seed).temperature.value
     sections = found.config.model_dump(include={"helv", "lehv", "hehv", "adaptive"})
     config = _changed(found.config, neutral.scaled(sections, 1 / mean))
     return replace(

@@ -5,9 +5,9 @@ from unittest import mock
 import torch
 
 from vllm_entropix.distribution import backend
-from vllm_entropix.kernels.chains import NUMBERS, STAGES
+from vllm_entropix.kernels.chains import STAGES, stages_of
 from vllm_entropix.kernels.triton_ import chain as triton_chain
-from vllm_entropix.kernels.triton_.chain import _CAPACITY, chain_of_rows
+from vllm_entropix.kernels.triton_.chain import _CAPACITY, NUMBERS, chain_of_rows
 from vllm_entropix.kernels.triton_.logits_metrics import logits_metrics
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
@@ -26,7 +26,7 @@ SETTINGS = (
 )
 CHAINS = (
     (),
-    *((name,) for name in STAGES if name != "dry"),
+    *((name,) for name in stages_of("triton") if name != "dry"),
     ("top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"),
     ("temperature", "typ_p", "top_k"),
     ("dynatemp", "xtc", "min_p"),

@@ -10,7 +10,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_entropix.kernels.chains import NUMBERS
 from vllm_entropix.kernels.triton_ import candidates, chain, logits_metrics, repetitions
 
 FLOATS, LONGS = "*fp32", "*i64"
@@ -26,7 +25,7 @@ TYPES = {
 }
 ROW = {"BLOCK": 4096, "LIMIT": candidates.LIMIT}
 CHAIN = {
-    "COLUMNS": len(NUMBERS),
+    "COLUMNS": len(chain.NUMBERS),
     "BLOCK": chain._BLOCK,
     "SEARCHED": chain._SEARCHED,
     "DIGIT": chain._DIGIT,

@@ -41,6 +41,7 @@ def test_here_all_is_well():
         assert patch.name in told
     for words in (
         "typ_p, xtc; a kernel runs those of temperature",
+        "on a CPU also of epsilon",
         "vllm-entropix",
         "model runner",
         "attention backend",

@@ -54,7 +54,7 @@ def test_the_table_of_chains_is_the_documentations():
     assert table == run("--chain")
     lines = table.splitlines()
     assert [line.split("`")[1] for line in lines[2:]] == list(chain.names())
-    assert {line.count("|") for line in lines} == {7}
+    assert {line.count("|") for line in lines} == {8}
 
 
 def test_it_can_be_read_on_eighty_columns():

@@ -22,6 +22,8 @@ def by_kernel(monkeypatch):
 
 def random_known_chain(rng):
     found = rng.permutation(STAGES)[: rng.integers(0, len(STAGES) + 1)].tolist()
+    # Behind a temperature PyTorch runs them.
+    found.sort(key=lambda name: name != "penalties")
     # What stands alone may be a sampler that plans by itself.
     return found if len(found) != 1 else [*found, "dry"] if found != ["dry"] else found
 
@@ -56,6 +58,7 @@ def test_rows_of_random_chains(seed, by_kernel):
 PAIRS = [
     *(("typ_p", "top_p"), ("top_p", "typ_p"), ("top_p", "xtc"), ("typ_p", "xtc"), ("xtc", "typ_p"), ("top_k", "typ_p")),
     *(("typ_p", "dynatemp"), ("temperature", "top_p"), ("dry", "top_p"), ("top_p", "dry"), ("min_p", "typ_p")),
+    *(("top_p", "eta"), ("epsilon", "p_less"), ("quadratic", "typ_p"), ("typ_p", "penalties"), ("penalties", "edt")),
 ]
 
 
@@ -68,6 +71,7 @@ def test_rows_of_a_wide_vocabulary(names, seed, by_kernel):
     logits[1] = (logits[1] * 2).round() / 2
     said = {**random_settings(rng), "top_p": 0.9, "typ_p": 0.8, "min_p": 0.02, "top_k": 700, "temperature": 0.7}
     said |= {"top_n_sigma": 1.5, "dynatemp_range": 0.4, "xtc_threshold": 1e-5, "xtc_probability": 0.5}
+    said |= {"epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4, "edt_theta": 0.5, "top_a": 0.2, "smoothing_factor": 0.2}
     names = [*names, "temperature"] if names in (("min_p",), ("top_n_sigma",)) else list(names)
     batch = Batch([(*request_of(names, said), base_of(said, 50000))] * 2, server="dry;min_p")
     text = rng.integers(0, 50, size=60).tolist()

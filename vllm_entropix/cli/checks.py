@@ -264,8 +264,12 @@ def plugin() -> Iterator[Check]:
 def samplers() -> Iterator[Check]:
     """Which samplers are there, and which were refused?"""
     yield Check("samplers", "ok", ", ".join(registry.names()))
-    known = ", ".join(chains.STAGES)
-    told = f"a kernel runs those of {known} (on a GPU most, if the server's sampler is a chain), and PyTorch all others"
+    known = chains.stages_of("triton")
+    beside = [stage for stage in chains.stages_of("numba") if stage not in known]
+    told = (
+        f"a kernel runs those of {', '.join(known)} (on a GPU most, if the server's sampler is a chain), on a CPU also of "
+        f"{', '.join(beside)}, and PyTorch all others"
+    )
     yield Check("samplers of chains", "ok", f"{', '.join(chain.names())}; {told}")
     for name, reason in registry.registry().refused.items():
         yield Check(name, "note", reason, "mend or uninstall its package, if you want to use it")

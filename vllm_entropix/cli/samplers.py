@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vllm_entropix.cli.listing import Row, allowed, print_listing, settings, shown, unit
+from vllm_entropix.kernels.chains import stages_of
 from vllm_entropix.samplers import registry
 from vllm_entropix.samplers.base import Sampler
 from vllm_entropix.samplers.chain import stages
@@ -71,7 +72,7 @@ def _markdown(found: registry.Registry, rows: list[Row]) -> str:
 
 def chain_table() -> str:
     """The samplers that may stand in a chain: what, from where, by which rule, with which settings."""
-    lines = ["| sampler | what it does, and its source | rule | settings: default, range | also called | looks at |"]
+    lines = ["| sampler | what it does, and its source | rule | settings: default, range | also called | looks at | kernel |"]
     lines.append(f"|{'---|' * (lines[0].count('|') - 1)}")
     for name, stage in stages().items():
         about = (sys.modules[stage.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2]
@@ -79,7 +80,7 @@ def chain_table() -> str:
         told = stage.apply if issubclass(stage, Sampler) else stage
         rule = (inspect.getdoc(told) or "").partition("\n")[0].removeprefix("As a stage of a chain: ")
         also = ", ".join(f"`{alias}`" for alias in stage.aliases)
-        cells = (f"`{name}`", about, rule, "; ".join(_of_chain(stage)), also, _looks_at(stage))
+        cells = (f"`{name}`", about, rule, "; ".join(_of_chain(stage)), also, _looks_at(stage), _kernels_of(name))
         lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     return "\n".join(lines)
 
@@ -89,6 +90,12 @@ def _of_chain(stage: type[Stage]) -> Iterator[str]:
     section = stage.Settings.model_validate(dict(stage.chain_defaults))
     for name, value, field in settings(section):
         yield " ".join(part for part in (f"`{name}`: {shown(value)}", allowed(field), unit(field)) if part)
+
+
+def _kernels_of(stage: str) -> str:
+    """Where a kernel knows the stage."""
+    devices = {"numba": "CPU", "triton": "GPU"}
+    return ", ".join(device for backend, device in devices.items() if stage in stages_of(backend))
 
 
 def _looks_at(stage: type[Stage]) -> str:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_entropix.distribution.plan import Drawn, Parameters, Plan
-from vllm_entropix.kernels.chains import NUMBERS
+from vllm_entropix.kernels.chains import numbers_of
 from vllm_entropix.records.fields import Field
 from vllm_entropix.records.line import SamplerPart
 from vllm_entropix.samplers import chain
@@ -166,8 +166,8 @@ def _numeric() -> dict[str, float]:
         for name, info in stage.Settings.model_fields.items():
             if info.annotation in (int, float):
                 found.setdefault(name, float(usual.get(name, info.default)))
-    # The kernel's first, side by side as it reads them.
-    return {name: found[name] for name in NUMBERS} | found
+    # The kernels' first, side by side as they read them.
+    return {name: found[name] for name in numbers_of("numba")} | found
 
 
 def _fields() -> tuple[Field, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_entropix.distribution.plan import Drawn
-from vllm_entropix.kernels.chains import NUMBERS, STAGES
+from vllm_entropix.kernels.chains import STAGES, numbers_of, stages_of
 from vllm_entropix.samplers.request import GREEDY_BELOW
 from vllm_entropix.samplers.stage import Stage, StageRows
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _COST = 8
 # A GPU's rows are not copied: what moves single logits comes first, and what drops more than the smallest ones not behind XTC.
 _BEHIND_XTC = frozenset({"min_p", "temperature", "dynatemp"})
+# After these a CPU's rows are no longer logits but for a constant, which penalties divide and multiply.
+_SHIFTING = frozenset({"temperature", "dynatemp", "edt", "quadratic"})
 
 
 class KernelPart:
@@ -43,21 +45,28 @@ class KernelPart:
         logits, settings = rows.logits, rows.settings
         self._on_gpu = rows.backend.name == "triton"
         self._codes = tuple(STAGES.index(stage.name) for stage in running)
-        first = settings.columns[NUMBERS[0]]
-        self._numbers = settings.values[:, first : first + len(NUMBERS)].double()
+        columns = numbers_of(rows.backend.name)
+        first = settings.columns[columns[0]]
+        self._numbers = settings.values[:, first : first + len(columns)].double()
         self._greedy = settings["temperature"] < GREEDY_BELOW
         self._log_normaliser, self._maxima = rows.statistics.log_normaliser, rows.statistics.maxima
         self._shares = logits.new_empty(0) if self._on_gpu else logits.new_zeros(len(logits))
         self._places, self._penalties = _penalties(running, rows, tokens)
+        self._tokens = self._places[:, :0]
+        if tokens is not None and any(stage.name == "penalties" for stage in running):
+            self._tokens = tokens
 
     @staticmethod
     def runs(running: Sequence[Stage], backend: str) -> bool:
         """Does this backend's kernel know these stages, in their order?"""
         names = [stage.name for stage in running]
-        if backend not in ("numba", "triton") or not all(name in STAGES for name in names):
+        known = stages_of(backend)
+        if not known or not all(name in known for name in names):
             return False
+        if backend == "numba":
+            return "penalties" not in names or _SHIFTING.isdisjoint(names[: names.index("penalties")])
         behind = names[names.index("xtc") + 1 :] if "xtc" in names else []
-        return backend == "numba" or ("dry" not in names[1:] and _BEHIND_XTC.issuperset(behind))
+        return "dry" not in names[1:] and _BEHIND_XTC.issuperset(behind)
 
     def write(self, logits: Tensor, chosen: Tensor) -> None:
         """Overwrite those of its rows that are ``chosen``, bool ``[rows]``, of all logits."""
@@ -79,6 +88,7 @@ class KernelPart:
             self._numbers.numpy(),
             self._places.contiguous().numpy(),
             self._penalties.contiguous().numpy(),
+            self._tokens.contiguous().numpy(),
             self._shares.numpy(),
         )
         costs = np.where(chosen.numpy(), _COST * logits.shape[1], 1)

@@ -46,6 +46,13 @@ def token_of(line: Any, ids: Any, count: int, index: int) -> int:
 
 
 @compiled()
+def index_of(line: Any, ids: Any, count: int, token: int) -> int:
+    """Index of a token's candidate; -1 if it is none."""
+    index: Any = token if count == line.shape[0] else np.searchsorted(ids[:count], token)
+    return index if 0 <= index < count and token_of(line, ids, count, index) == token else -1
+
+
+@compiled()
 def first_of(line: Any, count: int, value: Any) -> int:
     """Index of the first candidate with this logit, which one has."""
     for start in range(0, count, STRETCH):

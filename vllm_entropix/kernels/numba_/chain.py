@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from vllm_entropix.kernels.chains import NUMBERS, STAGES
+from vllm_entropix.kernels.chains import STAGES, numbers_of
 from vllm_entropix.kernels.numba_.candidates import (
     at_least,
     drop,
     first_of,
+    index_of,
     keep_alone,
     largest_up_to,
     put_back,
@@ -29,10 +30,22 @@ from vllm_entropix.kernels.numba_.distribute import largest_beside_nan, largest_
 from vllm_entropix.kernels.numba_.elementary import exponential, extremes, largest, rounded_up
 from vllm_entropix.kernels.numba_.mass import band_of_mass
 from vllm_entropix.kernels.numba_.repetitions import repetitions_of_rows
-from vllm_entropix.kernels.numba_.weights import total_and_entropy, total_weight, total_weight_within
+from vllm_entropix.kernels.numba_.weights import total_and_entropy, total_and_squares, total_weight, total_weight_within
 
-_TEMPERATURE, _DYNATEMP, _TOP_K, _TOP_P, _MIN_P, _TOP_N_SIGMA, _TYP_P, _XTC, _DRY = range(len(STAGES))
-_T, _RANGE, _EXPONENT, _K, _P, _MIN, _SIGMAS, _TYPICAL, _PI, _THRESHOLD = range(len(NUMBERS))
+_TEMPERATURE, _DYNATEMP, _EDT = (STAGES.index(name) for name in ("temperature", "dynatemp", "edt"))
+_TOP_K, _TOP_P, _TYP_P = (STAGES.index(name) for name in ("top_k", "top_p", "typ_p"))
+_MIN_P, _TOP_N_SIGMA, _EPSILON, _ETA = (STAGES.index(name) for name in ("min_p", "top_n_sigma", "epsilon", "eta"))
+_GREEDY_THRESHOLD, _P_LESS, _TOP_A = (STAGES.index(name) for name in ("greedy_threshold", "p_less", "top_a"))
+_XTC, _DRY, _PENALTIES, _QUADRATIC = (STAGES.index(name) for name in ("xtc", "dry", "penalties", "quadratic"))
+_NUMBERS = numbers_of("numba")
+_T, _RANGE, _EXPONENT, _THETA = map(_NUMBERS.index, ("temperature", "dynatemp_range", "dynatemp_exponent", "edt_theta"))
+_K, _P, _TYPICAL = map(_NUMBERS.index, ("top_k", "top_p", "typ_p"))
+_MIN, _SIGMAS, _EPSILON_CUTOFF, _ETA_CUTOFF = map(_NUMBERS.index, ("min_p", "top_n_sigma", "epsilon_cutoff", "eta_cutoff"))
+_SURE, _A = map(_NUMBERS.index, ("greedy_threshold", "top_a"))
+_PI, _THRESHOLD = map(_NUMBERS.index, ("xtc_probability", "xtc_threshold"))
+_LAST_N, _REPEAT = map(_NUMBERS.index, ("repeat_last_n", "repeat_penalty"))
+_FREQUENCY, _PRESENCE = map(_NUMBERS.index, ("frequency_penalty", "presence_penalty"))
+_FACTOR, _CURVE = map(_NUMBERS.index, ("smoothing_factor", "smoothing_curve"))
 # Of sums and ratios, as of float32: see ``distribution.survivors``.
 _SLACK = 16 * float(np.finfo(np.float32).eps)
 # Temperatures below this are as good as 0.
@@ -53,6 +66,7 @@ def chain_of_rows(
     numbers: Any,
     places: Any,
     penalties: Any,
+    tokens: Any,
     shares: Any,
     first_row: int,
     last_row: int,
@@ -65,9 +79,10 @@ def chain_of_rows(
         greedy: bool ``[rows]``: the most probable token of what is left, alone.
         log_normaliser: ``[rows]``; not finite where the largest logit isn't, or one is NaN.
         stages: int64, the chain's stages in order, as indices of STAGES.
-        numbers: float64 ``[rows, len(NUMBERS)]``.
+        numbers: float64 ``[rows, any]``, in the order of ``numbers_of("numba")``.
         places: int64 ``[rows, any]``, tokens that DRY penalises; one may come several times, and the largest penalty counts.
         penalties: float32, of the same shape; 0 where there is none.
+        tokens: int64 ``[rows, any]``, each row's text up to here, aligned to the right; -1 stands before the first.
         shares: float32 ``[rows]``, written: the share of the distribution in which XTC excluded top choices.
         first_row: where to begin.
         last_row: where to end.
@@ -92,7 +107,8 @@ def chain_of_rows(
             continue
         low, high = extremes(line)
         state = vocabulary, low, high, max(low, _LOWEST), high, 0.0
-        state = _through(before, own, places[row], penalties[row], line, ids, spare, state)
+        text = places[row], penalties[row], tokens[row]
+        state = _through(before, own, text, line, ids, spare, state)
         tops, which = 0, 0
         if split < len(stages) and own[_PI] > 0 and own[_THRESHOLD] <= 0.5:
             count, low, high, total = _settled(line, ids, state)
@@ -100,7 +116,7 @@ def chain_of_rows(
             state = count, low, high, low, high, total
             tops, which = _top_choices(line, count, high, own[_THRESHOLD] * (1 - _SLACK) * total, spare)
         if tops < 2:
-            state = _through(behind, own, places[row], penalties[row], line, ids, spare, state)
+            state = _through(behind, own, text, line, ids, spare, state)
             _write(line, ids, state, greedy[row])
             continue
         shares[row] = own[_PI]
@@ -120,19 +136,18 @@ def chain_of_rows(
             left += 1
         low_left, high_left = extremes(rest[:left])
         other = left, low_left, high_left, low_left, high_left, 0.0
-        state = _through(behind, own, places[row], penalties[row], line, ids, spare, state)
-        other = _through(behind, own, places[row], penalties[row], rest, rest_ids, spare, other)
+        state = _through(behind, own, text, line, ids, spare, state)
+        other = _through(behind, own, text, rest, rest_ids, spare, other)
         _write_mixture(line, ids, state, rest, rest_ids, other, own[_PI], greedy[row])
 
 
 def compile_for_steps() -> None:
     """Compile what steps call of chains, or load it from disk: on arrays of their types, and on no rows."""
     rows = np.zeros(1, dtype=np.bool_), np.zeros(1, dtype=np.bool_), np.zeros(1, dtype=np.float32)
-    stages, numbers = np.zeros(1, dtype=np.int64), np.zeros((1, len(NUMBERS)))
+    stages, numbers = np.zeros(1, dtype=np.int64), np.zeros((1, len(_NUMBERS)))
     places, penalties = np.zeros((1, 0), dtype=np.int64), np.zeros((1, 0), dtype=np.float32)
-    shares = np.zeros(1, dtype=np.float32)
-    chain_of_rows(np.zeros((1, 1), dtype=np.float32), *rows, stages, numbers, places, penalties, shares, 0, 0)
-    tokens = np.zeros((1, 2), dtype=np.int64)
+    tokens, shares = np.zeros((1, 2), dtype=np.int64), np.zeros(1, dtype=np.float32)
+    chain_of_rows(np.zeros((1, 1), dtype=np.float32), *rows, stages, numbers, places, penalties, tokens, shares, 0, 0)
     repetitions_of_rows(tokens, tokens[:, :1].copy(), tokens[:, 1:].copy(), 0, 0)
 
 
@@ -149,13 +164,17 @@ def _settled(line: Any, ids: Any, state: Any) -> Any:
 
 
 @compiled()
-def _through(stages: Any, own: Any, places: Any, penalties: Any, line: Any, ids: Any, spare: Any, state: Any) -> Any:
+def _through(stages: Any, own: Any, text: Any, line: Any, ids: Any, spare: Any, state: Any) -> Any:
     """Run candidates through stages; what is known of those that are left."""
     for stage in stages:
         count, low, high, total = _settled(line, ids, state)
         least, most, distance = low, high, -np.inf
-        if stage in (_TEMPERATURE, _DYNATEMP):
-            temperature = own[_T] if stage == _TEMPERATURE else _dynamic(line, count, high, own)
+        if stage in (_TEMPERATURE, _DYNATEMP, _EDT):
+            temperature = own[_T]
+            if stage == _DYNATEMP and own[_RANGE] > 0:
+                temperature = _dynamic(line, count, high, own)
+            elif stage == _EDT and own[_THETA] > 0:
+                temperature = _by_entropy(line, count, high, own)
             if temperature > 0:
                 factor = np.float32(1 / max(temperature, _COLDEST))
                 _multiply(line[:count], high, factor)
@@ -177,13 +196,20 @@ def _through(stages: Any, own: Any, places: Any, penalties: Any, line: Any, ids:
         elif stage == _TOP_N_SIGMA:
             if own[_SIGMAS] > 0:
                 distance = -own[_SIGMAS] * _spread(line[:count], high) * (1 + _SLACK)
+        elif stage in (_EPSILON, _ETA, _GREEDY_THRESHOLD, _P_LESS, _TOP_A):
+            distance, total = _distance_of(stage, own, line, count, high, total)
         elif stage == _TYP_P:
             if own[_TYPICAL] < 1:
                 least, most, total, dropped = band_of_mass(line, count, low, high, True, own[_TYPICAL] + _SLACK, spare)
                 low = np.float32(-np.inf) if dropped else low
                 total = total if high - most < _FAR else 0.0
-        elif stage == _DRY and len(places):
-            _penalise(line, ids, count, places, penalties)
+        elif stage in (_DRY, _PENALTIES, _QUADRATIC):
+            if stage == _DRY:
+                _penalise(line, ids, count, text[0], text[1])
+            elif stage == _PENALTIES:
+                _penalise_repeated(line, ids, count, text[2], own)
+            elif own[_FACTOR] > 0:
+                _bend(line[:count], high, np.float32(own[_FACTOR]), np.float32(own[_CURVE]))
             low, high = extremes(line[:count])
             least, most, total = max(low, _LOWEST), high, 0.0
         if distance > 0:
@@ -213,13 +239,47 @@ def _spread(line: Any, high: Any) -> float:
 @compiled()
 def _dynamic(line: Any, count: int, high: Any, own: Any) -> float:
     """dynatemp's temperature."""
-    if own[_RANGE] <= 0:
-        return float(own[_T])
     if count < 2:
         return 1.0
     share = total_and_entropy(line, count, high)[1] / np.log(count)
     low, high = max(own[_T] - own[_RANGE], 0.0), own[_T] + own[_RANGE]
     return float(low + (high - low) * min(max(share, 0.0), 1.0) ** own[_EXPONENT])
+
+
+@compiled()
+def _by_entropy(line: Any, count: int, high: Any, own: Any) -> float:
+    """EDT's temperature."""
+    entropy = total_and_entropy(line, count, high)[1]
+    return float(own[_T] * 0.8 ** (own[_THETA] / entropy)) if entropy > 0 else 0.0
+
+
+@compiled()
+def _distance_of(stage: int, own: Any, line: Any, count: int, high: Any, total: float) -> Any:
+    """How far below the largest logit those lie that a floor of probabilities keeps, and the candidates' weight.
+
+    -inf keeps all, and what is above 0 the most probable alone.
+    """
+    if stage == _ETA and own[_ETA_CUTOFF] > 0:
+        total, entropy = total_and_entropy(line, count, high)
+        floor = min(own[_ETA_CUTOFF], np.sqrt(own[_ETA_CUTOFF]) * np.exp(-entropy)) * total
+    elif stage == _P_LESS:
+        total, squares = total_and_squares(line, count, high)
+        floor = squares / total
+    else:
+        total = total if total > 0 else total_weight(line, count, high)
+        if stage == _GREEDY_THRESHOLD:
+            return np.inf if np.float32(1 / total) < np.float32(own[_SURE]) else -np.inf, total
+        floor = own[_EPSILON_CUTOFF] * total if stage == _EPSILON else own[_A] / total if stage == _TOP_A else 0.0
+    return np.log(floor * (1 - _SLACK)) if floor > 0 else -np.inf, total
+
+
+@compiled()
+def _bend(line: Any, high: Any, factor: Any, curve: Any) -> None:
+    """Replace each l by quadratic's parabola, without the largest logit, which is a constant."""
+    cubic, square = (curve - np.float32(1)) / np.float32(2), (np.float32(3) - curve) / np.float32(2)
+    for i in range(line.shape[0]):
+        below = line[i] - high
+        line[i] = factor * (below * below) * (cubic * below - square)
 
 
 @compiled()
@@ -245,14 +305,30 @@ def _penalise(line: Any, ids: Any, count: int, places: Any, penalties: Any) -> N
     """Take penalties off candidates' logits."""
     indices, lowered = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.float32)
     for p in range(len(places)):
-        index = places[p] if count == line.shape[0] else np.searchsorted(ids[:count], places[p])
-        if penalties[p] > 0 and 0 <= index < count and token_of(line, ids, count, index) == places[p]:
-            indices[p], lowered[p] = index, line[index] - penalties[p]
-        else:
-            indices[p] = -1
+        indices[p] = index_of(line, ids, count, places[p]) if penalties[p] > 0 else -1
+        if indices[p] >= 0:
+            lowered[p] = line[indices[p]] - penalties[p]
     for p in range(len(places)):
         if indices[p] >= 0:
             line[indices[p]] = min(line[indices[p]], lowered[p])
+
+
+@compiled()
+def _penalise_repeated(line: Any, ids: Any, count: int, tokens: Any, own: Any) -> None:
+    """Make candidates less likely that are among the last tokens, by their number there."""
+    last = len(tokens) if own[_LAST_N] < 0 else min(int(own[_LAST_N]), len(tokens))
+    found = np.sort(tokens[len(tokens) - last :])
+    begin = 0
+    while begin < last:
+        end = begin + 1
+        while end < last and found[end] == found[begin]:
+            end += 1
+        index = index_of(line, ids, count, found[begin])
+        if index >= 0:
+            value = np.float64(line[index])
+            value = value / own[_REPEAT] if value > 0 else value * own[_REPEAT]
+            line[index] = value - (end - begin) * own[_FREQUENCY] - own[_PRESENCE]
+        begin = end
 
 
 @compiled()

@@ -41,6 +41,15 @@ def total_of(weights: Any) -> float:
 
 
 @compiled(fastmath={"reassoc", "nsz"})
+def squares_of(weights: Any) -> float:
+    """Sum of the squares of float32 ``[n]``, in float64."""
+    total = 0.0
+    for i in range(weights.shape[0]):
+        total += np.float64(weights[i]) * np.float64(weights[i])
+    return total
+
+
+@compiled(fastmath={"reassoc", "nsz"})
 def product_of(weights: Any, line: Any, highest: Any) -> float:
     """Sum of the weights times l - highest, in float64."""
     total = 0.0
@@ -59,6 +68,19 @@ def total_weight(line: Any, count: int, highest: Any) -> float:
         weigh(line[start : start + length], highest, weights[:length])
         total += total_of(weights[:length])
     return total
+
+
+@compiled()
+def total_and_squares(line: Any, count: int, highest: Any) -> Any:
+    """Sum of the weights of the first ``count`` logits, and of their squares."""
+    weights = np.empty(BLOCK, dtype=np.float32)
+    total, squares = 0.0, 0.0
+    for start in range(0, count, BLOCK):
+        length = min(BLOCK, count - start)
+        weigh(line[start : start + length], highest, weights[:length])
+        total += total_of(weights[:length])
+        squares += squares_of(weights[:length])
+    return total, squares
 
 
 @compiled()

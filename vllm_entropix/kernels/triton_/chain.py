@@ -20,11 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_entropix.kernels.chains import NUMBERS, STAGES
+from vllm_entropix.kernels.chains import STAGES, numbers_of
 from vllm_entropix.kernels.triton_.candidates import fill, kth_of_maxima, ordered, survey
 from vllm_entropix.kernels.triton_.sizes import power_of_2
 
 _BLOCK = 4096
+# Columns of a row's numbers.
+NUMBERS = numbers_of("triton")
 # Each is compared with all borders of a digit.
 _SEARCHED = 1024
 # Borders that a pass compares with: a digit of three bits.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -47,8 +47,16 @@ ROWS_IN_ORDER = Kept()
 
 def measured_by_triton(layers: Sequence[LayerAttention], device: torch.device) -> bool:
     """Can :func:`measure_layers` measure all of these layers on ``device``?"""
-    if kernels_for(device) != "triton":
-        return False
+    return on_triton(device) and readable(layers)
+
+
+def on_triton(device: torch.device) -> bool:
+    """Are statistics measured by Triton's kernels on this device, of layers that are :func:`readable`?"""
+    return kernels_for(device) == "triton"
+
+
+def readable(layers: Sequence[LayerAttention]) -> bool:
+    """Do the kernels read the keys of all of these layers?"""
     from vllm_entropix.kernels.triton_.attention.launch import supports
 
     return all(isinstance(layer.keys, PlainKeys) and supports(layer.keys.cache.dtype) for layer in layers)
@@ -102,33 +110,71 @@ def launches(
     """
     from vllm_entropix.kernels.triton_.attention.paged import PagedRows
 
-    kinds: dict[Hashable, list[int]] = defaultdict(list)
-    for index, one in enumerate(layers):
-        kinds[_kind(one), one.layer.window if by_window else None].append(index)
-    for indices in kinds.values():
-        same = [layers[index] for index in indices]
-        paged = _paged_layers(tuple(one.layer for one in same))
-        queries = tuple(_aligned(one.queries.contiguous()) for one in same)
-        tables = tuple(one.block_table.to(torch.int32) for one in same)
-        longest = tables[0].shape[1] * paged.caches[0].shape[2]
+    # Layers of one group of the cache share a table.
+    tables = {id(one.block_table): one.block_table for one in layers}
+    by_kind = _by_kind(layers, {known: table.stride() for known, table in tables.items()}, by_window)
+    read = {known: table.to(torch.int32) for known, table in tables.items()}
+    addresses = {known: table.data_ptr() for known, table in read.items()}
+    query_rows = torch.arange(len(lengths), device=lengths.device) if kept.query_rows is None else kept.query_rows
+    for indices, paged, queries, query_addresses in by_kind:
+        of_layers = [id(layers[index].block_table) for index in indices]
+        table = read[of_layers[0]]
+        longest = table.shape[1] * paged.caches[0].shape[2]
         rows = PagedRows(
             queries,
-            _addresses(lengths.device, tuple(one.data_ptr() for one in queries)),
-            torch.arange(len(lengths), device=lengths.device) if kept.query_rows is None else kept.query_rows,
-            _addresses(lengths.device, tuple(table.data_ptr() for table in tables)),
-            tables[0].stride(0),
+            query_addresses,
+            query_rows,
+            _addresses(lengths.device, tuple(addresses[known] for known in of_layers)),
+            table.stride(0),
             requests,
             lengths,
             longest if kept.longest is None else min(longest, kept.longest),
             wanted,
-            tables,
+            tuple(read[known] for known in of_layers),
         )
         yield indices, paged, rows
 
 
+_Kind = tuple[list[int], "PagedLayers", tuple[Tensor, ...], Tensor]
+# How layers were sorted last, by the first of them: with the other layers, all queries, and what else they were sorted by. It
+# is forgotten with the first layer.
+_SORTED: WeakKeyDictionary[LayerAttention, tuple[list[LayerAttention], list[Tensor], Hashable, list[_Kind]]] = (
+    WeakKeyDictionary()
+)
+
+
+def _by_kind(layers: Sequence[LayerRows], strides: Mapping[int, tuple[int, ...]], by_window: bool) -> list[_Kind]:
+    """Layers that one launch can measure: indices, what the kernels take of them, queries and their addresses.
+
+    They are sorted once, and again when a layer or its queries are others, or tables have other strides (of each by ``id``).
+    """
+    first, others, queries = layers[0].layer, [one.layer for one in layers[1:]], [one.queries for one in layers]
+    of_tables = [strides[id(one.block_table)] for one in layers]
+    same = (tuple(of_tables), by_window)
+    known = _SORTED.get(first)
+    if known is not None and known[2] == same and _are(known[0], others) and _are(known[1], queries):
+        return known[3]
+    kinds: dict[Hashable, list[int]] = defaultdict(list)
+    for index, (one, stride) in enumerate(zip(layers, of_tables, strict=True)):
+        kinds[_kind(one), stride, one.layer.window if by_window else None].append(index)
+    found: list[_Kind] = []
+    for indices in kinds.values():
+        paged = _paged_layers(tuple(layers[index].layer for index in indices))
+        read = tuple(_aligned(layers[index].queries.contiguous()) for index in indices)
+        found.append((indices, paged, read, _addresses(read[0].device, tuple(one.data_ptr() for one in read))))
+    # A copy of queries is of this step alone.
+    if all(_are(read, [queries[index] for index in indices]) for indices, _, read, _ in found):
+        _SORTED[first] = others, queries, same, found
+    return found
+
+
+def _are(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def _kind(one: LayerRows) -> Hashable:
     cache = _plain(one.layer).cache
-    return cache.dtype, cache.shape[1:], cache.stride(), one.block_table.stride(), one.queries.shape[1:], one.queries.dtype
+    return cache.dtype, cache.shape[1:], cache.stride(), one.queries.shape[1:], one.queries.dtype
 
 
 def _plain(layer: LayerAttention) -> PlainKeys:
@@ -158,7 +204,7 @@ def _paged_layers(layers: tuple[LayerAttention, ...]) -> PagedLayers:
 
     first, others = layers[0], layers[1:]
     known = _PAGED.get(first)
-    if known is not None and len(known[0]) == len(others) and all(map(operator.is_, known[0], others)):
+    if known is not None and _are(known[0], others):
         return known[1]
     keys = [_plain(layer) for layer in layers]
     caches = tuple(one.cache for one in keys)

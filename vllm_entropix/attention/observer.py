@@ -6,15 +6,17 @@ CUDA graphs. Scores are computed afterwards from the kept queries and the paged 
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vllm_entropix.attention.launches import Kept, measure_layers, measured_by_triton
+from vllm_entropix.attention.launches import Kept, measure_layers, on_triton, readable
 from vllm_entropix.attention.layers import LayerAttention, LayerRows
 from vllm_entropix.attention.layouts import READERS, key_reader
 from vllm_entropix.attention.paged_keys import UnsupportedAttentionError
@@ -39,6 +41,22 @@ class _Step:
     requests: int
     longest: int  # no sequence is longer
     bounds: Tensor | None  # [requests] on the host: seq_lens, or more; None where there is one rank, which needs none
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """The layers and what is kept of them, in ascending order, and what that was made from."""
+
+    indices: list[int]
+    layers: list[LayerAttention]
+    queries: list[Tensor]  # of each layer, [requests * rows of a request, heads, head_dim]
+    caches: list[Tensor]
+    buffers: list[Tensor]
+
+    @cached_property
+    def readable(self) -> bool:
+        """Do the kernels for a GPU read all of them?"""
+        return readable(self.layers)
 
 
 class AttentionObserver:
@@ -74,6 +92,7 @@ class AttentionObserver:
         # What each builder made last, and of which step: groups of a hybrid cache may take over one another's.
         self._built: dict[int, tuple[Any, _Step]] = {}
         self._attention: dict[int, tuple[Tensor, LayerAttention]] = {}
+        self._known: _Observed | None = None
         self._undo: list[Callable[[], None]] = []
 
     def reserve(self, dtype: torch.dtype, device: torch.device, longest: int) -> None:
@@ -243,13 +262,13 @@ class AttentionObserver:
 
     def statistics_per_layer(self, requests: Tensor, positions: Tensor, wanted: Tensor | None = None) -> AttentionStatistics:
         """The same for each observed layer, in ascending order: every metric is ``[layers, rows]``."""
-        if measured_by_triton([self._layer(index) for index in self.layers], requests.device):
+        if on_triton(requests.device) and (observed := self._observed()).readable:
             from vllm_entropix.kernels.triton_.kept_queries import rows_of_queries
 
             everything = torch.ones_like(requests, dtype=torch.bool) if wanted is None else wanted
             layers = [
-                LayerRows(self._layer(index), self._queries[index].flatten(0, 1), self._steps[index].block_table)
-                for index in sorted(self.layers)
+                LayerRows(layer, queries, self._steps[index].block_table)
+                for index, layer, queries in zip(observed.indices, observed.layers, observed.queries, strict=True)
             ]
             # All groups of layers have the same requests.
             step = next(iter(self._steps.values()))
@@ -289,6 +308,23 @@ class AttentionObserver:
             return requests
         offsets = (step.seq_lens[requests] - lengths).clamp(0, self.rows_per_request - 1)
         return requests * self.rows_per_request + offsets
+
+    def _observed(self) -> _Observed:
+        """All layers and what is kept of them: made again when the engine binds another cache, or queries are kept elsewhere.
+
+        Of many layers it takes tenths of a millisecond. The tensors are those of the engine and of :meth:`reserve`, never
+        copies: what a step keeps in them is what its statistics read.
+        """
+        known = self._known
+        caches = [layer.kv_cache for layer in self.layers.values()]
+        if known is None or not (
+            all(map(operator.is_, known.caches, caches)) and all(map(operator.is_, known.buffers, self._queries.values()))
+        ):
+            indices = sorted(self.layers)
+            layers = [self._layer(index) for index in indices]
+            queries = [self._queries[index].flatten(0, 1) for index in indices]
+            known = self._known = _Observed(indices, layers, queries, caches, list(self._queries.values()))
+        return known
 
     def _layer(self, index: int) -> LayerAttention:
         layer = self.layers[index]

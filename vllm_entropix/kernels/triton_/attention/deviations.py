@@ -319,6 +319,6 @@ def deviate(launch: Launch, sums: Tensor | None = None, starts: Tensor | None = 
             launch.own,
             *rest,
             RANKS=ranks,
-            **(launch.shape | launch.of_heads),
+            **launch.of_both,
             num_warps=launch.warps,
         )

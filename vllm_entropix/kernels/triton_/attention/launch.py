@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
 from vllm_entropix.kernels.triton_.attention.paged import PagedLayers, PagedRows
 from vllm_entropix.kernels.triton_.attention.shares import LEAST, SPLITS, TILE, splits_of
-from vllm_entropix.kernels.triton_.attention.workspace import Workspace, sizes_of
+from vllm_entropix.kernels.triton_.attention.workspace import Workspace
 from vllm_entropix.kernels.triton_.sizes import power_of_2
 
 _TYPES = {
@@ -36,73 +36,73 @@ class Launch:
         splits: shares of a context at most.
         room: elements for scores, of a program that takes whole rows, or else of a layer.
         room_for_all: is no row without room?
-        offsets: int64, see ``scores._plan``.
-        without: int32, how many rows of each layer have no room.
-        scratch: the scores.
-        partial: what each share says of each head.
-        own: room for the tile that a program of ``deviations._deviate_again`` works on.
-        found: ``[layers * rows, 3, heads]``, what each head says by itself: log-normaliser, entropy, sum of absolute scores.
-        deviations: ``[layers * rows, splits]``, sums over the heads.
+        offsets, without, partial, found, deviations, own, scratch: see :class:`~.workspace.Parts`.
         sources: what all kernels take that read keys.
-        cut: constants of all kernels that cut contexts, and how they are compiled.
-        shape: constants of those that read keys.
+        shape: constants of those that read keys, and how they are compiled.
         of_heads: constants of those that look at all heads.
+        of_both: constants of those that do both.
         warps: of a program.
     """
 
     def __init__(self, layers: PagedLayers, rows: PagedRows, padded: int, workspace: Workspace, programs: int = 0) -> None:
         number, many, heads, head_dim = rows.shape
-        cache = layers.caches[0]
-        kv_heads = cache.shape[1]
+        keys, query = layers.caches[0], rows.queries[0]
         splits = splits_of(rows.longest)
         self.layers, self.rows, self.padded, self.heads = layers, rows, padded, heads
         self.number, self.many, self.splits, self.programs = number, many, splits, programs
-        sizes = sizes_of(number, many, heads, splits, programs > 0)
-        parts = dict(zip(sizes, _carved(workspace.buffer, list(sizes.values())), strict=True))
+        parts = workspace.parts(number, many, heads, splits, programs > 0)
+        self.offsets, self.without, self.partial, self.found, self.deviations, self.own, self.scratch = parts
         of_row = heads * (-(-rows.longest // TILE) * TILE)
         # Of a program that takes whole rows, or of a layer.
-        self.room = of_row if programs else (workspace.buffer.numel() - sum(sizes.values())) // number // TILE * TILE
-        self.scratch = workspace.buffer[sum(sizes.values()) :]
-        self.offsets, self.without = parts["offsets"].view(torch.int64), parts["without"].view(torch.int32)
-        self.partial, self.own = parts["partial"], parts["own"]
-        self.found = parts["found"][: number * many * 3 * heads].view(-1, 3, heads)
-        self.deviations = parts["deviations"][: number * many * splits].view(-1, splits)
+        self.room = of_row if programs else self.scratch.shape[0] // number // TILE * TILE
         # Never read where the constants say that there are none.
         slopes = layers.factors if layers.alibi_slopes is None else layers.alibi_slopes
         self.sources = (
             *(rows.query_addresses, layers.addresses, rows.tables, rows.table_width, rows.requests, rows.query_rows),
-            *(rows.lengths, layers.factors, layers.scales, slopes, number, many, splits, *cache.stride()),
+            *(rows.lengths, layers.factors, layers.scales, slopes, number, many, splits, *keys.stride()),
         )
-        group = heads // kv_heads
-        # As PyTorch computes: no product is added before it is rounded. Else the largest score less itself would be what
-        # rounding took from it: of 1e30 some 1e22, whose exp() is no number.
-        self.cut = {"TILE": TILE, "SPLITS": SPLITS, "LEAST": LEAST, "enable_fp_fusion": False}
-        self.shape = {
-            **self.cut,
-            "HEADS": heads,
-            "GROUP": group,
-            # The least that a matrix product takes.
-            "ROWS": max(16, power_of_2(group)),
-            "HEAD_DIM": head_dim,
-            "DIMS": max(16, power_of_2(head_dim)),
-            "BLOCK_SIZE": cache.shape[2],
-            "QUERY": _TYPES[rows.queries[0].dtype],
-            "ELEMENT": _TYPES[cache.dtype],
-            "SOFTCAP": layers.capped,
-            "ALIBI": layers.alibi_slopes is not None,
-        }
-        # So many that a thread's share of a tile fits its registers (test_machine_code_attention.py).
-        wide = self.shape["ROWS"] > 16 or rows.queries[0].dtype == torch.float32
-        # Sums are spread over as many in all kernels, so that they come to the same bits.
-        self.warps = 16 if self.shape["ROWS"] > 64 else 8 if wide else 4
-        self.of_heads = {**self.cut, "HEADS": heads, "HEADS_2": power_of_2(heads)}
+        self.shape, self.of_heads, self.of_both, self.warps = _constants(
+            *(heads, head_dim, keys.shape[1], keys.shape[2], query.dtype, keys.dtype),
+            *(layers.capped, layers.alibi_slopes is not None),
+        )
         # Room for the scores of all rows, whichever they are: then none is without.
         self.room_for_all = self.room >= many * of_row
 
 
-def _carved(buffer: Tensor, sizes: list[int]) -> Iterator[Tensor]:
-    """The first parts of a buffer."""
-    start = 0
-    for size in sizes:
-        yield buffer[start : start + size]
-        start += size
+@cache
+def _constants(
+    heads: int,
+    head_dim: int,
+    kv_heads: int,
+    block_size: int,
+    query: torch.dtype,
+    element: torch.dtype,
+    capped: bool,
+    alibi: bool,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
+    """Constants of kernels that read keys, of those that look at all heads, and of those that do both; and warps."""
+    group = heads // kv_heads
+    # As PyTorch computes: no product is added before it is rounded. Else the largest score less itself would be what
+    # rounding took from it: of 1e30 some 1e22, whose exp() is no number.
+    cut = {"TILE": TILE, "SPLITS": SPLITS, "LEAST": LEAST, "enable_fp_fusion": False}
+    # The least that a matrix product takes.
+    rows, dims = max(16, power_of_2(group)), max(16, power_of_2(head_dim))
+    shape = {
+        **cut,
+        "HEADS": heads,
+        "GROUP": group,
+        "ROWS": rows,
+        "HEAD_DIM": head_dim,
+        "DIMS": dims,
+        "BLOCK_SIZE": block_size,
+        "QUERY": _TYPES[query],
+        "ELEMENT": _TYPES[element],
+        "SOFTCAP": capped,
+        "ALIBI": alibi,
+    }
+    # So many that a thread's share of a tile fits its registers (test_machine_code_attention.py).
+    wide = rows > 16 or query == torch.float32
+    # Sums are spread over as many in all kernels, so that they come to the same bits.
+    warps = 16 if rows > 64 else 8 if wide else 4
+    of_heads = {**cut, "HEADS": heads, "HEADS_2": power_of_2(heads)}
+    return shape, of_heads, shape | of_heads, warps

@@ -32,11 +32,11 @@ def attention_statistics(
     if not results.numel():
         return results
     workspace = workspace or Workspace.for_steps(number, many, heads, rows.longest, device)
-    together = rows_together(number, many, heads, rows.longest, workspace.buffer.numel())
+    together = rows_together(number, many, heads, rows.longest, workspace.size)
     for start in range(0, many, together):
         chunk = slice(start, start + together)
         here = rows if together == many else rows.part(rows=chunk)
-        programs = programs_for_whole_rows(number, len(here.lengths), heads, rows.longest, workspace.buffer.numel())
+        programs = programs_for_whole_rows(number, here.lengths.shape[0], heads, rows.longest, workspace.size)
         launch = Launch(layers, here, padded, workspace, programs)
         if programs:
             measure_whole(launch)

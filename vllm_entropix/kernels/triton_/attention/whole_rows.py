@@ -176,7 +176,7 @@ def measure_whole(launch: Launch) -> None:
         launch.found,
         launch.deviations,
         SINKS=sinks is not None,
-        **(launch.shape | launch.of_heads),
+        **launch.of_both,
         num_warps=launch.warps,
         # As many as three blocks leave one another; the compiler spills one, for a B200, if it isn't told.
         maxnreg=168 if launch.warps == 4 else None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,32 @@ WORKSPACE = 28 << 20
 EXCHANGE = 8 << 20
 
 
+# Sizes of steps that plans are remembered for. Rows come and go; the tiles of the longest context change every 64 tokens.
+_PLANS = 64
+
+
+class Parts(NamedTuple):
+    """What a launch keeps, in one buffer.
+
+    Attributes:
+        offsets: int64, see ``scores._plan``.
+        without: int32, how many rows of each layer have no room.
+        partial: what each share says of each head.
+        found: ``[layers * rows, 3, heads]``, what each head says by itself: log-normaliser, entropy, sum of absolute scores.
+        deviations: ``[layers * rows, splits]``, sums over the heads.
+        own: room for the tile that a program of ``deviations._deviate_again`` works on.
+        scratch: the scores; all that is left.
+    """
+
+    offsets: Tensor
+    without: Tensor
+    partial: Tensor
+    found: Tensor
+    deviations: Tensor
+    own: Tensor
+    scratch: Tensor
+
+
 @dataclass(frozen=True)
 class Workspace:
     """What the kernels keep between them, allocated once.
@@ -29,6 +57,41 @@ class Workspace:
     """
 
     buffer: Tensor
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of the buffer."""
+        return self.buffer.numel()
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int, int, int, bool], Parts]:
+        return {}
+
+    def parts(self, layers: int, rows: int, heads: int, splits: int, whole: bool) -> Parts:
+        """The buffer's parts; arguments as of :func:`sizes_of`."""
+        asked = (layers, rows, heads, splits, whole)
+        found = self._known.get(asked)
+        if found is None:
+            if len(self._known) == _PLANS:
+                self._known.clear()
+            found = self._known[asked] = self._cut(*asked)
+        return found
+
+    def _cut(self, layers: int, rows: int, heads: int, splits: int, whole: bool) -> Parts:
+        sizes, pairs, start = sizes_of(layers, rows, heads, splits, whole), layers * rows, 0
+        of: dict[str, Tensor] = {}
+        for name, size in sizes.items():
+            of[name] = self.buffer[start : start + size]
+            start += size
+        return Parts(
+            of["offsets"].view(torch.int64),
+            of["without"].view(torch.int32),
+            of["partial"],
+            of["found"][: pairs * 3 * heads].view(-1, 3, heads),
+            of["deviations"][: pairs * splits].view(-1, splits),
+            of["own"],
+            self.buffer[start:],
+        )
 
     @classmethod
     def for_steps(cls, layers: int, rows: int, heads: int, longest: int, device: torch.device) -> Workspace:
@@ -60,7 +123,11 @@ def rows_together(layers: int, rows: int, heads: int, longest: int, workspace: i
         longest: positions of a sequence.
         workspace: its float32 elements.
     """
-    splits = splits_of(longest)
+    return _rows_together(layers, rows, heads, splits_of(longest), workspace)
+
+
+@lru_cache(_PLANS)
+def _rows_together(layers: int, rows: int, heads: int, splits: int, workspace: int) -> int:
     parts = range(1, rows + 1)
     sizes = (-(-rows // part) for part in parts)
     return next((size for size in sizes if sum(sizes_of(layers, size, heads, splits).values()) <= workspace), 1)
@@ -76,7 +143,12 @@ def programs_for_whole_rows(layers: int, rows: int, heads: int, longest: int, wo
         longest: positions of a row.
         workspace: its float32 elements.
     """
-    splits, pairs, of_one = splits_of(longest), layers * rows, heads * -(-longest // TILE) * TILE
+    return _programs(layers, rows, heads, -(-longest // TILE), workspace)
+
+
+@lru_cache(_PLANS)
+def _programs(layers: int, rows: int, heads: int, tiles: int, workspace: int) -> int:
+    splits, pairs, of_one = splits_of(tiles * TILE), layers * rows, heads * tiles * TILE
     if sum(sizes_of(layers, rows, heads, splits).values()) + pairs * of_one <= workspace:
         return 0
     programs = min(PROGRAMS, (workspace - sum(sizes_of(layers, rows, heads, splits, whole=True).values())) // of_one)

@@ -121,23 +121,24 @@ class NumbaBackend(Backend):
     def statistics(self, logits: Tensor, reserved: bool = False) -> LogitsMetrics:
         """As :meth:`Backend.statistics`."""
         from vllm_entropix.kernels.numba_.metrics import metrics_of_rows
-        from vllm_entropix.kernels.numba_.threads import share_rows
+        from vllm_entropix.kernels.numba_.threads import share_equal_rows
 
         rows, vocabulary = logits.shape
-        entropy, varentropy, log_normaliser = torch.empty(3, rows)
-        arguments = (logits.numpy(), entropy.numpy(), varentropy.numpy(), log_normaliser.numpy())
-        share_rows(np.full(rows, vocabulary), lambda first, last: metrics_of_rows(*arguments, first, last))
-        return LogitsMetrics(entropy, varentropy, log_normaliser)
+        # Made by numpy, for whose kernels a tensor's view takes longer than all that is decided of a row.
+        results = np.empty((3, rows), dtype=np.float32)
+        arguments = (logits.numpy(), results[0], results[1], results[2])
+        share_equal_rows(rows, vocabulary, lambda first, last: metrics_of_rows(*arguments, first, last))
+        return LogitsMetrics(*torch.from_numpy(results).unbind())
 
     def largest(self, logits: Tensor, log_normaliser: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """As :meth:`Backend.largest`."""
         from vllm_entropix.kernels.numba_.alternatives import largest_of_rows
-        from vllm_entropix.kernels.numba_.threads import share_rows
+        from vllm_entropix.kernels.numba_.threads import share_equal_rows
 
         rows, vocabulary = logits.shape
         values, token_ids = logits.new_empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
         arguments = logits.numpy(), log_normaliser.numpy(), values.numpy(), token_ids.numpy()
-        share_rows(np.full(rows, vocabulary), lambda first, last: largest_of_rows(*arguments, first, last))
+        share_equal_rows(rows, vocabulary, lambda first, last: largest_of_rows(*arguments, first, last))
         return values, token_ids
 
     def write(self, logits: Tensor, draws: Draws) -> None:
@@ -146,7 +147,7 @@ class NumbaBackend(Backend):
             super().write(logits, draws)
             return
         from vllm_entropix.kernels.numba_.distribute import distribute_rows
-        from vllm_entropix.kernels.numba_.threads import share_rows
+        from vllm_entropix.kernels.numba_.threads import share_equal_rows
 
         rows, vocabulary = logits.shape
         parameters = draws.parameters
@@ -161,7 +162,7 @@ class NumbaBackend(Backend):
             draws.forced.numpy(),
             draws.written.numpy(),
         )
-        share_rows(np.full(rows, 2 * vocabulary), lambda first, last: distribute_rows(*arguments, first, last))
+        share_equal_rows(rows, 2 * vocabulary, lambda first, last: distribute_rows(*arguments, first, last))
 
 
 class TritonBackend(Backend):

@@ -24,6 +24,14 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="entropix")
 
 
+def share_equal_rows(rows: int, cost: int, work: Callable[[int, int], None]) -> None:
+    """As :func:`share_rows`, of rows that take ``cost`` nanoseconds each."""
+    if rows < 2 or rows * cost < WORTH_SHARING:  # whatever the number of threads
+        work(0, rows)
+    else:
+        share_rows(np.full(rows, cost), work)
+
+
 def share_rows(costs: np.ndarray, work: Callable[[int, int], None]) -> None:
     """Call ``work(first_row, last_row)`` for all rows, in as many threads as PyTorch uses if that is worth it.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_entropix.records.regimes import Regime
 from vllm_entropix.samplers.base import Bounds, KernelRule, Plan, RowView, Sampler
 from vllm_entropix.samplers.entropix.record import FIELDS, EntropixPart
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from vllm_entropix.distribution.attention import AttentionStatistics
     from vllm_entropix.samplers.entropix.sampler import EntropixSampler
+
+# PyTorch takes ten times as long to compare with a member of an enumeration as with its number.
+_LELV = int(Regime.LELV)
 
 
 class Entropix(Sampler):
@@ -36,10 +40,8 @@ class Entropix(Sampler):
 
     def plan(self, rows: RowView) -> Plan:
         """Classify, measure attention where a regime reads it, and follow the regime's rule."""
-        from vllm_entropix.records.regimes import Regime
-
         regime, attention, parameters, confidence = self._sampler.rule(
-            rows.statistics, lambda regime: rows.attention(regime != Regime.LELV), rows.settings, rows.backend.name
+            rows.statistics, lambda regime: rows.attention(regime != _LELV), rows.settings, rows.backend.name
         )
         return Plan(
             parameters,
@@ -115,7 +117,6 @@ class EntropixStage(Stage):
         from vllm_entropix.distribution.backend import Backend
         from vllm_entropix.distribution.constants import Constants
         from vllm_entropix.distribution.shape import shape
-        from vllm_entropix.records.regimes import Regime
         from vllm_entropix.samplers.entropix.sampler import EntropixSampler
 
         config = rows.server if isinstance(rows.server, EntropixConfig) else EntropixConfig.preset()
@@ -123,7 +124,7 @@ class EntropixStage(Stage):
         constants = rows.constants or Constants.from_config(config, statistics.entropy.dtype, logits.device)
 
         def attention(regime: Tensor) -> AttentionStatistics | None:
-            return None if rows.measure is None else rows.measure(regime != Regime.LELV)
+            return None if rows.measure is None else rows.measure(regime != _LELV)
 
         _, _, parameters, _ = EntropixSampler(config, kernels=False).rule(statistics, attention, constants, Backend.name)
         # A device isn't asked how wide the widest row is.

@@ -105,14 +105,10 @@ def parameters(
 
 def base_parameters(rows: Tensor, constants: Constants) -> Parameters:
     """The base parameters for every row (regimes switched off); ``rows [rows]`` gives number, type and device."""
-    zeros = torch.zeros_like(rows)
-    return Parameters(
-        temperature=constants["base.temperature"] + zeros,
-        top_p=constants["base.top_p"] + zeros,
-        top_k=(constants["base.top_k"] + zeros).to(torch.int64),
-        min_p=constants["base.min_p"] + zeros,
-        samples=torch.ones_like(zeros, dtype=torch.int64),
+    temperature, top_p, top_k, min_p = (
+        constants[f"base.{name}"].expand_as(rows).contiguous() for name in ("temperature", "top_p", "top_k", "min_p")
     )
+    return Parameters(temperature, top_p, top_k.to(torch.int64), min_p, torch.ones_like(rows, dtype=torch.int64))
 
 
 def confidence(logits: LogitsMetrics, attention: AttentionStatistics | None, constants: Constants) -> Tensor:

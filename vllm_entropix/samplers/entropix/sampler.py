@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from vllm_entropix.samplers.entropix.regimes import classify
 if TYPE_CHECKING:
     from vllm_entropix.samplers.entropix.settings import EntropixConfig
     from vllm_entropix.settings.rules import Fidelity
+
+# PyTorch takes ten times as long to compare with a member of an enumeration as with its number.
+_HELV = int(Regime.HELV)
 
 StatisticsOfRegimes = Callable[[Tensor], AttentionStatistics | None]
 
@@ -141,7 +145,7 @@ class EntropixSampler:
     def asks(self, regime: Tensor, metrics: LogitsMetrics, constants: Constants) -> Tensor:
         """Which rows ask for the clarification, bool ``[rows]``."""
         del metrics, constants
-        return regime == Regime.HELV
+        return regime == _HELV
 
     def rule(
         self,
@@ -176,32 +180,23 @@ class EntropixSampler:
         """What ``rule`` otherwise does in PyTorch."""
         from vllm_entropix.samplers.entropix import numba_rule as kernel
 
-        rows = len(metrics.entropy)
-        numbers = constants.values.numpy()
+        numbers, rows = constants.values.numpy(), metrics.entropy.shape[0]
         entropy, varentropy = metrics.entropy.numpy(), metrics.varentropy.numpy()
-        regime = torch.empty(rows, dtype=torch.int64)
-        kernel.classify(entropy, varentropy, numbers, regime.numpy())
+        regimes = np.empty(rows, dtype=np.int64)
+        kernel.classify(entropy, varentropy, numbers, regimes)
+        regime = torch.from_numpy(regimes)
         attention = statistics(regime) if callable(statistics) else statistics
-        attended = torch.zeros(4, rows)
-        measured = torch.zeros(rows, dtype=torch.bool)
+        attended, measured = np.zeros((4, rows), dtype=np.float32), np.zeros(rows, dtype=bool)
         if attention is not None:
-            attended[0], attended[1] = attention.attention_entropy, attention.attention_varentropy
-            attended[2], attended[3] = attention.agreement, attention.interaction_strength
-            measured = torch.ones(rows, dtype=torch.bool) if attention.measured is None else attention.measured
-        floats, integers = torch.empty(4, rows), torch.empty(2, rows, dtype=torch.int64)
+            attended[0], attended[1] = attention.attention_entropy.numpy(), attention.attention_varentropy.numpy()
+            attended[2], attended[3] = attention.agreement.numpy(), attention.interaction_strength.numpy()
+            measured = np.ones(rows, dtype=bool) if attention.measured is None else attention.measured.numpy()
+        floats, integers = np.empty((4, rows), dtype=np.float32), np.empty((2, rows), dtype=np.int64)
         (temperature, top_p, min_p, score), (top_k, samples) = floats, integers
         kernel.decide(
-            regime.numpy(),
-            entropy,
-            varentropy,
-            attended.numpy(),
-            measured.numpy(),
-            numbers,
-            temperature.numpy(),
-            top_p.numpy(),
-            top_k.numpy(),
-            min_p.numpy(),
-            samples.numpy(),
-            score.numpy(),
+            *(regimes, entropy, varentropy, attended, measured, numbers),
+            *(temperature, top_p, top_k, min_p, samples, score),
         )
-        return regime, attention, Parameters(temperature, top_p, top_k, min_p, samples), score
+        of_floats, of_integers = torch.from_numpy(floats).unbind(), torch.from_numpy(integers).unbind()
+        chosen = Parameters(of_floats[0], of_floats[1], of_integers[0], of_floats[2], of_integers[1])
+        return regime, attention, chosen, of_floats[3]

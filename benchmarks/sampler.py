@@ -197,6 +197,7 @@ def step(rows: int, vocabulary: int, device: torch.device, asked: Asked | None =
     logits = logits.to(device)
     work = torch.empty_like(logits)
     batch = BatchSampler(config, rows, None, device)
+    batch.reserve(rows, vocabulary)
     sequence = sequence_of(batch, config, asked)
     for row in range(rows):
         batch.add(str(row), sequence)

@@ -64,6 +64,7 @@ CHECKS = (
     "decisions_equal_those_of_pytorch",
     "decisions_of_several_samplers",
     "a_step_takes_few_launches",
+    "parts_of_a_step_are_alone",
     "rows_are_read_seldom",
 )
 

@@ -1,5 +1,7 @@
 """Which samplers are asked in a step, and what becomes of rows of several."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,31 @@ def test_a_sampler_without_rows_isnt_asked(monkeypatch):
     batch.apply(written, rows, None)
     assert torch.equal(written[1], logits[1])
     assert not torch.equal(written[0], logits[0])
+
+
+def test_a_batch_is_looked_at_anew_when_a_sequence_begins_or_ends():
+    batch, rows = batch_of("min_p", "entropix", None)
+    known = partial(batch.sequences.composition, rows.host_slots)
+    assert known() is known()
+    assert (set(known().samplers), known().all_sampled, known().any_traced) == ({"min_p", "entropix"}, False, False)
+    batch.remove("1")
+    assert known().samplers == ("min_p",)
+    batch.add("another", Sequence([], False, True, True, 1, sampler="vllm"))  # where the one was
+    assert (set(known().samplers), known().any_traced) == ({"min_p", "vllm"}, True)
+
+
+def test_a_device_knows_of_each_sequence_what_the_host_knows():
+    batch, _ = batch_of("min_p", "entropix", "top_n_sigma")
+    table, names = batch.sequences, ("numbers", "base", "sampler", "prompt_length", "sampled", "traced", "allow_clarification")
+    # A CPU's are the host's own.
+    for name in ("device_numbers", "device_base", "_device_integers", "_device_flags"):
+        setattr(table, name, torch.zeros_like(getattr(table, name)))
+    slots = table.slots_of("012", 3)
+    table._send(slots)
+    table.device_sampler, table.device_prompt_length = table._device_integers
+    table.device_sampled, table.device_traced, table.device_allow_clarification = table._device_flags
+    for name in names:
+        assert np.array_equal(getattr(table, f"device_{name}").numpy()[slots], getattr(table, name)[slots]), name
 
 
 def test_each_row_is_drawn_as_its_own_sampler_says():

@@ -121,7 +121,7 @@ class RunnerAdapter(ABC):
     def reserve(self) -> None:
         """Allocate what a GPU's steps need, before vLLM measures how much memory is left for keys."""
         if self.samples:
-            self.batch.backend.reserve(self.max_requests * self.rows_per_request, self.vocabulary, self.device)
+            self.batch.reserve(self.max_requests * self.rows_per_request, self.vocabulary)
         if not self.config.attention.enabled:
             return
         try:

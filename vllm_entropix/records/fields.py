@@ -131,6 +131,9 @@ ALTERNATIVES = "Most probable tokens as (id, probability), before temperature an
 
 _by_owner: dict[str, tuple[Field, ...]] = {}
 _table: tuple[Field, ...] = COMMON
+# Each step asks for these.
+_columns: dict[str, int] = {}
+_names: tuple[str, ...] = ()
 _followers: list[Callable[[], None]] = []
 
 
@@ -168,6 +171,15 @@ def follow(rebuild: Callable[[], None]) -> None:
     rebuild()
 
 
+def _number_columns() -> None:
+    global _columns, _names
+    _names = tuple(field.name for field in _table)
+    _columns = {name: index for index, name in enumerate(_names)}
+
+
+follow(_number_columns)
+
+
 def all_fields() -> tuple[Field, ...]:
     """The table as it is now: the columns of the packed record, in order.
 
@@ -179,7 +191,7 @@ def all_fields() -> tuple[Field, ...]:
 
 def names() -> tuple[str, ...]:
     """Names of :func:`all_fields`."""
-    return tuple(field.name for field in _table)
+    return _names
 
 
 def metrics() -> tuple[Field, ...]:
@@ -194,7 +206,7 @@ def parameters() -> tuple[Field, ...]:
 
 def column(name: str) -> int | None:
     """A field's index in the packed record; None if no sampler has registered it."""
-    return next((index for index, field in enumerate(_table) if field.name == name), None)
+    return _columns.get(name)
 
 
 def record_bytes() -> int:

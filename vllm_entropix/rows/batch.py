@@ -13,13 +13,13 @@ from torch import Tensor
 
 from vllm_entropix.distribution.attention import AttentionStatistics, joined
 from vllm_entropix.distribution.backend import Backend, Draws, backend_for
-from vllm_entropix.distribution.plan import Drawn, Plan
+from vllm_entropix.distribution.plan import Drawn, Parameters, Plan
 from vllm_entropix.distribution.statistics import LogitsMetrics
 from vllm_entropix.records.fields import column, names
 from vllm_entropix.rows.forcing import ANYWHERE, Clarification, Places
 from vllm_entropix.rows.rows import Decisions, Measure, Rows
 from vllm_entropix.rows.state import PositionRing
-from vllm_entropix.rows.table import Sequence, SequenceTable, to_device
+from vllm_entropix.rows.table import Composition, Sequence, SequenceTable, to_device
 from vllm_entropix.rows.text import RowText
 from vllm_entropix.rows.undrawn import Undrawn
 from vllm_entropix.samplers.base import KernelRule, RowView, Sampler, Sequences
@@ -28,6 +28,7 @@ from vllm_entropix.samplers.registry import instances_and_observed, sampler_of
 from vllm_entropix.samplers.request import RequestSettings
 
 if TYPE_CHECKING:
+    from vllm_entropix.rows.decision import Decider
     from vllm_entropix.samplers.entropix.settings import EntropixConfig
     from vllm_entropix.settings.rules import Fidelity
 
@@ -64,6 +65,7 @@ class BatchSampler:
         self.backend, self.other_types = backend_for(device), Backend(device)
         self.samplers = instances_and_observed(config)
         self._rules = cache(partial(_rules, self.samplers))
+        self._deciders: dict[str, Decider] = {}  # by the backend's name
         self.sequences = SequenceTable(self.samplers, sampler_of(RequestSettings(), config), slots + 1, device)
         self.clarification = (
             None if clarification is None else Clarification(clarification, config, slots + 1, draft_tokens, device, places)
@@ -75,6 +77,19 @@ class BatchSampler:
         self.lent: tuple[Tensor, ...] = ()
         self._waiting: list[_Waiting] = []
         self._following = [self.sequences.number[name] for name, sampler in self.samplers.items() if sampler.follows_draws]
+
+    def reserve(self, rows: int, vocabulary: int) -> None:
+        """Allocate now what steps of at most so many rows need, before the engine measures how much memory is left for keys."""
+        self.backend.reserve(rows, vocabulary, self.sequences.device)
+        if self.backend.decides:
+            self._decider(self.backend.name).reserve(rows)
+
+    def _decider(self, backend: str) -> Decider:
+        if backend not in self._deciders:
+            from vllm_entropix.rows.decision import Decider
+
+            self._deciders[backend] = Decider(self._rules(backend), self.sequences, self.clarification, self.counted)
+        return self._deciders[backend]
 
     def add(self, request_id: str, sequence: Sequence) -> None:
         """A sequence begins; one that is known already (resumed after a preemption) keeps what is remembered of it."""
@@ -157,51 +172,43 @@ class BatchSampler:
             (see ``records.fields.all_fields``).
         """
         table = self.sequences
-        sampled, traced = table.sampled[rows.host_slots], table.traced[rows.host_slots]
-        concerned = sampled | traced
-        if not concerned.any():
+        present = table.composition(rows.host_slots)
+        if not present.any_concerned:
             return None
-        if concerned.all():
-            return self._apply(logits, rows, measure, bool(traced.any()), bool(sampled.all()))
-        if not self.backend.asks_device:
-            return self._apply(logits, rows, measure, bool(traced.any()), everywhere=False)
+        if present.all_concerned or not self.backend.asks_device:
+            return self._apply(logits, rows, measure, present, present.all_sampled)
         # It pays to work on the rows concerned only, where asking for their indices costs nothing.
         index = (table.device_sampled[rows.slots] | table.device_traced[rows.slots]).nonzero().flatten()
         chosen = logits[index]
-        records = self._apply(chosen, rows.select(index), measure, bool(traced.any()), everywhere=False)
+        records = self._apply(chosen, rows.select(index), measure, present, everywhere=False)
         logits[index] = chosen
         return records
 
-    def _apply(self, logits: Tensor, rows: Rows, measure: Measure | None, tracing: bool, everywhere: bool) -> Tensor | None:
-        table = self.sequences
+    def _apply(
+        self, logits: Tensor, rows: Rows, measure: Measure | None, present: Composition, everywhere: bool
+    ) -> Tensor | None:
         backend = self.backend if logits.dtype == torch.float32 else self.other_types
         statistics = backend.statistics(logits, reserved=True)
-        # A row that is neither drawn nor traced needs no plan, whichever sampler its slot has.
-        concerned = table.sampled[rows.host_slots] | table.traced[rows.host_slots]
-        present = table.samplers_of(rows.host_slots[concerned])
         decide = self._decide_by_kernel if backend.decides else self._decide
-        decided = decide(backend, present, logits, statistics, rows, measure, tracing)
-        alternatives = None
-        if tracing:
+        decided = decide(backend, present.samplers, logits, statistics, rows, measure, present.any_traced)
+        alternatives, after_draw = None, decided.after_draw
+        if present.any_traced:
             assert decided.records is not None
             alternatives = self._alternatives(backend, logits, statistics, rows, decided.records)
             undrawn = self._keep(logits, statistics, rows)
-            decided = replace(decided, after_draw=(*decided.after_draw, (table.device_traced[rows.slots], undrawn)))
-        if not table.sampled[rows.host_slots].any():
-            decided = replace(decided, written={})  # vLLM draws all of them
-        bounds = (int(of[rows.host_slots].max()) for of in (table.most_candidates, table.most_drawn))
-        most_candidates, most_drawn = bounds
+            after_draw = (*after_draw, (self.sequences.device_traced[rows.slots], undrawn))
         for whole, write in decided.whole:
             write(logits, whole)
-        for order, written in decided.written.items():
+        # Where none is sampled, vLLM draws all of them.
+        for order, written in decided.written.items() if present.any_sampled else ():
             draws = Draws(
                 decided.parameters,
                 order,
                 decided.forced,
                 written,
                 statistics.log_normaliser,
-                most_candidates,
-                most_drawn,
+                present.most_candidates,
+                present.most_drawn,
                 everywhere and len(decided.written) == 1 and not decided.whole,
                 statistics.maxima,
                 [whole for whole, _ in decided.whole],
@@ -210,8 +217,8 @@ class BatchSampler:
         records = decided.records
         if records is not None and alternatives is not None:
             records = torch.cat((records, *(block.to(torch.float32) for block in alternatives)), dim=-1)
-        if decided.after_draw:
-            self._waiting.append(_Waiting(rows, decided.after_draw, records))
+        if after_draw:
+            self._waiting.append(_Waiting(rows, after_draw, records))
         return records
 
     @property
@@ -244,16 +251,17 @@ class BatchSampler:
 
     def _keep(self, logits: Tensor, statistics: LogitsMetrics, rows: Rows) -> Undrawn:
         """The traced rows' logits, for what is told of the token that will be drawn from them."""
-        traced = self.sequences.traced[rows.host_slots]
+        index = None
         # The host doesn't know which rows are traced ones where a sequence has several, or where some were selected.
-        everything = traced.all() or rows.draft_index is not None or len(traced) != len(logits)
-        index = None if everything else to_device(np.flatnonzero(traced), logits.device)
+        known = rows.draft_index is None and len(rows.host_slots) == len(logits)
+        if known and not self.sequences.composition(rows.host_slots).all_traced:
+            index = to_device(np.flatnonzero(self.sequences.traced[rows.host_slots]), logits.device)
         return Undrawn.of(logits, statistics.log_normaliser, index, self.lent)
 
     def _decide_by_kernel(
         self,
         backend: Backend,
-        present: list[str],
+        present: tuple[str, ...],
         logits: Tensor,
         statistics: LogitsMetrics,
         rows: Rows,
@@ -261,9 +269,7 @@ class BatchSampler:
         tracing: bool,
     ) -> Decisions:
         """What :meth:`_decide` does, in a kernel: it follows samplers' rules, and reads the plans of those without one."""
-        from vllm_entropix.rows.decision import decide, rows_that_want_attention
-
-        table, rules = self.sequences, self._rules(backend.name)
+        table, rules, decider = self.sequences, self._rules(backend.name), self._decider(backend.name)
         ruled = [rules[name] for name in present if name in rules]
         others = [name for name in present if name not in rules]
         plan: Plan | None = None
@@ -276,16 +282,14 @@ class BatchSampler:
         measured = None if plan is None else plan.attention
         read = any(rule.reads_attention is not None for rule in ruled)
         if measure is not None and (read or (tracing and measured is None)):
-            theirs, measured = measured, measure(rows, rows_that_want_attention(rules, table, rows, statistics))
+            theirs, measured = measured, measure(rows, decider.rows_that_want_attention(rows, statistics))
             if measured is not None and theirs is not None:
                 # What another sampler's plan looked at.
                 looked = torch.stack([mine for mine, one in plans if one.attention is not None]).any(dim=0)
                 measured = measured.overlaid(looked, theirs)
         spread = backend.spread(logits) if any(rule.reads_spread for rule in ruled) else None
-        parameters, forced, sampled, records = decide(
-            *(rules, present, plan, table, rows, logits, statistics, spread, measured, self.clarification),
-            traced=tracing,
-            counted=self.counted,
+        parameters, forced, sampled, records = decider.decide(
+            present, plan, rows, logits, statistics, spread, measured, tracing
         )
         orders = {name: rules[name].order for name in present if name in rules}
         orders |= {name: one.order for name, (_, one) in zip(others, plans, strict=True)}
@@ -298,7 +302,7 @@ class BatchSampler:
     def _decide(
         self,
         backend: Backend,
-        present: list[str],
+        present: tuple[str, ...],
         logits: Tensor,
         statistics: LogitsMetrics,
         rows: Rows,
@@ -306,18 +310,19 @@ class BatchSampler:
         tracing: bool,
     ) -> Decisions:
         table = self.sequences
-        sampled = table.device_sampled[rows.slots]
-        traced = table.device_traced[rows.slots]
-        attention, alone = _attention(rows, measure, lambda: (sampled, traced)), len(present) == 1
+        sampled = table.device_sampled.index_select(0, rows.slots)
+        attention = _attention(rows, measure, lambda: (sampled, table.device_traced.index_select(0, rows.slots)))
+        alone = len(present) == 1
         plans = self._plans(backend, present, logits, statistics, rows, attention, alone)
         plan = _mixed(plans, alone)
         measured = plan.attention
         if measured is None and tracing:
-            measured = attention(torch.zeros_like(traced))
+            measured = attention(torch.zeros_like(sampled))
         forced = self._force(logits, rows, plan, statistics, sampled)
         written = _by_order(sampled, [(mine, one.order) for mine, one in plans])
         records = None
         if tracing or self.counted:
+            traced = table.device_traced.index_select(0, rows.slots)
             told = (traced | sampled) if self.counted else traced
             slots = torch.where(told & rows.valid, rows.slots, 0)
             # What vLLM draws has the request's own parameters, and those of argmax if that is how it draws.
@@ -331,7 +336,7 @@ class BatchSampler:
     def _plans(
         self,
         backend: Backend,
-        present: list[str],
+        present: Collection[str],
         logits: Tensor,
         statistics: LogitsMetrics,
         rows: Rows,
@@ -343,7 +348,9 @@ class BatchSampler:
         Each plan covers all rows, since which rows are whose is known on the device only.
         """
         table, plans = self.sequences, []
-        base = cache(partial(table.base_of_rows, rows.slots))
+        base: Callable[[], Parameters] = partial(table.base_of_rows, rows.slots)
+        if len(present) > 1:
+            base = cache(base)  # what samplers share is mixed at no cost
         for name in present:
             mine = rows.valid if alone else table.device_sampler[rows.slots] == table.number[name]
             measure = attention if alone else partial(_of_mine, attention, mine)
@@ -402,7 +409,7 @@ class BatchSampler:
         if vocabulary > 1:
             margin, place = probabilities[:, 0] - probabilities[:, 1], column("margin")
             assert place is not None
-            if not self.sequences.traced[rows.host_slots].all():
+            if not self.sequences.composition(rows.host_slots).all_traced:
                 margin = torch.where(self.sequences.device_traced[rows.slots], margin, torch.nan)
             records[:, 1 + place] = margin.to(records.dtype)
         return (token_ids[:, :count], probabilities[:, :count]) if count else None
@@ -447,7 +454,9 @@ class _Waiting:
 def _tell(records: Tensor, drawn: Drawn, told: Tensor) -> None:
     """Put what is known after the draw into the records of the rows that are ``told``."""
     for name, values in drawn.fields.items():
-        of_field = records[:, 1 + names().index(name)]  # behind the slot
+        index = column(name)
+        assert index is not None
+        of_field = records[:, 1 + index]  # behind the slot
         of_field.copy_(values.to(records.dtype).where(told, of_field))
 
 
@@ -473,10 +482,11 @@ def _with_distributions(decided: Decisions, plans: list[tuple[Tensor, Plan]], sa
 
     ``number`` samplers are in the batch, with and without a plan of ``plans``.
     """
+    whole_plans = [(mine, one) for mine, one in plans if one.write is not None or one.after_draw is not None]
+    if not whole_plans:
+        return decided
     written, whole, after_draw = dict(decided.written), [], []
-    for mine, one in plans:
-        if one.write is None and one.after_draw is None:
-            continue
+    for mine, one in whole_plans:
         own = mine & sampled
         if one.write is not None:
             whole.append((own, one.write))

@@ -12,7 +12,10 @@ whichever are in the batch: no mixture of requests waits for a compiler. A block
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -31,6 +34,8 @@ from vllm_entropix.samplers.base import KernelRule, Sampler
 from vllm_entropix.samplers.observed import VLLM
 
 _BLOCK = 32
+# Row counts whose parts of the decisions' memory are kept: finding them again takes no operation.
+_SIZES = 64
 # Columns of a record, the slot in front.
 _COLUMN = {field.name: tl.constexpr(1 + index) for index, field in enumerate(COMMON)}
 _ENTROPY, _VARENTROPY = _COLUMN["entropy"], _COLUMN["varentropy"]
@@ -328,164 +333,244 @@ def _decide(
         tl.store(record + _FORCED, (token >= 0).to(tl.float32), mask=keeps)
 
 
-def rows_that_want_attention(
-    rules: Mapping[str, KernelRule], table: SequenceTable, rows: Rows, metrics: LogitsMetrics
-) -> Tensor:
-    """bool ``[rows]``: rows of samplers whose plan reads attention, and all that are traced.
+@dataclass(frozen=True)
+class _Present:
+    """What the kernel is told of the samplers in a batch.
+
+    Attributes:
+        rules: of all samplers that have one, as :func:`_decide` takes them.
+        followed: its bits say which of them are in the batch.
+        first: number of the batch's first sampler.
+        alone: is it the only one?
+        observed: number of the sampler whose rows vLLM draws, or -1.
+        columns: of a record, the slot in front.
+    """
+
+    rules: tuple[tuple[Any, int, int, int], ...]
+    followed: int
+    first: int
+    alone: int
+    observed: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What is decided of so many rows, but for their records."""
+
+    parameters: Parameters
+    forced: Tensor
+    written: Tensor
+
+    @classmethod
+    def of(cls, rows: int, device: torch.device) -> _Outputs:
+        """Memory for rows, each number's for itself: kernels that are told its address find it aligned."""
+        temperature, top_p, min_p = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
+        top_k, samples, forced = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(3))
+        written = torch.empty(rows, dtype=torch.bool, device=device)
+        return cls(Parameters(temperature, top_p, top_k, min_p, samples), forced, written)
+
+    def first(self, rows: int) -> _Outputs:
+        """Those of the first rows."""
+        p = self.parameters
+        numbers = (number[:rows] for number in (p.temperature, p.top_p, p.top_k, p.min_p, p.samples))
+        return _Outputs(Parameters(*numbers), self.forced[:rows], self.written[:rows])
+
+
+class Decider:
+    """Decides for the rows of steps, with what stays the same from step to step made once: a step waits for its host, too.
 
     Args:
-        rules: of all samplers that have one, by name.
+        rules: of all samplers that have one, by name, whether they are in a batch or not.
         table: of the sequences.
-        rows: of the step.
-        metrics: of their logits.
+        clarification: what may be forced, and what is remembered of it; None: nothing.
+        counted: make records of all sampled rows, too.
     """
-    wanted = torch.empty_like(rows.valid)
-    count = len(rows.slots)
-    _want_attention[(parts(count, _BLOCK),)](
-        rows.slots,
-        rows.valid,
-        table.device_sampled,
-        table.device_traced,
-        table.device_sampler,
-        table.device_numbers,
-        table.device_numbers.stride(0),
-        metrics.entropy,
-        metrics.varentropy,
-        wanted,
-        count,
-        tuple(
+
+    def __init__(
+        self, rules: Mapping[str, KernelRule], table: SequenceTable, clarification: Clarification | None, counted: bool
+    ) -> None:
+        self._rules, self._table, self._clarification, self._counted = rules, table, clarification, counted
+        self._reading = tuple(
             (rule.reads_attention, table.number[name], table.blocks[name].start)
             for name, rule in rules.items()
             if rule.reads_attention is not None
-        ),
-        _BLOCK,
-        num_warps=1,
-    )
-    return wanted
+        )
+        # By the names of the samplers in a batch and of a record's fields, whose columns the kernel is told.
+        self._present: dict[tuple[tuple[str, ...], tuple[str, ...]], _Present] = {}
+        self._no_drafts = torch.empty(0, dtype=torch.int32, device=table.device)
+        self.reserve(0)
 
+    def reserve(self, rows: int) -> None:
+        """Allocate what is decided of so many rows."""
+        self._rows, self._outputs = rows, _Outputs.of(rows, self._table.device)
+        self._first = lru_cache(_SIZES)(self._outputs.first)
 
-def decide(
-    rules: Mapping[str, KernelRule],
-    present: Sequence[str],
-    plan: Plan | None,
-    table: SequenceTable,
-    rows: Rows,
-    logits: Tensor,
-    metrics: LogitsMetrics,
-    spread: Tensor | None,
-    attention: AttentionStatistics | None,
-    clarification: Clarification | None,
-    traced: bool,
-    counted: bool,
-) -> tuple[Parameters, Tensor, Tensor, Tensor | None]:
-    """Plan rows of samplers that have a rule, force tokens, and make records, in one launch.
+    def _outputs_of(self, rows: int) -> _Outputs:
+        """Where a call's decisions go, as long as no other call is made.
 
-    Args:
-        rules: of all samplers that have one, by name, whether they are in the batch or not.
-        present: names of the samplers that are.
-        plan: of all other rows; None: there are none.
-        table: of the sequences.
-        rows: of the step; those of a sequence follow one another.
-        logits: float32 ``[rows, vocab]``, masked.
-        metrics: of the logits.
-        spread: of the logits; None: no rule that is followed reads it.
-        attention: of the rows; None if none was measured.
-        clarification: what may be forced, and what is remembered of it.
-        traced: make records of traced rows.
-        counted: make records of all sampled rows, too.
+        Nothing outlives that: the kernels of the same stream that write the distributions are all that reads them, and they are
+        launched before the next call's. The host, a copy on its way and what waits for the draw are given records and masks
+        of their own.
+        """
+        if rows > self._rows:
+            self.reserve(rows)
+        return self._first(rows)
 
-    Returns:
-        Parameters; the token forced at each row; which rows are sampled; records. As of :class:`Decisions`.
-    """
-    count, device = len(rows.slots), logits.device
-    temperature, top_p, min_p = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(3))
-    top_k, samples, forced = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(3))
-    written = torch.empty(count, dtype=torch.bool, device=device)
-    columns = 1 + len(names())
-    tells = traced or counted
-    records = torch.empty(count if tells else 0, columns, dtype=torch.float32, device=device)
-    ring = None if clarification is None else clarification.state
-    bounded = clarification is not None and clarification.end_below < math.inf
-    # Where there is nothing to point to, the kernel looks at nothing; of the same type, so that it is the same kernel.
-    nothing, numbers = written, metrics.entropy
-    given = Parameters(numbers, numbers, rows.slots, numbers, rows.slots) if plan is None else plan.parameters.packed()
-    attended = AttentionStatistics(numbers, numbers, numbers, numbers) if attention is None else attention
-    _decide[(parts(count, _BLOCK),)](
-        rows.slots,
-        rows.positions,
-        rows.input_ids,
-        rows.valid,
-        torch.empty(0, dtype=torch.int32, device=device) if rows.draft_index is None else rows.draft_index,
-        0 if rows.draft_index is None else count,
-        count,
-        rows.draft_rows,
-        table.device_sampled,
-        table.device_traced,
-        table.device_allow_clarification,
-        table.device_prompt_length,
-        table.device_sampler,
-        sum((name in present) << index for index, name in enumerate(rules)),
-        table.number[present[0]] if plan is None else -1,
-        int(len(present) == 1),
-        table.number[VLLM] if VLLM in present else -1,
-        table.device_numbers,
-        table.device_numbers.stride(0),
-        table.device_base,
-        0 if plan is None else 1 if plan.forces is None else 2,
-        *(given.temperature, given.top_p, given.top_k, given.min_p, given.samples),
-        rows.valid if plan is None or plan.forces is None else plan.forces.contiguous(),
-        logits,
-        logits.stride(0),
-        metrics.entropy,
-        metrics.varentropy,
-        metrics.log_normaliser,
-        numbers if spread is None else spread,
-        0 if attention is None else 1 if attention.measured is None else 2,
-        attended.attention_entropy,
-        attended.attention_varentropy,
-        attended.agreement,
-        attended.interaction_strength,
-        rows.valid if attended.measured is None else attended.measured,
-        nothing if ring is None else ring.positions,
-        nothing if ring is None else ring.records,
-        1 if ring is None else ring.length,
-        nothing if clarification is None else clarification.token_ids,
-        0 if clarification is None else clarification.length,
-        0 if clarification is None else clarification.cooldown,
-        0 if clarification is None else clarification.max_per_request,
-        nothing if clarification is None or clarification.after is None else clarification.after,
-        0 if clarification is None or clarification.after is None else len(clarification.after),
-        nothing if clarification is None else clarification.ends,
-        0 if clarification is None else len(clarification.ends),
-        math.inf if clarification is None else clarification.end_below,
-        temperature,
-        top_p,
-        top_k,
-        min_p,
-        samples,
-        forced,
-        written,
-        records,
-        columns,
-        2 if counted else int(traced),
-        tuple(
-            (rule.plan, table.number[name], table.blocks[name].start, _first_field(table.samplers[name]))
-            for name, rule in rules.items()
-        ),
-        FORCING=_FORCING_RULES[None if clarification is None else clarification.rule],
-        PLACED=clarification is not None and clarification.after is not None,
-        BOUNDED=bounded,
-        BLOCK=_BLOCK,
-        num_warps=1,
-        # As PyTorch computes: no product is added before it is rounded.
-        enable_fp_fusion=False,
-    )
-    if plan is not None and tells:
-        for field, values in plan.fields.items():
-            index = column(field)
-            if index is not None:
-                records[:, 1 + index] = values
-    return Parameters(temperature, top_p, top_k, min_p, samples), forced, written, records if tells else None
+    def _of_batch(self, present: tuple[str, ...], fields: tuple[str, ...]) -> _Present:
+        known = self._present.get((present, fields))
+        if known is not None:
+            return known
+        table, rules = self._table, self._rules
+        found = self._present[present, fields] = _Present(
+            tuple(
+                (rule.plan, table.number[name], table.blocks[name].start, _first_field(table.samplers[name]))
+                for name, rule in rules.items()
+            ),
+            sum((name in present) << index for index, name in enumerate(rules)),
+            table.number[present[0]],
+            int(len(present) == 1),
+            table.number[VLLM] if VLLM in present else -1,
+            1 + len(fields),
+        )
+        return found
+
+    def rows_that_want_attention(self, rows: Rows, metrics: LogitsMetrics) -> Tensor:
+        """bool ``[rows]``: rows of samplers whose plan reads attention, and all that are traced.
+
+        Args:
+            rows: of the step.
+            metrics: of their logits.
+        """
+        table = self._table
+        wanted = torch.empty_like(rows.valid)
+        count = rows.slots.shape[0]
+        _want_attention[(parts(count, _BLOCK),)](
+            rows.slots,
+            rows.valid,
+            table.device_sampled,
+            table.device_traced,
+            table.device_sampler,
+            table.device_numbers,
+            table.width,
+            metrics.entropy,
+            metrics.varentropy,
+            wanted,
+            count,
+            self._reading,
+            _BLOCK,
+            num_warps=1,
+        )
+        return wanted
+
+    def decide(
+        self,
+        present: tuple[str, ...],
+        plan: Plan | None,
+        rows: Rows,
+        logits: Tensor,
+        metrics: LogitsMetrics,
+        spread: Tensor | None,
+        attention: AttentionStatistics | None,
+        traced: bool,
+    ) -> tuple[Parameters, Tensor, Tensor, Tensor | None]:
+        """Plan rows of samplers that have a rule, force tokens, and make records, in one launch.
+
+        Args:
+            present: names of the samplers that are in the batch.
+            plan: of all rows whose sampler has no rule; None: there are none.
+            rows: of the step; those of a sequence follow one another.
+            logits: float32 ``[rows, vocab]``, masked.
+            metrics: of the logits.
+            spread: of the logits; None: no rule that is followed reads it.
+            attention: of the rows; None if none was measured.
+            traced: make records of traced rows.
+
+        Returns:
+            Parameters; the token forced at each row; which rows are sampled; records. As of :class:`Decisions`. All but the
+            records stand where the next call puts its own.
+        """
+        table, clarification = self._table, self._clarification
+        count, stride = logits.shape[0], logits.stride(0)
+        of_batch, outputs = self._of_batch(present, names()), self._outputs_of(count)
+        p, forced, written = outputs.parameters, outputs.forced, outputs.written
+        tells = traced or self._counted
+        records = metrics.entropy
+        if tells:
+            records = torch.empty(count, of_batch.columns, dtype=torch.float32, device=logits.device)
+        ring = None if clarification is None else clarification.state
+        # Where there is nothing to point to, the kernel looks at nothing; of the same type, so that it is the same kernel.
+        nothing, numbers, valid = written, metrics.entropy, rows.valid
+        given = Parameters(numbers, numbers, rows.slots, numbers, rows.slots) if plan is None else plan.parameters.packed()
+        _decide[(parts(count, _BLOCK),)](
+            rows.slots,
+            rows.positions,
+            rows.input_ids,
+            valid,
+            self._no_drafts if rows.draft_index is None else rows.draft_index,
+            0 if rows.draft_index is None else count,
+            count,
+            rows.draft_rows,
+            table.device_sampled,
+            table.device_traced,
+            table.device_allow_clarification,
+            table.device_prompt_length,
+            table.device_sampler,
+            of_batch.followed,
+            of_batch.first if plan is None else -1,
+            of_batch.alone,
+            of_batch.observed,
+            table.device_numbers,
+            table.width,
+            table.device_base,
+            0 if plan is None else 1 if plan.forces is None else 2,
+            *(given.temperature, given.top_p, given.top_k, given.min_p, given.samples),
+            valid if plan is None or plan.forces is None else plan.forces.contiguous(),
+            logits,
+            stride,
+            metrics.entropy,
+            metrics.varentropy,
+            metrics.log_normaliser,
+            numbers if spread is None else spread,
+            0 if attention is None else 1 if attention.measured is None else 2,
+            numbers if attention is None else attention.attention_entropy,
+            numbers if attention is None else attention.attention_varentropy,
+            numbers if attention is None else attention.agreement,
+            numbers if attention is None else attention.interaction_strength,
+            valid if attention is None or attention.measured is None else attention.measured,
+            nothing if ring is None else ring.positions,
+            nothing if ring is None else ring.records,
+            1 if ring is None else ring.length,
+            nothing if clarification is None else clarification.token_ids,
+            0 if clarification is None else clarification.length,
+            0 if clarification is None else clarification.cooldown,
+            0 if clarification is None else clarification.max_per_request,
+            nothing if clarification is None or clarification.after is None else clarification.after,
+            0 if clarification is None or clarification.after is None else len(clarification.after),
+            nothing if clarification is None else clarification.ends,
+            0 if clarification is None else len(clarification.ends),
+            math.inf if clarification is None else clarification.end_below,
+            *(p.temperature, p.top_p, p.top_k, p.min_p, p.samples),
+            forced,
+            written,
+            records,
+            of_batch.columns,
+            2 if self._counted else int(traced),
+            of_batch.rules,
+            FORCING=_FORCING_RULES[None if clarification is None else clarification.rule],
+            PLACED=clarification is not None and clarification.after is not None,
+            BOUNDED=clarification is not None and clarification.end_below < math.inf,
+            BLOCK=_BLOCK,
+            num_warps=1,
+            # As PyTorch computes: no product is added before it is rounded.
+            enable_fp_fusion=False,
+        )
+        if plan is not None and tells:
+            for field, values in plan.fields.items():
+                index = column(field)
+                if index is not None:
+                    records[:, 1 + index] = values
+        return p, forced, written, records if tells else None
 
 
 def _first_field(sampler: Sampler) -> int:

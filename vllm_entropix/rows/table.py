@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,7 +62,36 @@ class Told(NamedTuple):
     forks: bool = False
 
 
+@dataclass(frozen=True)
+class Composition:
+    """What the host knows of the sequences of a step's rows, whichever rows of theirs are in it.
+
+    Attributes:
+        any_sampled: is any of them drawn by a sampler of ours?
+        all_sampled: are all?
+        any_traced: is a record with alternatives made of any?
+        all_traced: of all?
+        any_concerned: is any of them sampled or traced?
+        all_concerned: are all?
+        samplers: names of the samplers of those that are sampled or traced, each once.
+        most_candidates: an upper bound of top_k.
+        most_drawn: an upper bound of top_k where the best of several draws is kept.
+    """
+
+    any_sampled: bool
+    all_sampled: bool
+    any_traced: bool
+    all_traced: bool
+    any_concerned: bool
+    all_concerned: bool
+    samplers: tuple[str, ...]
+    most_candidates: int
+    most_drawn: int
+
+
 BASE = ("temperature", "top_p", "top_k", "min_p")
+# Batches that are remembered: the parts of a step, and what they were in the steps before.
+_REMEMBERED = 8
 
 
 class SequenceTable:
@@ -96,16 +125,14 @@ class SequenceTable:
         # On the CPU the device tensors below share the host arrays' memory, and flush() has nothing to do.
         self.numbers = np.tile(np.array([value for of in numbers.values() for _, value in of], dtype=np.float32), (slots, 1))
         self.base = np.tile(np.array(Sequence.base, dtype=np.float32), (slots, 1))
-        self.sampler = np.full(slots, self.number[default], dtype=np.int64)
-        self.sampled = np.zeros(slots, dtype=bool)
-        # A scored sequence's rows are measured as a traced one's are.
-        self.traced = np.zeros(slots, dtype=bool)
-        self.allow_clarification = np.zeros(slots, dtype=bool)
-        self.prompt_length = np.zeros(slots, dtype=np.int64)
+        # Rows of these arrays: what has one type goes to the device together.
+        self._integers, self._flags = np.zeros((2, slots), dtype=np.int64), np.zeros((3, slots), dtype=bool)
+        self._integers[0] = self.number[default]
         # The sequence's bounds, known without asking the device.
         self.most_candidates = np.zeros(slots, dtype=np.int64)
         self.most_drawn = np.zeros(slots, dtype=np.int64)
         self._free.extend(range(slots - 1, 0, -1))
+        self._compositions: dict[bytes, Composition] = {}  # by the slots' bytes
         self._mirror()
 
     def __len__(self) -> int:
@@ -120,13 +147,18 @@ class SequenceTable:
         return len(self.sampled)
 
     def _mirror(self) -> None:
+        self.sampler, self.prompt_length = self._integers
+        # A scored sequence's rows are measured as a traced one's are.
+        self.sampled, self.traced, self.allow_clarification = self._flags
         self.device_numbers = torch.from_numpy(self.numbers).to(self.device)
         self.device_base = torch.from_numpy(self.base).to(self.device)
-        self.device_sampler = torch.from_numpy(self.sampler).to(self.device)
-        self.device_sampled = torch.from_numpy(self.sampled).to(self.device)
-        self.device_traced = torch.from_numpy(self.traced).to(self.device)
-        self.device_allow_clarification = torch.from_numpy(self.allow_clarification).to(self.device)
-        self.device_prompt_length = torch.from_numpy(self.prompt_length).to(self.device)
+        self._device_integers = torch.from_numpy(self._integers).to(self.device)
+        self._device_flags = torch.from_numpy(self._flags).to(self.device)
+        self.device_sampler, self.device_prompt_length = self._device_integers.unbind()
+        self.device_sampled, self.device_traced, self.device_allow_clarification = self._device_flags.unbind()
+        # Of a sequence's numbers, all samplers' together.
+        self.width = self.numbers.shape[1]
+        self._device_blocks = {name: self.device_numbers[:, block] for name, block in self.blocks.items()}
 
     def add(self, request_id: str, sequence: Sequence) -> int:
         """Give a sequence a slot (its old one if it is known already) and write its settings there."""
@@ -137,6 +169,7 @@ class SequenceTable:
             slot = self._slot_of[request_id] = self._free.pop()
         else:
             self._ends(slot)
+        self._compositions.clear()
         name = sequence.sampler or self.default
         self.numbers[slot, self.blocks[name]] = sequence.constants
         self.base[slot] = sequence.base
@@ -163,6 +196,7 @@ class SequenceTable:
         slot = self._slot_of.pop(request_id, None)
         if slot is not None:
             self._ends(slot)
+            self._compositions.clear()
             self.sampled[slot] = self.traced[slot] = self.allow_clarification[slot] = False
             self._changed.add(slot)
             self._free.append(slot)
@@ -183,23 +217,21 @@ class SequenceTable:
         if self.device.type == "cpu" or not self._changed:
             self._changed.clear()
             return
-        changed = np.fromiter(self._changed, dtype=np.int64, count=len(self._changed))
+        self._send(np.fromiter(self._changed, dtype=np.int64, count=len(self._changed)))
         self._changed.clear()
-        index = to_device(changed, self.device)
-        for array, mirror in (
-            (self.numbers, self.device_numbers),
-            (self.base, self.device_base),
-            (self.sampler, self.device_sampler),
-            (self.sampled, self.device_sampled),
-            (self.traced, self.device_traced),
-            (self.allow_clarification, self.device_allow_clarification),
-            (self.prompt_length, self.device_prompt_length),
-        ):
-            mirror.index_copy_(0, index, to_device(array[changed], self.device))
+
+    def _send(self, slots: np.ndarray) -> None:
+        """Copy these slots to the device."""
+        arrays = (slots, self._integers[:, slots], self.numbers[slots], self.base[slots], self._flags[:, slots])
+        index, integers, numbers, base, flags = together_to_device(arrays, self.device)
+        self._device_integers.index_copy_(1, index, integers)
+        self.device_numbers.index_copy_(0, index, numbers)
+        self.device_base.index_copy_(0, index, base)
+        self._device_flags.index_copy_(1, index, flags)
 
     def of_rows(self, sampler: str, slots: Tensor) -> Constants:
         """Each row's numbers for a sampler, its own where it has it; ``slots`` int64 ``[rows]`` on the device."""
-        return Constants(self.device_numbers[slots, self.blocks[sampler]], self.columns[sampler])
+        return Constants(self._device_blocks[sampler].index_select(0, slots), self.columns[sampler])
 
     def host_numbers(self, sampler: str, slots: np.ndarray, name: str) -> np.ndarray:
         """One of a sampler's numbers, of those among ``slots`` that have it."""
@@ -213,19 +245,41 @@ class SequenceTable:
         temperature, top_p, top_k, min_p = self.device_base.T.index_select(1, slots)
         return Parameters(temperature, top_p, top_k.to(torch.int64), min_p, torch.ones_like(slots))
 
-    def samplers_of(self, slots: np.ndarray) -> list[str]:
-        """Names of the samplers of these slots, each once."""
-        numbers = np.unique(self.sampler[slots])
-        return [list(self.samplers)[number] for number in numbers]
+    def composition(self, slots: np.ndarray) -> Composition:
+        """What is known of the sequences in ``slots``, int64: computed once for a batch, until a sequence begins or ends."""
+        asked = slots.tobytes()
+        found = self._compositions.get(asked)
+        if found is None:
+            if len(self._compositions) == _REMEMBERED:
+                self._compositions.clear()
+            found = self._compositions[asked] = self._compose(slots)
+        return found
+
+    def _compose(self, slots: np.ndarray) -> Composition:
+        sampled, traced = self.sampled[slots], self.traced[slots]
+        # A row that is neither drawn nor traced needs no plan, whichever sampler its slot has.
+        concerned = sampled | traced
+        names = list(self.samplers)
+        return Composition(
+            any_sampled=bool(sampled.any()),
+            all_sampled=bool(sampled.all()),
+            any_traced=bool(traced.any()),
+            all_traced=bool(traced.all()),
+            any_concerned=bool(concerned.any()),
+            all_concerned=bool(concerned.all()),
+            samplers=tuple(names[number] for number in np.unique(self.sampler[slots[concerned]])),
+            most_candidates=int(self.most_candidates[slots].max(initial=0)),
+            most_drawn=int(self.most_drawn[slots].max(initial=0)),
+        )
 
     def _grow(self) -> None:
         old = self.slots
         for name in ("numbers", "base"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate((array, np.tile(array[:1], (old, 1)))))
-        for name in ("sampler", "sampled", "traced", "allow_clarification", "prompt_length", "most_candidates", "most_drawn"):
+        for name in ("_integers", "_flags", "most_candidates", "most_drawn"):
             array = getattr(self, name)
-            setattr(self, name, np.concatenate((array, np.zeros_like(array))))
+            setattr(self, name, np.concatenate((array, np.zeros_like(array)), axis=-1))
         self._free.extend(range(2 * old - 1, old - 1, -1))
         self._mirror()
 
@@ -236,3 +290,16 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
         return torch.from_numpy(array)
     # Pinned, so that the copy needn't wait for the device.
     return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
+
+
+def together_to_device(arrays: Collection[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays on a device by one copy, without waiting for it: it is the copies that take the host's time, not the bytes.
+
+    Args:
+        arrays: those of wide types first, so that each begins where its type may.
+        device: where to.
+    """
+    contiguous = [np.ascontiguousarray(array) for array in arrays]
+    sent = to_device(np.concatenate([array.view(np.uint8).ravel() for array in contiguous]), device)
+    parts = torch.split(sent, [array.nbytes for array in contiguous])
+    return [part.view(torch.from_numpy(array).dtype).view(array.shape) for part, array in zip(parts, contiguous, strict=True)]

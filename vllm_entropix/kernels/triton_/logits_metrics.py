@@ -12,6 +12,8 @@ Nothing is computed as E[x²] - E[x]². Tiles depend on the vocabulary alone, so
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -86,6 +88,7 @@ def _merge_tiles(partial, tiles, results, rows, TILES: tl.constexpr):  # noqa: N
     tl.store(results + 2 * rows + row, tl.where(usable, maximum + log_total, nan))
 
 
+@cache
 def group_size(vocabulary: int) -> int:
     """How many logits share a maximum."""
     smallest: int = power_of_2(parts(vocabulary, _MOST_GROUPS))
@@ -124,5 +127,6 @@ def logits_metrics(logits: Tensor, kept: tuple[Tensor, Tensor] | None = None) ->
             num_warps=8,
         )
         _merge_tiles[(rows,)](partial, tiles, results, rows, power_of_2(tiles), num_warps=1)
-    entropy, varentropy, log_normaliser = results
+    # Not kept for the next step: a record that waits for the draw needs the log-normaliser, and its step may come in parts.
+    entropy, varentropy, log_normaliser = results.unbind()
     return entropy, varentropy, log_normaliser, maxima

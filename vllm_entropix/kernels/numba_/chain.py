@@ -357,12 +357,14 @@ def _write(line: Any, ids: Any, state: Any, greedy: bool) -> None:
     if count < line.shape[0]:
         count, low, high, total = _settled(line, ids, state)
         least, most = low, high
+    whole = least <= low and most >= high
     if most < high and (greedy or not total > 0):
         high = largest_up_to(line[:count], most)
     if greedy:
         _write_alone(line, token_of(line, ids, count, first_of(line, count, high)))
         return
-    total = total if total > 0 else total_weight_within(line, count, high, least, most)
+    if not total > 0:
+        total = total_weight(line, count, high) if whole else total_weight_within(line, count, high, least, most)
     _subtract(line[:count], high, np.float32(np.log(total)), least, most)
     put_back(line, ids, count, np.float32(-np.inf))
 

@@ -51,10 +51,10 @@ def squares_of(weights: Any) -> float:
 
 @compiled(fastmath={"reassoc", "nsz"})
 def product_of(weights: Any, line: Any, highest: Any) -> float:
-    """Sum of the weights times l - highest, in float64."""
+    """Sum of the weights times l - highest, each float32, in float64."""
     total = 0.0
     for i in range(weights.shape[0]):
-        total += np.float64(weights[i]) * np.float64(line[i] - highest)
+        total += np.float64(weights[i] * (line[i] - highest))
     return total
 
 

@@ -757,11 +757,21 @@ def an_observer_keeps_queries_and_measures_them():
                 observer._keep(index, query, step)
             assert all(observer._queries[index] is one for index, one in reserved.items())
             kept = torch.stack([observer._queries[index][:3] for index in layers])
-            found.append((kept, observer.statistics_per_layer(requests, positions)))
-    (kept, got), (kept_in_pytorch, want) = found
+            measured = [observer.statistics_per_layer(requests, positions)]
+            # What is known of the layers goes by where their caches and queries are.
+            observer._queries[1] = -observer._queries[1]
+            measured.append(observer.statistics_per_layer(requests, positions))
+            with mock.patch.object(layers[3], "kv_cache", object()):
+                keys = PlainKeys(cache_of("heads-first", 40, 2, 16, 32, torch.float32, seed=7), 32)
+                observer._attention[3] = (layers[3].kv_cache, LayerAttention(keys, 0.2))
+                measured.append(observer.statistics_per_layer(requests, positions))
+            found.append((kept, measured))
+    (kept, by_kernels), (kept_in_pytorch, in_pytorch) = found
     assert torch.equal(kept, kept_in_pytorch)
-    for metric in METRICS:
-        torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5)
+    for got, want in zip(by_kernels, in_pytorch, strict=True):
+        for metric in METRICS:
+            torch.testing.assert_close(getattr(got, metric), getattr(want, metric), rtol=2e-5, atol=2e-5)
+    assert not torch.equal(in_pytorch[0].interaction_strength, in_pytorch[2].interaction_strength)
 
 
 def attention_refuses_keys_that_are_not_plain():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_entropix.rows import table
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
 from vllm_entropix.rows.table import Sequence
@@ -56,16 +57,24 @@ def test_a_batch_is_looked_at_anew_when_a_sequence_begins_or_ends():
 
 def test_a_device_knows_of_each_sequence_what_the_host_knows():
     batch, _ = batch_of("min_p", "entropix", "top_n_sigma")
-    table, names = batch.sequences, ("numbers", "base", "sampler", "prompt_length", "sampled", "traced", "allow_clarification")
+    known, names = batch.sequences, ("numbers", "base", "sampler", "prompt_length", "sampled", "traced", "allow_clarification")
     # A CPU's are the host's own.
     for name in ("device_numbers", "device_base", "_device_integers", "_device_flags"):
-        setattr(table, name, torch.zeros_like(getattr(table, name)))
-    slots = table.slots_of("012", 3)
-    table._send(slots)
-    table.device_sampler, table.device_prompt_length = table._device_integers
-    table.device_sampled, table.device_traced, table.device_allow_clarification = table._device_flags
+        setattr(known, name, torch.zeros_like(getattr(known, name)))
+    slots = known.slots_of("012", 3)
+    known._send(slots)
+    known.device_sampler, known.device_prompt_length = known._device_integers
+    known.device_sampled, known.device_traced, known.device_allow_clarification = known._device_flags
     for name in names:
-        assert np.array_equal(getattr(table, f"device_{name}").numpy()[slots], getattr(table, name)[slots]), name
+        assert np.array_equal(getattr(known, f"device_{name}").numpy()[slots], getattr(known, name)[slots]), name
+
+
+def test_arrays_that_go_to_a_device_together_arrive():
+    numbers = np.arange(12, dtype=np.float32).reshape(3, 4)
+    arrays = (np.array([5, -1, 2**40]), np.arange(6).reshape(3, 2).T, numbers[:, ::2], np.array([[True, False, True]]))
+    for array, tensor in zip(arrays, table.unpacked(torch.from_numpy(table.packed(arrays)), arrays), strict=True):
+        assert tensor.numpy().dtype == array.dtype
+        assert np.array_equal(tensor.numpy(), array)
 
 
 def test_each_row_is_drawn_as_its_own_sampler_says():

@@ -11,6 +11,7 @@ from vllm.utils.platform_utils import is_uva_available
 
 from vllm_entropix.engine.adapter import RunnerAdapter
 from vllm_entropix.rows.rows import Rows
+from vllm_entropix.rows.table import together_to_device
 from vllm_entropix.rows.text import RowText
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class RunnerV1(RunnerAdapter):
         # Tokens by our slot and position, from the first request on whose sampler looks at them: in the runner's own buffer, on
         # the host, -1 stands for every token that asynchronous scheduling had not seen yet.
         self._text: Tensor | None = None
+        self._in_order = torch.arange(self.max_requests, device=self.device)
         sampler = self.runner.sampler
         original = sampler.sample
 
@@ -116,14 +118,15 @@ class RunnerV1(RunnerAdapter):
         if not expected or logits.shape[0] != count or not len(self.batch.sequences):
             return
         slots = self.batch.sequences.slots_of(batch.req_ids, count)
-        last = (self.runner.query_start_loc.gpu[1 : count + 1] - 1).long()
+        last = self.runner.query_start_loc.gpu[1 : count + 1] - 1
+        on_device, valid = together_to_device((slots, ~self.runner.discard_request_mask.np[:count]), self.device)
         rows = Rows(
-            slots=torch.from_numpy(slots).to(self.device),
+            slots=on_device,
             host_slots=slots,
-            positions=self.runner.positions[last].long(),
-            input_ids=self.runner.input_ids.gpu[last].long(),
-            valid=torch.from_numpy(~self.runner.discard_request_mask.np[:count]).to(self.device),
-            batch=torch.arange(count, device=self.device),
+            positions=self.runner.positions.index_select(0, last).long(),
+            input_ids=self.runner.input_ids.gpu.index_select(0, last).long(),
+            valid=valid,
+            batch=self._in_order[:count],
         )
         self.apply(logits, self._with_text(rows))
 

@@ -43,6 +43,7 @@ class RunnerV2(RunnerAdapter):
         self.runner.sample = sample
         # Runner's slot → the request's index in the batch that the model ran.
         self._batch_of_slot = torch.zeros(self.max_requests, dtype=torch.int64, device=self.device)
+        self._in_order = torch.arange(self.max_requests, device=self.device)
 
     def keep_prompt(self, request: Any) -> None:
         """See the base class: the runner keeps all tokens, which are looked at from now on."""
@@ -71,7 +72,7 @@ class RunnerV2(RunnerAdapter):
         if state is None or not self.samples or (self.observer is None and not self.batch.follows_draws):
             return
         slots = state.input_batch.idx_mapping
-        self._batch_of_slot.index_copy_(0, slots, torch.arange(len(slots), device=self.device))
+        self._batch_of_slot.index_copy_(0, slots, self._in_order[: len(slots)])
 
     def batch_of_step(self) -> tuple[list[str], np.ndarray]:
         """See the base class."""
@@ -97,12 +98,13 @@ class RunnerV2(RunnerAdapter):
         mapping = context.expanded_idx_mapping
         drafts = logits.shape[0] != len(context.idx_mapping_np)
         rows = Rows(
-            slots=slots.gpu[mapping],
+            # Selected: the host takes twice as long for an index.
+            slots=slots.gpu.index_select(0, mapping),
             host_slots=slots.np[context.idx_mapping_np],
             positions=context.pos,
             input_ids=context.input_ids.long(),
-            valid=context.pos + 1 >= prefill_length[mapping],
-            batch=self._batch_of_slot[mapping],
+            valid=context.pos + 1 >= prefill_length.index_select(0, mapping),
+            batch=self._batch_of_slot.index_select(0, mapping),
             draft_index=context.expanded_local_pos if drafts else None,
             draft_rows=self.rows_per_request if drafts else 1,
             text=self._text(context) if self._text_is_read else None,

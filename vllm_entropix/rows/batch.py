@@ -76,7 +76,6 @@ class BatchSampler:
         # are drawn. None may be lent where a step's rows come in several calls of `apply`: the second measures again.
         self.lent: tuple[Tensor, ...] = ()
         self._waiting: list[_Waiting] = []
-        self._following = [self.sequences.number[name] for name, sampler in self.samplers.items() if sampler.follows_draws]
 
     def reserve(self, rows: int, vocabulary: int) -> None:
         """Allocate now what steps of at most so many rows need, before the engine measures how much memory is left for keys."""
@@ -131,8 +130,8 @@ class BatchSampler:
     @property
     def follows_draws(self) -> bool:
         """May any running sequence's sampler ask what was drawn, or its record tell of it?"""
-        table = self.sequences
-        return bool(table.traced.any()) or bool(np.isin(table.sampler[table.sampled], self._following).any())
+        everybody = self.sequences.composition(np.arange(self.sequences.slots))
+        return everybody.any_traced or any(self.samplers[name].follows_draws for name in everybody.samplers)
 
     def remove(self, request_id: str) -> None:
         """A sequence has ended."""

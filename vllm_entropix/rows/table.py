@@ -299,7 +299,18 @@ def together_to_device(arrays: Collection[np.ndarray], device: torch.device) -> 
         arrays: those of wide types first, so that each begins where its type may.
         device: where to.
     """
-    contiguous = [np.ascontiguousarray(array) for array in arrays]
-    sent = to_device(np.concatenate([array.view(np.uint8).ravel() for array in contiguous]), device)
-    parts = torch.split(sent, [array.nbytes for array in contiguous])
-    return [part.view(torch.from_numpy(array).dtype).view(array.shape) for part, array in zip(parts, contiguous, strict=True)]
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    return unpacked(to_device(packed(arrays), device), arrays)
+
+
+def packed(arrays: Collection[np.ndarray]) -> np.ndarray:
+    """The bytes of arrays, one after the other."""
+    return np.concatenate([np.ascontiguousarray(array).view(np.uint8).ravel() for array in arrays])
+
+
+def unpacked(sent: Tensor, arrays: Collection[np.ndarray]) -> list[Tensor]:
+    """The arrays as parts of a tensor of their bytes, as :func:`packed` puts them."""
+    parts = torch.split(sent, [array.nbytes for array in arrays])
+    types = (torch.from_numpy(np.empty(0, array.dtype)).dtype for array in arrays)
+    return [part.view(dtype).view(array.shape) for part, dtype, array in zip(parts, types, arrays, strict=True)]

@@ -51,8 +51,12 @@ def test_a_batch_is_looked_at_anew_when_a_sequence_begins_or_ends():
     assert (set(known().samplers), known().all_sampled, known().any_traced) == ({"min_p", "entropix"}, False, False)
     batch.remove("1")
     assert known().samplers == ("min_p",)
-    batch.add("another", Sequence([], False, True, True, 1, sampler="vllm"))  # where the one was
-    assert (set(known().samplers), known().any_traced) == ({"min_p", "vllm"}, True)
+    before = known()
+    batch.add("another", Sequence([], False, True, True, 1, sampler="vllm", forks=True))  # where the one was
+    assert (set(known().samplers), known().any_traced, known().any_forks) == ({"min_p", "vllm"}, True, True)
+    assert {told.request_id for told in known().requests.values()} == {"0", "another"}
+    # Records of the step before may be on their way.
+    assert {told.request_id for told in before.requests.values()} == {"0"}
 
 
 def test_a_device_knows_of_each_sequence_what_the_host_knows():

@@ -26,7 +26,7 @@ from vllm_entropix.kernels.ranks import RankGroup
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.forcing import ANYWHERE
 from vllm_entropix.rows.rows import Rows
-from vllm_entropix.rows.table import Sequence, Told
+from vllm_entropix.rows.table import Composition, Sequence
 from vllm_entropix.rows.undrawn import room
 from vllm_entropix.samplers.observed import VLLM
 from vllm_entropix.samplers.registry import is_off, parse_request, sampler_of
@@ -76,7 +76,7 @@ class RunnerAdapter(ABC):
         self._reserved: AttentionObserver | None = None
         self._records: list[StepRecords] = []
         # Records that lack what is known after the draw, and whose they are.
-        self._undrawn: list[tuple[dict[int, Told], Tensor]] = []
+        self._undrawn: list[tuple[Composition, Tensor]] = []
         self.link = PipelineLink(runner, self._concerned) if pipeline.world_size > 1 else None
         if self.samples:
             self.hook()
@@ -295,7 +295,7 @@ class RunnerAdapter(ABC):
         """Turn rows of the step's logits into final distributions, in place, and keep their trace records."""
         records = self.batch.apply(logits, rows, self.measure if self.observer is not None else None)
         if records is not None:
-            self._undrawn.append((self.batch.sequences.requests_of(rows.host_slots), records))
+            self._undrawn.append((self.batch.sequences.composition(rows.host_slots), records))
 
     def drawn(self, token_ids: Tensor, number: Tensor | None = None) -> None:
         """Complete and send the records that wait for the step's tokens.
@@ -305,10 +305,9 @@ class RunnerAdapter(ABC):
             number: ``[requests]``, how many of them were drawn; None: one each.
         """
         self.batch.drawn(token_ids, number)
-        for requests, records in self._undrawn:
-            forks = any(told.forks for told in requests.values())
-            states = self.batch.states(records[:, 0].long()) if forks else None
-            self._records.append(StepRecords.from_device(requests, records, states))
+        for present, records in self._undrawn:
+            states = self.batch.states(records[:, 0].long()) if present.any_forks else None
+            self._records.append(StepRecords.from_device(present.requests, records, states))
         self._undrawn = []
 
     def measure(self, rows: Rows, wanted: Tensor) -> AttentionStatistics | None:

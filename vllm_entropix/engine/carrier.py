@@ -45,13 +45,13 @@ class StepRecords:
         states: uint8 ``[rows, bytes]`` on the host, what is remembered of each row's sequence; None: nothing is to be told.
     """
 
-    requests: dict[int, Told]
+    requests: Mapping[int, Told]
     values: Tensor
     ready: Callable[[], None]
     states: Tensor | None = None
 
     @classmethod
-    def from_device(cls, requests: dict[int, Told], values: Tensor, states: Tensor | None = None) -> StepRecords:
+    def from_device(cls, requests: Mapping[int, Told], values: Tensor, states: Tensor | None = None) -> StepRecords:
         """Send values that are still on a device on their way, without waiting for it."""
         if values.device.type == "cpu":
             return cls(requests, values, _nothing_to_wait_for, states)

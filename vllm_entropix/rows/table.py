@@ -76,6 +76,8 @@ class Composition:
         samplers: names of the samplers of those that are sampled or traced, each once.
         most_candidates: an upper bound of top_k.
         most_drawn: an upper bound of top_k where the best of several draws is kept.
+        requests: slot → what its records are for, of those that belong to a sequence.
+        any_forks: does what is remembered of any sequence go with its records?
     """
 
     any_sampled: bool
@@ -87,6 +89,8 @@ class Composition:
     samplers: tuple[str, ...]
     most_candidates: int
     most_drawn: int
+    requests: Mapping[int, Told]
+    any_forks: bool
 
 
 BASE = ("temperature", "top_p", "top_k", "min_p")
@@ -203,10 +207,6 @@ class SequenceTable:
             del self._told[slot]
         return slot
 
-    def requests_of(self, slots: np.ndarray) -> dict[int, Told]:
-        """Slot → what its records are for, of those among ``slots`` that belong to a sequence."""
-        return {slot: self._told[slot] for slot in slots.tolist() if slot in self._told}
-
     def slots_of(self, request_ids: Iterable[str], count: int) -> np.ndarray:
         """int64 ``[count]``: the slot of each of ``count`` sequences, 0 for unknown ones."""
         lookup = self._slot_of.get
@@ -259,6 +259,8 @@ class SequenceTable:
         sampled, traced = self.sampled[slots], self.traced[slots]
         # A row that is neither drawn nor traced needs no plan, whichever sampler its slot has.
         concerned = sampled | traced
+        # Never changed, since records of a step before may still be on their way.
+        requests = {slot: self._told[slot] for slot in slots.tolist() if slot in self._told}
         names = list(self.samplers)
         return Composition(
             any_sampled=bool(sampled.any()),
@@ -270,6 +272,8 @@ class SequenceTable:
             samplers=tuple(names[number] for number in np.unique(self.sampler[slots[concerned]])),
             most_candidates=int(self.most_candidates[slots].max(initial=0)),
             most_drawn=int(self.most_drawn[slots].max(initial=0)),
+            requests=requests,
+            any_forks=any(told.forks for told in requests.values()),
         )
 
     def _grow(self) -> None:

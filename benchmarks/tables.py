@@ -152,6 +152,13 @@ def answers(results: list[dict[str, Any]]) -> str:
     return markdown(head, rows)
 
 
+def host(results: list[dict[str, Any]]) -> str:
+    """What a step's own Python takes of the host."""
+    head = ["what", "ms", "operations of PyTorch", "launches"]
+    rows = [[one["what"], number(one["ms"]["median"]), str(one["operations"]), str(one["launches"])] for one in results]
+    return markdown(head, rows)
+
+
 def forks(results: list[dict[str, Any]]) -> str:
     """What branches cost beside independent samples; the first mechanism is the default."""
     head = [
@@ -181,6 +188,7 @@ def forks(results: list[dict[str, Any]]) -> str:
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "sampler": sampler,
+    "host": host,
     "attention": attention,
     "throughput": throughput,
     "answers": answers,

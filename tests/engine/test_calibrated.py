@@ -119,7 +119,7 @@ def test_auto_calibrates_once(monkeypatch):
 @pytest.mark.parametrize(("on_cpu", "said"), [(True, False), (False, True)])
 def test_auto_leaves_types_of_two_bytes_to_the_command_on_a_cpu(monkeypatch, on_cpu, said):
     calls = []
-    monkeypatch.setattr(calibrated.current_platform, "is_cpu", lambda: on_cpu)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: not on_cpu)
     monkeypatch.setattr(calibrated, "_said", lambda command, _: calls.append(command) or "no")
     with pytest.raises(ConfigError):
         calibrated.with_calibration({"thresholds": "auto"}, engine_config(dtype="torch.bfloat16"), says=True)

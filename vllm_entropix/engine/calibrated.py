@@ -9,8 +9,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from vllm_entropix.samplers.entropix import calibrations
 from vllm_entropix.samplers.entropix.settings import as_mapping
@@ -80,7 +80,7 @@ def _calibrate(vllm_config: VllmConfig, own: str) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     arguments = {
         # Many CPUs are slow at types of two bytes; the command knows, and their last bits move no border.
-        "dtype": None if current_platform.is_cpu() and dtype in _TWO_BYTES else dtype,
+        "dtype": None if dtype in _TWO_BYTES and not torch.cuda.is_available() else dtype,
         "max_model_len": min(model.max_model_len, _CONTEXT),
         "trust_remote_code": model.trust_remote_code,
         "tokenizer": model.tokenizer,

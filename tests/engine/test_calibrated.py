@@ -1,6 +1,7 @@
 """Which calibration a server runs with, without one being started."""
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -131,6 +132,7 @@ def test_auto_leaves_types_of_two_bytes_to_the_command_on_a_cpu(monkeypatch, on_
 )
 def test_the_command_runs_a_model_in_a_type_that_the_cpu_multiplies(monkeypatch, has, given, dtype):
     made = []
+    monkeypatch.setattr("os.environ", os.environ.copy())  # what it sets is of its own process
     monkeypatch.setattr("vllm.LLM", lambda _model, **arguments: made.append(arguments))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": has})

@@ -207,7 +207,7 @@ def _start(console: Console, model: str, base: str, seed: int, arguments: dict[s
 
 
 def _has_bfloat16() -> bool:
-    """Does the CPU multiply bfloat16? One that has nothing newer than AVX2 takes ten times as long for it as for float32."""
+    """Does the CPU multiply bfloat16? One that doesn't takes several times as long for it as for float32."""
     import torch
 
     found = torch.cpu.get_capabilities()

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from vllm_entropix.records.scores import Abstention, check_name
-from vllm_entropix.samplers.entropix.presets import read_preset
+from vllm_entropix.samplers.entropix.presets import preset_names_of_requests
 from vllm_entropix.samplers.entropix.settings import EntropixConfig
 from vllm_entropix.settings.errors import QUOTED, ConfigError, quoted
 from vllm_entropix.settings.load import parse
@@ -65,7 +65,7 @@ def _joined(value: Any) -> Any:
 
 
 def _known_preset(value: Any) -> Any:
-    names = [name for name in EntropixConfig.preset_names() if read_preset(name).get("regimes", True)]
+    names = preset_names_of_requests()
     if value in EntropixConfig.preset_names() and value not in names:
         raise ValueError(f"what switches regimes off does so for a whole server; there are {', '.join(names)}")
     if value not in names:

@@ -36,3 +36,9 @@ def read_preset(name: Any) -> dict[str, Any]:
         raise ConfigError(f"unknown preset {quoted(name)}; there are {', '.join(preset_names())}")
     said = tomllib.loads(preset_text(name))
     return said if said["preset"] == name else merge(read_preset(said["preset"]), said)
+
+
+@cache
+def preset_names_of_requests() -> tuple[str, ...]:
+    """Names of the shipped presets that a request may ask for: all but those that switch regimes off for a whole server."""
+    return tuple(name for name in preset_names() if read_preset(name).get("regimes", True))

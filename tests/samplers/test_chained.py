@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import sampler as benchmark
+from benchmarks.common import peak_extra_bytes
 from tests.samplers.test_chain import DEFINED, parameters_of, random_chain, random_rows, random_settings
 from vllm_entropix import ConfigError
 from vllm_entropix.distribution import history
@@ -508,9 +510,17 @@ def test_long_texts_are_looked_at_some_rows_at_a_time(monkeypatch, together):
     batch = Batch([("penalties;dry", said, (1.0, 1.0, 5.0, 0.0))] * len(texts))
     expected = batch.distributions(logits, texts)
     assert (expected != batch.distributions(logits, [[text[0][-1:]] for text in texts])).any(dim=-1).sum() > 1
-    monkeypatch.setattr(history, "TOGETHER", together)
-    assert len(list(history.parts(len(texts), 9))) == {1: 5, 20: 3}[together]
+    monkeypatch.setattr(history, "TOGETHER_ON_CPU", together)
+    assert len(list(history.parts(torch.empty(len(texts), 9)))) == {1: 5, 20: 3}[together]
     torch.testing.assert_close(batch.distributions(logits, texts), expected, rtol=0, atol=0)
+
+
+def test_texts_take_a_tenth_of_the_logits_memory_at_most():
+    rows, vocabulary = 32, 128256
+    asked = benchmark.asked_for("penalties;dry", benchmark.ON | benchmark.ALONE, 1024)
+    step = benchmark.step(rows, vocabulary, torch.device("cpu"), asked)
+    step.prepare()
+    assert peak_extra_bytes(step.actions["chain"], torch.device("cpu")) <= 0.1 * 4 * rows * vocabulary
 
 
 def test_each_stage_that_looks_at_text_says_how_much_of_it():

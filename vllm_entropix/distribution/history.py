@@ -15,7 +15,8 @@ from torch import Tensor
 from vllm_entropix.kernels.backend import kernels_for
 
 # Tokens that are looked at together: what is computed of each takes some hundred bytes meanwhile, which no engine sets aside.
-TOGETHER = 2**20
+# Small parts stay in a CPU's cache; of a GPU each part takes some twenty launches.
+TOGETHER_ON_CPU, TOGETHER = 2**14, 2**20
 
 
 def aligned(histories: Sequence[Sequence[int] | None], device: torch.device | str = "cpu") -> Tensor:
@@ -28,9 +29,11 @@ def aligned(histories: Sequence[Sequence[int] | None], device: torch.device | st
     return tokens
 
 
-def parts(rows: int, length: int) -> Iterator[slice]:
-    """Rows that are looked at together, so that long texts of many rows take time and no memory; one slice at least."""
-    step = max(TOGETHER // max(length, 1), 1)
+def parts(tokens: Tensor) -> Iterator[slice]:
+    """Rows of ``[rows, length]`` that are looked at together, so that long texts take little memory; one slice at least."""
+    rows, length = tokens.shape
+    together = TOGETHER_ON_CPU if tokens.device.type == "cpu" else TOGETHER
+    step = max(together // max(length, 1), 1)
     return (slice(first, first + step) for first in range(0, max(rows, 1), step))
 
 

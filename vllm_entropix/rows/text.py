@@ -47,7 +47,7 @@ class RowText:
         length = min(self.longest, self.kept.shape[1])
         length = length if count is None else min(length, max(count, 0))
         found = torch.empty(len(self.positions), length, dtype=torch.int64, device=self.positions.device)
-        for part in parts(*found.shape):
+        for part in parts(found):
             found[part] = self._of(part, length)
         return found
 

@@ -136,7 +136,7 @@ def _penalties(running: Sequence[Stage], rows: RowView, tokens: Tensor | None) -
     if dry is not None and tokens is not None:
         numbers = {name: settings[name].unsqueeze(-1) for name in dry.Settings.model_fields if name in settings.columns}
         shown = StageRows(numbers, tokens)
-        of_parts = [shown.with_text_of(part) for part in parts(*tokens.shape)]
+        of_parts = [shown.with_text_of(part) for part in parts(tokens)]
         found = [dry.penalties(some, logits.shape[-1], logits.dtype) for some in of_parts]
         if None not in found:
             places, penalties = zip(*found, strict=True)

@@ -103,7 +103,7 @@ class Dry(Stage):
         if rows.tokens is None:
             return logits
         found = []
-        for part in parts(*rows.tokens.shape):
+        for part in parts(rows.tokens):
             penalised, left = self.penalties(rows.with_text_of(part), logits.shape[-1], logits.dtype), logits[part]
             if penalised is None:
                 return logits

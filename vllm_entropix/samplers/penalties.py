@@ -45,7 +45,7 @@ class Penalties(Stage):
         if rows.tokens is None:
             return logits
         counts = torch.zeros_like(logits)
-        for part in parts(*rows.tokens.shape):
+        for part in parts(rows.tokens):
             tokens = window(rows.tokens[part], rows["repeat_last_n"][part])
             inside = (tokens >= 0) & (tokens < logits.shape[-1])
             counts[part].scatter_add_(-1, tokens.where(inside, 0), inside.to(logits.dtype))

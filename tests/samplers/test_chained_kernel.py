@@ -11,6 +11,9 @@ from vllm_entropix.kernels.numba_.on_demand import OnDemand
 from vllm_entropix.samplers import Chain
 from vllm_entropix.samplers.chained_kernel import KernelPart
 
+# They go by the probability of what was drawn.
+FOLLOWED = ("mirostat", "mirostat_v2")
+
 
 @pytest.fixture(autouse=True)
 def by_kernel(monkeypatch):
@@ -24,6 +27,9 @@ def random_known_chain(rng):
     found = rng.permutation(STAGES)[: rng.integers(0, len(STAGES) + 1)].tolist()
     # Behind a temperature PyTorch runs them.
     found.sort(key=lambda name: name != "penalties")
+    followed = [name for name in found if name in FOLLOWED]
+    if followed:  # one of them, and not behind both sides of a coin
+        found = [name for name in found if name not in (*FOLLOWED, "xtc")] + followed[:1]
     # What stands alone may be a sampler that plans by itself.
     return found if len(found) != 1 else [*found, "dry"] if found != ["dry"] else found
 
@@ -34,6 +40,8 @@ def test_rows_of_random_chains(seed, by_kernel):
     vocabulary = int(rng.choice([5, 30, 140, 3000]))
     chains = [random_known_chain(rng) for _ in range(3)]
     values = [random_settings(rng) for _ in chains]
+    if any({*FOLLOWED} & {*names} for names in chains):  # beside a greedy row PyTorch runs them
+        values = [one | {"temperature": one["temperature"] or 1.0} for one in values]
     batch = Batch(
         [(*request_of(*one), base_of(one[1], vocabulary)) for one in zip(chains, values, strict=True)], server="dry;min_p"
     )
@@ -52,6 +60,39 @@ def test_rows_of_random_chains(seed, by_kernel):
         torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-6, msg=f"{names} {said}")
         assert torch.isnan(told["dry_penalty"][row]) == ("dry" not in names)
         assert torch.isnan(told["xtc_share"][row]) == ("xtc" not in names)
+        assert torch.isnan(told["mu"][row]) == {*FOLLOWED}.isdisjoint(names)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_follow_what_is_drawn(name, seed, by_kernel):
+    rng = np.random.default_rng(seed)
+    vocabulary, rows = 500, 3
+    said = {"mirostat_tau": 2.5, "mirostat_eta": 0.7, "temperature": 0.9, "dry_multiplier": 0.5}
+    names = ["dry", "temperature", name] if seed % 2 else [name]
+    batch = Batch([(*request_of(names, said), base_of(said, vocabulary))] * rows, server="dry;min_p")
+    run = Chain.parse(names, parameters_of(names, said)).begin(rows)
+    texts = [[1, 2, 1]] * rows
+    for step in range(12):
+        logits = torch.from_numpy(rng.normal(size=(rows, vocabulary)) * rng.choice([0.0, 2, 5])).float()
+        found = batch.distributions(logits, [[text] for text in texts])
+        torch.testing.assert_close(found, run.distribution(logits, texts).double(), rtol=1e-4, atol=1e-6)
+        assert len(by_kernel) == step + 1
+        drawn = [int(rng.choice(vocabulary, p=(row / row.sum()).numpy())) for row in found]
+        batch.drawn(drawn)
+        run.advance(drawn)
+        texts = [[*text, token] for text, token in zip(texts, drawn, strict=True)]
+
+
+def test_what_was_written_says_nothing_of_a_greedy_rows_token(by_kernel):
+    said = {"mirostat_tau": 2.5, "temperature": 0.0}
+    batch = Batch([(*request_of(["mirostat_v2"], said), base_of(said, 50))], server="dry;min_p")
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 50))).float()
+    found = batch.distributions(logits, [[[1]]])
+    assert not by_kernel
+    before = batch.drawn([int(found.argmax())])["mu"]
+    batch.distributions(logits, [[[1, 2]]])
+    assert batch.drawn([3])["mu"] != before
 
 
 # What one stage leaves is another's: a band of logits, candidates at the front of the row, or both sides of XTC's coin.
@@ -59,6 +100,7 @@ PAIRS = [
     *(("typ_p", "top_p"), ("top_p", "typ_p"), ("top_p", "xtc"), ("typ_p", "xtc"), ("xtc", "typ_p"), ("top_k", "typ_p")),
     *(("typ_p", "dynatemp"), ("temperature", "top_p"), ("dry", "top_p"), ("top_p", "dry"), ("min_p", "typ_p")),
     *(("top_p", "eta"), ("epsilon", "p_less"), ("quadratic", "typ_p"), ("typ_p", "penalties"), ("penalties", "edt")),
+    *(("typ_p", "top_h"), ("top_h", "top_p"), ("top_p", "mirostat"), ("top_h", "mirostat_v2"), ("xtc", "top_h")),
 ]
 
 
@@ -71,7 +113,7 @@ def test_rows_of_a_wide_vocabulary(names, seed, by_kernel):
     logits[1] = (logits[1] * 2).round() / 2
     said = {**random_settings(rng), "top_p": 0.9, "typ_p": 0.8, "min_p": 0.02, "top_k": 700, "temperature": 0.7}
     said |= {"top_n_sigma": 1.5, "dynatemp_range": 0.4, "xtc_threshold": 1e-5, "xtc_probability": 0.5}
-    said |= {"epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4, "edt_theta": 0.5, "top_a": 0.2, "smoothing_factor": 0.2}
+    said |= {"epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4, "edt_theta": 0.5, "top_a": 0.2, "smoothing_factor": 0.2, "top_h": 0.6}
     names = [*names, "temperature"] if names in (("min_p",), ("top_n_sigma",)) else list(names)
     batch = Batch([(*request_of(names, said), base_of(said, 50000))] * 2, server="dry;min_p")
     text = rng.integers(0, 50, size=60).tolist()

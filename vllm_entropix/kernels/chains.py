@@ -22,6 +22,9 @@ _KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "top_a": (("top_a",), _CPU),
     "quadratic": (("smoothing_factor", "smoothing_curve"), _CPU),
     "penalties": (("repeat_last_n", "repeat_penalty", "frequency_penalty", "presence_penalty"), _CPU),
+    "top_h": (("top_h",), _CPU),
+    "mirostat": ((), _CPU),
+    "mirostat_v2": ((), _CPU),
 }
 # As the kernels number them.
 STAGES = tuple(_KNOWN)

@@ -329,6 +329,7 @@ class Chained(Sampler):
         assert sequences is not None, "an engine says what it knows of the sequences"
         present = np.unique(sequences.host_numbers(NAME)).astype(int).tolist()
         number = rows.settings[NAME]
+        alone = sequences.draft_rows == 1 and not _some_greedy(sequences)
         parts: list[_Part | KernelPart] = []
         for one in present:
             mine, index = rows.mine, None
@@ -338,7 +339,7 @@ class Chained(Sampler):
             of_part = mine if len(present) > 1 else None
             stages = self._chains[one]
             running = tuple(stage for stage in stages if not _changes_nothing(stage, sequences.host_numbers))
-            if KernelPart.runs(running, rows.backend.name) and self._has_kernel():
+            if KernelPart.runs(running, rows.backend.name, alone) and self._has_kernel():
                 parts.append(KernelPart(stages, running, rows, of_part, _text(running, sequences)))
                 continue
             if mine is not None and rows.backend.asks_device:
@@ -384,8 +385,12 @@ class Chained(Sampler):
         constants = _constants_of_entropix(settings, index) if any(stage.name == _ENTROPIX for stage in running) else None
         shown = StageRows(numbers, tokens, None, constants, self.settings, _measured(rows, index))
         found = chain.outcome(running, logits, shown, states, drafts)
-        some_greedy = bool((sequences.host_numbers("temperature") < GREEDY_BELOW).any())
-        return _Part(mine, index, stages, running, shown, found, numbers["temperature"] < GREEDY_BELOW if some_greedy else None)
+        greedy = numbers["temperature"] < GREEDY_BELOW if _some_greedy(sequences) else None
+        return _Part(mine, index, stages, running, shown, found, greedy)
+
+
+def _some_greedy(sequences: Sequences) -> bool:
+    return bool((sequences.host_numbers("temperature") < GREEDY_BELOW).any())
 
 
 def _changes_nothing(stage: Stage, host_numbers: Callable[[str], np.ndarray]) -> bool:

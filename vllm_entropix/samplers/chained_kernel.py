@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_entropix.distribution.plan import Drawn
 from vllm_entropix.kernels.chains import STAGES, numbers_of, stages_of
+from vllm_entropix.samplers.chain import moved_by
 from vllm_entropix.samplers.request import GREEDY_BELOW
-from vllm_entropix.samplers.stage import Stage, StageRows
+from vllm_entropix.samplers.stage import Stage, StageRows, StatefulStage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,13 +35,13 @@ class KernelPart:
         tokens: of all rows, as :class:`StageRows` has them.
     """
 
-    # No stage that the kernel knows keeps a number.
-    follows = False
     index = None
 
     def __init__(
         self, stages: Sequence[Stage], running: Sequence[Stage], rows: RowView, mine: Tensor | None, tokens: Tensor | None
     ) -> None:
+        import torch
+
         self.stages, self.mine = stages, mine
         logits, settings = rows.logits, rows.settings
         self._on_gpu = rows.backend.name == "triton"
@@ -50,16 +51,45 @@ class KernelPart:
         self._numbers = settings.values[:, first : first + len(columns)].double()
         self._greedy = settings["temperature"] < GREEDY_BELOW
         self._log_normaliser, self._maxima = rows.statistics.log_normaliser, rows.statistics.maxima
+        self._written = logits
+        self._followed = next((stage for stage in running if isinstance(stage, StatefulStage)), None)
+        if self._followed is not None:
+            self._follow(self._followed, rows)
+        if not self._on_gpu:
+            state = self._numbers.new_zeros(len(logits), 1) if self._followed is None else self._state.double()
+            self._numbers = torch.cat((self._numbers, state), dim=-1)
         self._shares = logits.new_empty(0) if self._on_gpu else logits.new_zeros(len(logits))
         self._places, self._penalties = _penalties(running, rows, tokens)
         self._tokens = self._places[:, :0]
         if tokens is not None and any(stage.name == "penalties" for stage in running):
             self._tokens = tokens
 
+    def _follow(self, stage: StatefulStage, rows: RowView) -> None:
+        """Take up each row's state: that after the token before, or the first one."""
+        settings, sequences = rows.settings, rows.sequences
+        assert sequences is not None
+        self._numbers_of_followed = {name: settings[name].unsqueeze(-1) for name in stage.Settings.model_fields}
+        known, first = sequences.state().unsqueeze(-1), stage.initial(self._numbers_of_followed)
+        self._state = known.where(~known.isnan(), first.to(known.dtype))
+
+    @property
+    def follows(self) -> bool:
+        """Does it keep a number of what is drawn?"""
+        return self._followed is not None
+
     @staticmethod
-    def runs(running: Sequence[Stage], backend: str) -> bool:
-        """Does this backend's kernel know these stages, in their order?"""
+    def runs(running: Sequence[Stage], backend: str, alone: bool = True) -> bool:
+        """Does this backend's kernel know these stages, in their order?
+
+        Args:
+            running: the stages.
+            backend: its name.
+            alone: is each row its sequence's only one, and none greedy? Then what was written of it says how probable its
+                drawn token was.
+        """
         names = [stage.name for stage in running]
+        if any(isinstance(stage, StatefulStage) for stage in running) and (not alone or "xtc" in names):
+            return False
         known = stages_of(backend)
         if not known or not all(name in known for name in names):
             return False
@@ -71,6 +101,7 @@ class KernelPart:
     def write(self, logits: Tensor, chosen: Tensor) -> None:
         """Overwrite those of its rows that are ``chosen``, bool ``[rows]``, of all logits."""
         chosen = chosen if self.mine is None else chosen & self.mine
+        self._written = logits
         if self._on_gpu:
             self._write_on_gpu(logits, chosen)
             return
@@ -112,13 +143,19 @@ class KernelPart:
         """What the stages tell of the drawn tokens, int64 ``[rows]``."""
         import torch
 
-        fields = {}
+        fields: dict[str, Tensor] = {}
+        state = None
+        if self._followed is not None:
+            places = tokens.unsqueeze(-1)
+            probability = self._written.gather(-1, places).exp()
+            state = moved_by(self._followed, self._state, probability, self._numbers_of_followed).squeeze(-1)
+            fields.update(self._followed.told(self._written, (), StageRows({}, state=self._state), places))
         if any(stage.name == "dry" for stage in self.stages):
             mine = self._penalties.where(self._places == tokens.unsqueeze(-1), 0.0)
             fields["dry_penalty"] = torch.nn.functional.pad(mine, (0, 1)).amax(dim=-1)
         if any(stage.name == "xtc" for stage in self.stages):
             fields["xtc_share"] = self._shares
-        return Drawn(None, fields)
+        return Drawn(state, fields)
 
     def spread(self, values: Tensor, over: Tensor) -> Tensor:
         """``over``, with ``values`` in the part's rows."""

@@ -96,7 +96,7 @@ class MirostatV2(_Mirostat):
 
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         """-log2 p ≤ μ."""
-        from vllm_entropix.distribution.survivors import keep, softmax
+        from vllm_entropix.distribution.survivors import keep, slack, softmax
 
         assert rows.state is not None
-        return keep(logits, -softmax(logits).log2() <= rows.state)
+        return keep(logits, -softmax(logits).log2() <= rows.state + slack(logits))

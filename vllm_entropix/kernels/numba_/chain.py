@@ -28,6 +28,7 @@ from vllm_entropix.kernels.numba_.candidates import (
 from vllm_entropix.kernels.numba_.compiled import compiled
 from vllm_entropix.kernels.numba_.distribute import largest_beside_nan, largest_tokens
 from vllm_entropix.kernels.numba_.elementary import exponential, extremes, largest, rounded_up
+from vllm_entropix.kernels.numba_.entropies import band_of_entropy
 from vllm_entropix.kernels.numba_.mass import band_of_mass
 from vllm_entropix.kernels.numba_.repetitions import repetitions_of_rows
 from vllm_entropix.kernels.numba_.weights import total_and_entropy, total_and_squares, total_weight, total_weight_within
@@ -37,6 +38,7 @@ _TOP_K, _TOP_P, _TYP_P = (STAGES.index(name) for name in ("top_k", "top_p", "typ
 _MIN_P, _TOP_N_SIGMA, _EPSILON, _ETA = (STAGES.index(name) for name in ("min_p", "top_n_sigma", "epsilon", "eta"))
 _GREEDY_THRESHOLD, _P_LESS, _TOP_A = (STAGES.index(name) for name in ("greedy_threshold", "p_less", "top_a"))
 _XTC, _DRY, _PENALTIES, _QUADRATIC = (STAGES.index(name) for name in ("xtc", "dry", "penalties", "quadratic"))
+_TOP_H, _MIROSTAT, _MIROSTAT_V2 = (STAGES.index(name) for name in ("top_h", "mirostat", "mirostat_v2"))
 _NUMBERS = numbers_of("numba")
 _T, _RANGE, _EXPONENT, _THETA = map(_NUMBERS.index, ("temperature", "dynatemp_range", "dynatemp_exponent", "edt_theta"))
 _K, _P, _TYPICAL = map(_NUMBERS.index, ("top_k", "top_p", "typ_p"))
@@ -46,8 +48,13 @@ _PI, _THRESHOLD = map(_NUMBERS.index, ("xtc_probability", "xtc_threshold"))
 _LAST_N, _REPEAT = map(_NUMBERS.index, ("repeat_last_n", "repeat_penalty"))
 _FREQUENCY, _PRESENCE = map(_NUMBERS.index, ("frequency_penalty", "presence_penalty"))
 _FACTOR, _CURVE = map(_NUMBERS.index, ("smoothing_factor", "smoothing_curve"))
+_H = _NUMBERS.index("top_h")
+# Behind them stands the number that a stage follows the draws by.
+_STATE = len(_NUMBERS)
 # Of sums and ratios, as of float32: see ``distribution.survivors``.
 _SLACK = 16 * float(np.finfo(np.float32).eps)
+# Ranks that mirostat estimates the exponent of Zipf's law from.
+_RANKS = 100
 # Temperatures below this are as good as 0.
 _COLDEST = 1e-38
 # What is below was dropped.
@@ -79,7 +86,7 @@ def chain_of_rows(
         greedy: bool ``[rows]``: the most probable token of what is left, alone.
         log_normaliser: ``[rows]``; not finite where the largest logit isn't, or one is NaN.
         stages: int64, the chain's stages in order, as indices of STAGES.
-        numbers: float64 ``[rows, any]``, in the order of ``numbers_of("numba")``.
+        numbers: float64 ``[rows, any]``, in the order of ``numbers_of("numba")``, and last a row's state: mirostat's μ.
         places: int64 ``[rows, any]``, tokens that DRY penalises; one may come several times, and the largest penalty counts.
         penalties: float32, of the same shape; 0 where there is none.
         tokens: int64 ``[rows, any]``, each row's text up to here, aligned to the right; -1 stands before the first.
@@ -144,7 +151,7 @@ def chain_of_rows(
 def compile_for_steps() -> None:
     """Compile what steps call of chains, or load it from disk: on arrays of their types, and on no rows."""
     rows = np.zeros(1, dtype=np.bool_), np.zeros(1, dtype=np.bool_), np.zeros(1, dtype=np.float32)
-    stages, numbers = np.zeros(1, dtype=np.int64), np.zeros((1, len(_NUMBERS)))
+    stages, numbers = np.zeros(1, dtype=np.int64), np.zeros((1, len(_NUMBERS) + 1))
     places, penalties = np.zeros((1, 0), dtype=np.int64), np.zeros((1, 0), dtype=np.float32)
     tokens, shares = np.zeros((1, 2), dtype=np.int64), np.zeros(1, dtype=np.float32)
     chain_of_rows(np.zeros((1, 1), dtype=np.float32), *rows, stages, numbers, places, penalties, tokens, shares, 0, 0)
@@ -182,9 +189,10 @@ def _through(stages: Any, own: Any, text: Any, line: Any, ids: Any, spare: Any, 
                 least, most = max(low, _LOWEST), high
             else:
                 distance = np.inf
-        elif stage == _TOP_K:
-            if 0 < own[_K] < count:
-                count, least = _most_probable(line, ids, count, int(own[_K]))
+        elif stage in (_TOP_K, _MIROSTAT):
+            k = own[_K] if stage == _TOP_K else _by_zipf(line[:count], own[_STATE], len(spare))
+            if 0 < k < count:
+                count, least = _most_probable(line, ids, count, int(k))
                 low, total = least, 0.0
         elif stage == _TOP_P:
             if own[_P] < 1:
@@ -196,7 +204,11 @@ def _through(stages: Any, own: Any, text: Any, line: Any, ids: Any, spare: Any, 
         elif stage == _TOP_N_SIGMA:
             if own[_SIGMAS] > 0:
                 distance = -own[_SIGMAS] * _spread(line[:count], high) * (1 + _SLACK)
-        elif stage in (_EPSILON, _ETA, _GREEDY_THRESHOLD, _P_LESS, _TOP_A):
+        elif stage == _TOP_H:
+            if own[_H] < 1:
+                least, total, dropped = band_of_entropy(line, count, low, high, own[_H], _SLACK, spare)
+                low = np.float32(-np.inf) if dropped else low
+        elif stage in (_EPSILON, _ETA, _GREEDY_THRESHOLD, _P_LESS, _TOP_A, _MIROSTAT_V2):
             distance, total = _distance_of(stage, own, line, count, high, total)
         elif stage == _TYP_P:
             if own[_TYPICAL] < 1:
@@ -267,10 +279,36 @@ def _distance_of(stage: int, own: Any, line: Any, count: int, high: Any, total: 
         floor = squares / total
     else:
         total = total if total > 0 else total_weight(line, count, high)
+        if stage == _MIROSTAT_V2:
+            return np.log(total) - own[_STATE] * np.log(2.0) - _SLACK, total
         if stage == _GREEDY_THRESHOLD:
             return np.inf if np.float32(1 / total) < np.float32(own[_SURE]) else -np.inf, total
         floor = own[_EPSILON_CUTOFF] * total if stage == _EPSILON else own[_A] / total if stage == _TOP_A else 0.0
     return np.log(floor * (1 - _SLACK)) if floor > 0 else -np.inf, total
+
+
+@compiled()
+def _by_zipf(line: Any, mu: float, vocabulary: int) -> float:
+    """How many candidates mirostat keeps by their fall over the first ranks, at least one."""
+    ranks = min(len(line), _RANKS)
+    values, found = np.empty(ranks, dtype=np.float32), np.empty(ranks, dtype=np.int64)
+    largest_tokens(line, ranks, np.float32(-np.inf), values, found)
+    falls, squares = 0.0, 0.0
+    for i in range(ranks - 1):
+        step = np.log((i + 2) / (i + 1))
+        falls += step * np.float64(values[i] - values[i + 1])
+        squares += step * step
+    if not falls > 0:  # of equals, all or one
+        return np.inf if ranks > 1 and 2.0**mu > _zipf_scale(-1.0, vocabulary) else 1.0
+    exponent = falls / squares
+    k = (2.0**mu / _zipf_scale(exponent - 1, vocabulary)) ** (1 / exponent)
+    return 1.0 if np.isnan(k) else max(float(np.floor(k)), 1.0)
+
+
+@compiled()
+def _zipf_scale(epsilon: float, vocabulary: int) -> float:
+    """(1 - N^-ε) / ε."""
+    return float(-np.expm1(-epsilon * np.log(vocabulary)) / epsilon if epsilon != 0 else np.log(vocabulary))
 
 
 @compiled()

@@ -10,16 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from vllm_entropix.kernels.numba_.candidates import STRETCH
+from vllm_entropix.kernels.numba_.bins import BINS, bins_of, in_bins, step_of
 from vllm_entropix.kernels.numba_.compiled import compiled
 from vllm_entropix.kernels.numba_.elementary import exponential, rounded_up
 from vllm_entropix.kernels.numba_.weights import BLOCK, product_of, total_of, weigh
 
-_BINS = 1024
-# Logits so far below the largest weigh next to nothing, and share a bin.
-_REACH = 32.0
-# So little as float32 can divide by.
-_NARROWEST = 1e-30
 # Candidates that are put in order at last.
 _FEW = 64
 # The first candidate always stays.
@@ -45,9 +40,8 @@ def band_of_mass(line: Any, count: int, low: Any, high: Any, typical: bool, shar
     Returns:
         The band's least and greatest logit; its weight; and is any logit -inf now?
     """
-    reach = min(np.float64(high) - np.float64(low), _REACH)
-    step = np.float32(_BINS / reach if reach > _NARROWEST else 0.0)
-    masses = np.zeros(_BINS, dtype=np.float64)
+    step = step_of(low, high)
+    masses = np.zeros(BINS, dtype=np.float64)
     total, product = _share_among_bins(line, count, high, step, typical, masses)
     # How far below the largest logit those lie that are as surprising as the entropy.
     centre = product / total if typical else 0.0
@@ -57,21 +51,12 @@ def band_of_mass(line: Any, count: int, low: Any, high: Any, typical: bool, shar
         first, last, first_below, last_below, before = _border_bins(masses, centre, 1 / np.float64(step), furthest, limit)
         if before < 0:
             return low, high, total, False
-        size = _in_bins(line, count, high, step, first, last, first_below, last_below, spare)
+        size = in_bins(line, count, high, step, first, last, first_below, last_below, spare)
     else:
         for i in range(count):
             spare[i] = i
     size, before = _few(line, high, centre, spare, size, before, limit, masses)
     return _last_of(line, high, centre, spare[:size], before, limit)
-
-
-@compiled()
-def _bins_of(line: Any, high: Any, step: Any, bins: Any) -> None:
-    """Fill ``bins`` with each candidate's: ``step`` of them for each unit below the largest logit, the last without an end."""
-    last = np.float32(_BINS - 1)
-    for i in range(line.shape[0]):
-        place = (high - line[i]) * step
-        bins[i] = np.int32(place if place < last else last)
 
 
 @compiled()
@@ -86,7 +71,7 @@ def _share_among_bins(line: Any, count: int, high: Any, step: Any, typical: bool
         total += total_of(weights[:length])
         if typical:
             product += product_of(weights[:length], part, high)
-        _bins_of(part, high, step, bins[:length])
+        bins_of(part, high, step, bins[:length])
         for i in range(length):
             masses[np.uint32(bins[i])] += np.float64(weights[i])
     return total, product
@@ -100,13 +85,13 @@ def _border_bins(masses: Any, centre: float, width: float, furthest: float, limi
         First and last of those from the largest logit to the centre, and of those below; and the mass that is surely nearer
         than all of them, negative if all of it is below the ``limit``.
     """
-    middle = min(int(-centre / width), _BINS - 1)
+    middle = min(int(-centre / width), BINS - 1)
     first = last = middle
     inside, nearest = masses[middle], 0.0
     while inside < limit:
         # How far it is to the ends of what is inside; nothing is beyond the outermost bins.
         above = -first * width - centre if first > 0 else np.inf
-        below = centre + (last + 1) * width if last < _BINS - 1 else np.inf
+        below = centre + (last + 1) * width if last < BINS - 1 else np.inf
         nearest = min(above, below)
         if nearest == np.inf:
             return 0, 0, 0, 0, -1.0
@@ -116,14 +101,14 @@ def _border_bins(masses: Any, centre: float, width: float, furthest: float, limi
         else:
             last += 1
             inside += masses[last]
-    outermost = max(-first * width - centre, centre + ((last + 1) * width if last < _BINS - 1 else furthest))
+    outermost = max(-first * width - centre, centre + ((last + 1) * width if last < BINS - 1 else furthest))
     # Rounding may have put a candidate in the bin beside its own.
     slack = 1e-3 * width
     before = 0.0
-    first, last, first_below, last_below = _BINS, -1, _BINS, -1
-    for one in range(_BINS):
+    first, last, first_below, last_below = BINS, -1, BINS, -1
+    for one in range(BINS):
         upper = -one * width - centre
-        lower = upper - width if one < _BINS - 1 else -furthest - centre
+        lower = upper - width if one < BINS - 1 else -furthest - centre
         near = 0.0 if lower <= 0.0 <= upper else min(abs(lower), abs(upper))
         if max(abs(lower), abs(upper)) + slack < nearest:
             before += masses[one]
@@ -133,34 +118,6 @@ def _border_bins(masses: Any, centre: float, width: float, furthest: float, limi
             else:
                 first_below, last_below = min(first_below, one), one
     return first, last, first_below, last_below, before
-
-
-@compiled()
-def _are_in(bins: Any, first: int, last: int, first_below: int, last_below: int) -> int:
-    """How many of these bins are among the border's?"""
-    found = 0
-    for i in range(bins.shape[0]):
-        found += ((bins[i] >= first) & (bins[i] <= last)) | ((bins[i] >= first_below) & (bins[i] <= last_below))
-    return found
-
-
-@compiled()
-def _in_bins(
-    line: Any, count: int, high: Any, step: Any, first: Any, last: Any, first_below: Any, last_below: Any, members: Any
-) -> int:
-    """Fill ``members`` with the indices of the candidates in these bins; how many there are."""
-    bins, size = np.empty(BLOCK, dtype=np.int32), 0
-    first, last, first_below, last_below = np.int32(first), np.int32(last), np.int32(first_below), np.int32(last_below)
-    for start in range(0, count, BLOCK):
-        length = min(BLOCK, count - start)
-        _bins_of(line[start : start + length], high, step, bins[:length])
-        for begin in range(0, length, STRETCH):
-            end = min(begin + STRETCH, length)
-            if _are_in(bins[begin:end], first, last, first_below, last_below):
-                for i in range(begin, end):
-                    members[size] = start + i
-                    size += _are_in(bins[i : i + 1], first, last, first_below, last_below)
-    return size
 
 
 @compiled()
@@ -177,23 +134,23 @@ def _few(line: Any, high: Any, centre: float, members: Any, size: int, before: f
         for member in members[:size]:
             distance = _distance(line[member], high, centre)
             nearest, furthest = min(nearest, distance), max(furthest, distance)
-        scale = _BINS / (furthest - nearest) if furthest > nearest else np.inf
+        scale = BINS / (furthest - nearest) if furthest > nearest else np.inf
         if scale == np.inf:
             break
         masses[:] = 0.0
         for member in members[:size]:
-            where = min(int((_distance(line[member], high, centre) - nearest) * scale), _BINS - 1)
+            where = min(int((_distance(line[member], high, centre) - nearest) * scale), BINS - 1)
             masses[where] += exponential(line[member] - high)
         border, begun = 0, before
-        while border < _BINS and before + masses[border] < limit:
+        while border < BINS and before + masses[border] < limit:
             before += masses[border]
             border += 1
-        if border == _BINS:  # rounding: the border is the end of what is looked at
+        if border == BINS:  # rounding: the border is the end of what is looked at
             return size, begun
         left = 0
         for member in members[:size]:
             members[left] = member
-            left += min(int((_distance(line[member], high, centre) - nearest) * scale), _BINS - 1) == border
+            left += min(int((_distance(line[member], high, centre) - nearest) * scale), BINS - 1) == border
         size = left
     return size, before
 

@@ -12,7 +12,7 @@ from vllm_entropix.samplers import Chain
 from vllm_entropix.samplers.chained_kernel import KernelPart
 
 # They go by the probability of what was drawn.
-FOLLOWED = ("mirostat", "mirostat_v2")
+FOLLOWED = ("mirostat", "mirostat_v2", "adaptive_p")
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,8 @@ def test_rows_of_random_chains(seed, by_kernel):
         torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-6, msg=f"{names} {said}")
         assert torch.isnan(told["dry_penalty"][row]) == ("dry" not in names)
         assert torch.isnan(told["xtc_share"][row]) == ("xtc" not in names)
-        assert torch.isnan(told["mu"][row]) == {*FOLLOWED}.isdisjoint(names)
+        assert torch.isnan(told["mu"][row]) == {"mirostat", "mirostat_v2"}.isdisjoint(names)
+        assert torch.isnan(told["adaptive_average"][row]) == ("adaptive_p" not in names)
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
@@ -68,8 +69,9 @@ def test_rows_of_random_chains(seed, by_kernel):
 def test_rows_follow_what_is_drawn(name, seed, by_kernel):
     rng = np.random.default_rng(seed)
     vocabulary, rows = 500, 3
-    said = {"mirostat_tau": 2.5, "mirostat_eta": 0.7, "temperature": 0.9, "dry_multiplier": 0.5}
-    names = ["dry", "temperature", name] if seed % 2 else [name]
+    said = {"mirostat_tau": 2.5, "mirostat_eta": 0.7, "temperature": 0.9, "dry_multiplier": 0.5, "min_p": 0.02}
+    said |= {"adaptive_target": 0.3 if seed < 3 else -1.0, "adaptive_decay": 0.5}
+    names = ["dry", "min_p", "temperature", name] if seed % 2 else [name]
     batch = Batch([(*request_of(names, said), base_of(said, vocabulary))] * rows, server="dry;min_p")
     run = Chain.parse(names, parameters_of(names, said)).begin(rows)
     texts = [[1, 2, 1]] * rows
@@ -101,6 +103,7 @@ PAIRS = [
     *(("typ_p", "dynatemp"), ("temperature", "top_p"), ("dry", "top_p"), ("top_p", "dry"), ("min_p", "typ_p")),
     *(("top_p", "eta"), ("epsilon", "p_less"), ("quadratic", "typ_p"), ("typ_p", "penalties"), ("penalties", "edt")),
     *(("typ_p", "top_h"), ("top_h", "top_p"), ("top_p", "mirostat"), ("top_h", "mirostat_v2"), ("xtc", "top_h")),
+    ("top_p", "adaptive_p"),
 ]
 
 

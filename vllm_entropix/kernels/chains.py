@@ -25,6 +25,7 @@ _KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "top_h": (("top_h",), _CPU),
     "mirostat": ((), _CPU),
     "mirostat_v2": ((), _CPU),
+    "adaptive_p": (("adaptive_target",), _CPU),
 }
 # As the kernels number them.
 STAGES = tuple(_KNOWN)

@@ -51,7 +51,7 @@ class KernelPart:
         self._numbers = settings.values[:, first : first + len(columns)].double()
         self._greedy = settings["temperature"] < GREEDY_BELOW
         self._log_normaliser, self._maxima = rows.statistics.log_normaliser, rows.statistics.maxima
-        self._written = logits
+        self._written, self._handed = logits, logits.new_empty(len(logits), 0)
         self._followed = next((stage for stage in running if isinstance(stage, StatefulStage)), None)
         if self._followed is not None:
             self._follow(self._followed, rows)
@@ -71,6 +71,8 @@ class KernelPart:
         self._numbers_of_followed = {name: settings[name].unsqueeze(-1) for name in stage.Settings.model_fields}
         known, first = sequences.state().unsqueeze(-1), stage.initial(self._numbers_of_followed)
         self._state = known.where(~known.isnan(), first.to(known.dtype))
+        if stage.follows == "before":
+            self._handed = rows.logits.new_zeros(rows.logits.shape)
 
     @property
     def follows(self) -> bool:
@@ -121,6 +123,7 @@ class KernelPart:
             self._penalties.contiguous().numpy(),
             self._tokens.contiguous().numpy(),
             self._shares.numpy(),
+            self._handed.numpy(),
         )
         costs = np.where(chosen.numpy(), _COST * logits.shape[1], 1)
         share_rows(costs, lambda first, last: chain_of_rows(*arguments, first, last))
@@ -147,7 +150,8 @@ class KernelPart:
         state = None
         if self._followed is not None:
             places = tokens.unsqueeze(-1)
-            probability = self._written.gather(-1, places).exp()
+            after = self._followed.follows == "after"
+            probability = self._written.gather(-1, places).exp() if after else self._handed.gather(-1, places)
             state = moved_by(self._followed, self._state, probability, self._numbers_of_followed).squeeze(-1)
             fields.update(self._followed.told(self._written, (), StageRows({}, state=self._state), places))
         if any(stage.name == "dry" for stage in self.stages):

@@ -38,7 +38,7 @@ _TOP_K, _TOP_P, _TYP_P = (STAGES.index(name) for name in ("top_k", "top_p", "typ
 _MIN_P, _TOP_N_SIGMA, _EPSILON, _ETA = (STAGES.index(name) for name in ("min_p", "top_n_sigma", "epsilon", "eta"))
 _GREEDY_THRESHOLD, _P_LESS, _TOP_A = (STAGES.index(name) for name in ("greedy_threshold", "p_less", "top_a"))
 _XTC, _DRY, _PENALTIES, _QUADRATIC = (STAGES.index(name) for name in ("xtc", "dry", "penalties", "quadratic"))
-_TOP_H, _MIROSTAT, _MIROSTAT_V2 = (STAGES.index(name) for name in ("top_h", "mirostat", "mirostat_v2"))
+_TOP_H, _MIROSTAT, _MIROSTAT_V2, _ADAPTIVE_P = map(STAGES.index, ("top_h", "mirostat", "mirostat_v2", "adaptive_p"))
 _NUMBERS = numbers_of("numba")
 _T, _RANGE, _EXPONENT, _THETA = map(_NUMBERS.index, ("temperature", "dynatemp_range", "dynatemp_exponent", "edt_theta"))
 _K, _P, _TYPICAL = map(_NUMBERS.index, ("top_k", "top_p", "typ_p"))
@@ -48,11 +48,13 @@ _PI, _THRESHOLD = map(_NUMBERS.index, ("xtc_probability", "xtc_threshold"))
 _LAST_N, _REPEAT = map(_NUMBERS.index, ("repeat_last_n", "repeat_penalty"))
 _FREQUENCY, _PRESENCE = map(_NUMBERS.index, ("frequency_penalty", "presence_penalty"))
 _FACTOR, _CURVE = map(_NUMBERS.index, ("smoothing_factor", "smoothing_curve"))
-_H = _NUMBERS.index("top_h")
+_H, _TARGET = map(_NUMBERS.index, ("top_h", "adaptive_target"))
 # Behind them stands the number that a stage follows the draws by.
 _STATE = len(_NUMBERS)
 # Of sums and ratios, as of float32: see ``distribution.survivors``.
 _SLACK = 16 * float(np.finfo(np.float32).eps)
+# adaptive_p's logit at the target, how steeply it falls, and the distance that counts as 1.
+_PEAK, _SHARPNESS, _WIDTH = np.float32(5.0), np.float32(10.0), np.float32(0.3)
 # Ranks that mirostat estimates the exponent of Zipf's law from.
 _RANKS = 100
 # Temperatures below this are as good as 0.
@@ -75,6 +77,7 @@ def chain_of_rows(
     penalties: Any,
     tokens: Any,
     shares: Any,
+    handed: Any,
     first_row: int,
     last_row: int,
 ) -> None:
@@ -86,11 +89,12 @@ def chain_of_rows(
         greedy: bool ``[rows]``: the most probable token of what is left, alone.
         log_normaliser: ``[rows]``; not finite where the largest logit isn't, or one is NaN.
         stages: int64, the chain's stages in order, as indices of STAGES.
-        numbers: float64 ``[rows, any]``, in the order of ``numbers_of("numba")``, and last a row's state: mirostat's μ.
+        numbers: float64 ``[rows, any]``, in the order of ``numbers_of("numba")``, and last the state of mirostat or adaptive_p.
         places: int64 ``[rows, any]``, tokens that DRY penalises; one may come several times, and the largest penalty counts.
         penalties: float32, of the same shape; 0 where there is none.
         tokens: int64 ``[rows, any]``, each row's text up to here, aligned to the right; -1 stands before the first.
         shares: float32 ``[rows]``, written: the share of the distribution in which XTC excluded top choices.
+        handed: float32 ``[rows, vocab]`` of zeros for a chain with adaptive_p, written: the probabilities that it is handed.
         first_row: where to begin.
         last_row: where to end.
     """
@@ -114,7 +118,7 @@ def chain_of_rows(
             continue
         low, high = extremes(line)
         state = vocabulary, low, high, max(low, _LOWEST), high, 0.0
-        text = places[row], penalties[row], tokens[row]
+        text = places[row], penalties[row], tokens[row], handed[row]
         state = _through(before, own, text, line, ids, spare, state)
         tops, which = 0, 0
         if split < len(stages) and own[_PI] > 0 and own[_THRESHOLD] <= 0.5:
@@ -154,7 +158,8 @@ def compile_for_steps() -> None:
     stages, numbers = np.zeros(1, dtype=np.int64), np.zeros((1, len(_NUMBERS) + 1))
     places, penalties = np.zeros((1, 0), dtype=np.int64), np.zeros((1, 0), dtype=np.float32)
     tokens, shares = np.zeros((1, 2), dtype=np.int64), np.zeros(1, dtype=np.float32)
-    chain_of_rows(np.zeros((1, 1), dtype=np.float32), *rows, stages, numbers, places, penalties, tokens, shares, 0, 0)
+    written = np.zeros((1, 1), dtype=np.float32), np.zeros((1, 0), dtype=np.float32)
+    chain_of_rows(written[0], *rows, stages, numbers, places, penalties, tokens, shares, written[1], 0, 0)
     repetitions_of_rows(tokens, tokens[:, :1].copy(), tokens[:, 1:].copy(), 0, 0)
 
 
@@ -215,8 +220,11 @@ def _through(stages: Any, own: Any, text: Any, line: Any, ids: Any, spare: Any, 
                 least, most, total, dropped = band_of_mass(line, count, low, high, True, own[_TYPICAL] + _SLACK, spare)
                 low = np.float32(-np.inf) if dropped else low
                 total = total if high - most < _FAR else 0.0
-        elif stage in (_DRY, _PENALTIES, _QUADRATIC):
-            if stage == _DRY:
+        elif stage in (_DRY, _PENALTIES, _QUADRATIC, _ADAPTIVE_P):
+            if stage == _ADAPTIVE_P:
+                total = total if total > 0 else total_weight(line, count, high)
+                _adapt(line, ids, count, high, total, own, text[3])
+            elif stage == _DRY:
                 _penalise(line, ids, count, text[0], text[1])
             elif stage == _PENALTIES:
                 _penalise_repeated(line, ids, count, text[2], own)
@@ -318,6 +326,18 @@ def _bend(line: Any, high: Any, factor: Any, curve: Any) -> None:
     for i in range(line.shape[0]):
         below = line[i] - high
         line[i] = factor * (below * below) * (cubic * below - square)
+
+
+@compiled()
+def _adapt(line: Any, ids: Any, count: int, high: Any, total: float, own: Any, handed: Any) -> None:
+    """Tell how probable candidates are, and replace each l by adaptive_p's hump around the target, if there is one."""
+    share, target = np.float32(1 / total), np.float32(min(max(2 * own[_TARGET] - own[_STATE], 0.0), 1.0))
+    for i in range(count):
+        probability = exponential(line[i] - high) * share
+        handed[token_of(line, ids, count, i)] = probability
+        if own[_TARGET] >= 0:
+            distance = abs(probability - target) / _WIDTH
+            line[i] = _PEAK - _SHARPNESS * (distance * distance) / (np.float32(1) + distance)
 
 
 @compiled()

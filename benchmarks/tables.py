@@ -72,14 +72,14 @@ def unfiltered(results: list[dict[str, Any]]) -> str:
 
 def chains(results: list[dict[str, Any]]) -> str:
     """Step times of chains."""
-    head = ["chain", "rows, vocabulary", "tokens before", "vLLM, ms", "chain, ms", "ratio", "extra memory / logits"]
+    head = ["chain", "rows, vocabulary", "tokens before", "vLLM, ms", "chain, ms", "of which before the draw, ms", "ratio"]
+    head.append("extra memory / logits")
     rows = [
         [
             f"`{one['chain']}`",
             f"{one['rows']}, {one['vocabulary']:,}",
             f"{one['text']:,}",
-            number(one["median_ms"]["vllm"]),
-            number(one["median_ms"]["chain"]),
+            *(number(one["median_ms"][name]) for name in ("vllm", "chain", "transform")),
             number(one["chain_over_vllm"]),
             number(one["peak_extra_over_logits"]),
         ]

@@ -15,8 +15,8 @@ from torch import Tensor
 from vllm_entropix.kernels.backend import kernels_for
 
 # Tokens that are looked at together: what is computed of each takes some hundred bytes meanwhile, which no engine sets aside.
-# Small parts stay in a CPU's cache; of a GPU each part takes some twenty launches.
-TOGETHER_ON_CPU, TOGETHER = 2**14, 2**20
+# PyTorch shares no fewer among a CPU's threads; of a GPU each part takes some twenty launches.
+TOGETHER_ON_CPU, TOGETHER = 2**15, 2**20
 
 
 def aligned(histories: Sequence[Sequence[int] | None], device: torch.device | str = "cpu") -> Tensor:

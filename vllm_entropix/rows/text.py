@@ -55,8 +55,9 @@ class RowText:
         """The last ``length`` tokens of some rows."""
         age = torch.arange(length - 1, -1, -1, device=self.positions.device)
         positions = self.positions[part].unsqueeze(-1) - age
-        old = self.kept[self.owners[part].unsqueeze(-1), positions.clamp(0, self.kept.shape[1] - 1)].to(torch.int64)
+        old = self.kept[self.owners[part].unsqueeze(-1), positions.clamp(0, self.kept.shape[1] - 1)]
         # The row at this position, if it is one of the step's.
         new = self.input_ids[(self.index[part].unsqueeze(-1) - age).clamp_min(0)]
         of_step = age <= self.drafts[part].unsqueeze(-1)
-        return new.where(of_step, old).masked_fill(positions < 0, -1)
+        # What an engine keeps has half their width.
+        return new.to(torch.int64).where(of_step, old).masked_fill_(positions < 0, -1)

@@ -66,13 +66,15 @@ class KernelPart:
 
     def _follow(self, stage: StatefulStage, rows: RowView) -> None:
         """Take up each row's state: that after the token before, or the first one."""
+        import torch
+
         settings, sequences = rows.settings, rows.sequences
         assert sequences is not None
         self._numbers_of_followed = {name: settings[name].unsqueeze(-1) for name in stage.Settings.model_fields}
         known, first = sequences.state().unsqueeze(-1), stage.initial(self._numbers_of_followed)
         self._state = known.where(~known.isnan(), first.to(known.dtype))
         if stage.follows == "before":
-            self._handed = rows.logits.new_zeros(rows.logits.shape)
+            self._handed = torch.empty_like(rows.logits)
 
     @property
     def follows(self) -> bool:

@@ -31,7 +31,14 @@ from vllm_entropix.kernels.numba_.elementary import exponential, extremes, large
 from vllm_entropix.kernels.numba_.entropies import band_of_entropy
 from vllm_entropix.kernels.numba_.mass import band_of_mass
 from vllm_entropix.kernels.numba_.repetitions import repetitions_of_rows
-from vllm_entropix.kernels.numba_.weights import total_and_entropy, total_and_squares, total_weight, total_weight_within
+from vllm_entropix.kernels.numba_.weights import (
+    BLOCK,
+    total_and_entropy,
+    total_and_squares,
+    total_weight,
+    total_weight_within,
+    weigh,
+)
 
 _TEMPERATURE, _DYNATEMP, _EDT = (STAGES.index(name) for name in ("temperature", "dynatemp", "edt"))
 _TOP_K, _TOP_P, _TYP_P = (STAGES.index(name) for name in ("top_k", "top_p", "typ_p"))
@@ -94,7 +101,7 @@ def chain_of_rows(
         penalties: float32, of the same shape; 0 where there is none.
         tokens: int64 ``[rows, any]``, each row's text up to here, aligned to the right; -1 stands before the first.
         shares: float32 ``[rows]``, written: the share of the distribution in which XTC excluded top choices.
-        handed: float32 ``[rows, vocab]`` of zeros for a chain with adaptive_p, written: the probabilities that it is handed.
+        handed: float32 ``[rows, vocab]`` for a chain with adaptive_p, written: the probabilities that it is handed.
         first_row: where to begin.
         last_row: where to end.
     """
@@ -115,6 +122,9 @@ def chain_of_rows(
             largest_beside_nan(line, 1, best, token)
             line[:] = -np.inf
             line[token[0]] = 0.0
+            if handed.shape[1] > 0:
+                handed[row][:] = 0.0
+                handed[row][token[0]] = 1.0
             continue
         low, high = extremes(line)
         state = vocabulary, low, high, max(low, _LOWEST), high, 0.0
@@ -332,12 +342,31 @@ def _bend(line: Any, high: Any, factor: Any, curve: Any) -> None:
 def _adapt(line: Any, ids: Any, count: int, high: Any, total: float, own: Any, handed: Any) -> None:
     """Tell how probable candidates are, and replace each l by adaptive_p's hump around the target, if there is one."""
     share, target = np.float32(1 / total), np.float32(min(max(2 * own[_TARGET] - own[_STATE], 0.0), 1.0))
-    for i in range(count):
-        probability = exponential(line[i] - high) * share
-        handed[token_of(line, ids, count, i)] = probability
+    weights = np.empty(BLOCK, dtype=np.float32)
+    if count < line.shape[0]:
+        handed[:] = 0.0
+    for start in range(0, count, BLOCK):
+        part = line[start : min(start + BLOCK, count)]
+        probabilities = weights[: part.shape[0]]
+        weigh(part, high, probabilities)
+        for i in range(part.shape[0]):
+            probabilities[i] *= share
+        if count == line.shape[0]:
+            handed[start : start + part.shape[0]] = probabilities
+        else:
+            for i in range(part.shape[0]):
+                handed[ids[start + i]] = probabilities[i]
         if own[_TARGET] >= 0:
-            distance = abs(probability - target) / _WIDTH
-            line[i] = _PEAK - _SHARPNESS * (distance * distance) / (np.float32(1) + distance)
+            _raise_near(probabilities, target, part)
+
+
+@compiled()
+def _raise_near(probabilities: Any, target: Any, line: Any) -> None:
+    """adaptive_p's hump around the target, instead of these logits."""
+    for i in range(line.shape[0]):
+        distance = abs(probabilities[i] - target) / _WIDTH
+        # Numba looks at the divisor of a plain division first, one by one.
+        line[i] = _PEAK - _SHARPNESS * np.divide(distance * distance, np.float32(1) + distance)
 
 
 @compiled()

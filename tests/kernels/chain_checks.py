@@ -15,7 +15,7 @@ from vllm_entropix.rows.table import BASE, Sequence
 from vllm_entropix.rows.text import RowText
 from vllm_entropix.samplers import chain, registry
 from vllm_entropix.samplers.chained_kernel import KernelPart
-from vllm_entropix.samplers.stage import StageRows
+from vllm_entropix.samplers.stage import Stage, StageRows
 
 # Settings of rows in turn: all on, sharply, and off.
 SETTINGS = (
@@ -26,12 +26,16 @@ SETTINGS = (
 )
 CHAINS = (
     (),
-    *((name,) for name in stages_of("triton") if name != "dry"),
+    *((name,) for name in stages_of("triton")),
     ("top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"),
     ("temperature", "typ_p", "top_k"),
     ("dynatemp", "xtc", "min_p"),
     ("top_p", "xtc", "min_p", "dynatemp"),
     ("top_k", "xtc", "temperature", "min_p"),
+    ("xtc", "top_n_sigma", "top_p", "temperature"),
+    ("top_p", "dry", "xtc", "typ_p", "dynatemp", "min_p"),
+    ("temperature", "xtc", "dry", "top_k"),
+    ("min_p", "xtc", "typ_p", "dry"),
 )
 
 
@@ -47,7 +51,7 @@ def some_logits(rows, vocabulary, seed):
     return logits.to(torch.get_default_device())
 
 
-def by_kernel(names, logits, numbers, chosen=None, greedy=None, maxima=None, lowered=None):
+def by_kernel(names, logits, numbers, chosen=None, greedy=None, maxima=None, lowered=None, penalties=None, left=None):
     rows = torch.arange(len(logits))
     written = logits.clone()
     shares = chain_of_rows(
@@ -58,8 +62,39 @@ def by_kernel(names, logits, numbers, chosen=None, greedy=None, maxima=None, low
         numbers,
         maxima,
         lowered,
+        penalties,
+        left,
     )
     return written, shares
+
+
+class Penalties(Stage):
+    """DRY without a text: these penalties, of which a token's largest counts."""
+
+    name = "dry"
+
+    def __init__(self, tokens, penalties):
+        super().__init__()
+        self.found = tokens, penalties
+
+    def apply(self, logits, rows):
+        tokens, penalties = self.found
+        return logits.scatter_reduce(-1, tokens, logits.gather(-1, tokens) - penalties, "amin")
+
+
+def some_penalties(rows, vocabulary, seed):
+    """Tokens that may come twice, many of them likely ones, and what is taken off them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, max(vocabulary // 8, 1), (rows, 40), generator=generator, device="cpu")
+    penalties = (torch.rand(rows, 40, generator=generator, device="cpu") * 6 - 1).clamp_min(0)
+    return tokens.to(torch.get_default_device()), penalties.to(torch.get_default_device())
+
+
+def by_pytorch(names, logits, numbers, penalties):
+    """Probabilities by the stages one after the other."""
+    columns = {name: numbers[:, [column]].to(logits.dtype) for column, name in enumerate(NUMBERS)}
+    stages = [Penalties(*penalties) if name == "dry" else chain.make_stages((name,))[0] for name in names]
+    return chain.outcome(stages, logits, StageRows(columns)).probabilities
 
 
 def chains_equal_pytorch():
@@ -67,10 +102,10 @@ def chains_equal_pytorch():
         rows = 8
         logits = some_logits(rows, vocabulary, vocabulary)
         numbers = torch.tensor([SETTINGS[row // 2 % len(SETTINGS)] for row in range(rows)], dtype=torch.float64)
-        columns = {name: numbers[:, [column]].to(logits.dtype) for column, name in enumerate(NUMBERS)}
-        for names in CHAINS if vocabulary == 1000 else CHAINS[-5:]:
-            want = chain.outcome(chain.make_stages(names), logits, StageRows(columns)).probabilities
-            got, shares = by_kernel(names, logits, numbers)
+        penalties = some_penalties(rows, vocabulary, vocabulary)
+        for names in CHAINS if vocabulary == 1000 else CHAINS[-9:]:
+            want = by_pytorch(names, logits, numbers, penalties)
+            got, shares = by_kernel(names, logits, numbers, penalties=penalties)
             torch.testing.assert_close(got.exp(), want, rtol=2e-4, atol=1e-6, msg=lambda told, names=names: f"{names}: {told}")
             if "xtc" not in names:
                 assert not shares.any()
@@ -84,40 +119,47 @@ def what_is_gathered_first_is_enough():
     lowered = logits.topk(3).indices[:, :2]
     logits.scatter_(-1, lowered, logits.gather(-1, lowered) - 50)
     numbers = torch.tensor([SETTINGS[row % len(SETTINGS)] for row in range(rows)], dtype=torch.float64)
-    columns = {name: numbers[:, [column]].to(logits.dtype) for column, name in enumerate(NUMBERS)}
+    numbers[:, NUMBERS.index("top_k")].clamp_(min=1)
     of_row = torch.full((rows,), 2, dtype=torch.int32)
-    for names in (("top_k", "typ_p", "xtc", "temperature"), ("min_p", "top_p", "temperature"), ("top_k",), ("top_p", "xtc")):
-        want = chain.outcome(chain.make_stages(names), logits, StageRows(columns)).probabilities
+    penalties = some_penalties(rows, vocabulary, 12)
+    for names in (
+        ("top_k", "typ_p", "xtc", "temperature"),
+        ("min_p", "top_p", "temperature"),
+        ("top_k",),
+        ("top_p", "xtc"),
+        ("top_k", "xtc", "dry", "top_p"),
+    ):
+        want = by_pytorch(names, logits, numbers, penalties)
         for capacity in (_CAPACITY, 16):
             with mock.patch.object(triton_chain, "_CAPACITY", capacity):
-                got, _shares = by_kernel(names, logits, numbers, maxima=maxima, lowered=of_row)
+                got, _shares = by_kernel(names, logits, numbers, None, None, maxima, of_row, penalties, left=700)
             torch.testing.assert_close(got.exp(), want, rtol=2e-4, atol=1e-6, msg=lambda told, names=names: f"{names}: {told}")
 
 
 def rows_of_chains_are_alone():
     """Strange rows, greedy ones, and those that are left alone; a row's bits depend on nothing but the row."""
-    names = ("top_p", "xtc", "temperature")
     logits = some_logits(8, 1000, 3)
     logits[2, 7], logits[4, 8], logits[6, :] = torch.nan, torch.inf, -torch.inf
     numbers = torch.tensor([SETTINGS[row % len(SETTINGS)] for row in range(8)], dtype=torch.float64)
     numbers[5, NUMBERS.index("temperature")] = 0.0
     rows = torch.arange(8)
-    got, _shares = by_kernel(names, logits, numbers, chosen=rows != 3, greedy=rows == 5)
-    assert torch.equal(got[3], logits[3])
-    for row, token in ((2, 7), (4, 8), (6, 0)):
-        assert got[row].exp().tolist() == [float(index == token) for index in range(1000)]
-    assert got[5].exp().sum() == got[5].exp().max() == 1
-    for row in (0, 1, 5, 7):
-        alone, _shares = by_kernel(names, logits[[row]], numbers[[row]], greedy=rows[[row]] == 5)
-        assert torch.equal(alone[0], got[row])
+    for names in (("top_p", "xtc", "temperature"), ("top_p", "xtc", "dynatemp", "top_n_sigma")):
+        got, _shares = by_kernel(names, logits, numbers, chosen=rows != 3, greedy=rows == 5)
+        assert torch.equal(got[3], logits[3])
+        for row, token in ((2, 7), (4, 8), (6, 0)):
+            assert got[row].exp().tolist() == [float(index == token) for index in range(1000)]
+        assert got[5].exp().sum() == got[5].exp().max() == 1
+        for row in (0, 1, 5, 7):
+            alone, _shares = by_kernel(names, logits[[row]], numbers[[row]], greedy=rows[[row]] == 5)
+            assert torch.equal(alone[0], got[row])
 
 
 def chains_of_a_batch_equal_pytorch():
     """With texts that DRY looks at, beside a chain that PyTorch runs."""
     config = registry.load_server({"sampler": "dry;min_p", "trace": {"alternatives": 0}})
     dry = {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_sequence_breakers": [1]}
-    said = ({**dry, "xtc_probability": 0.5}, {"tfs_z": 0.9}, dry)
-    texts = ("dry;top_n_sigma;xtc;min_p;temperature", "tfs;temperature", "dry;min_p")
+    said = ({**dry, "xtc_probability": 0.5}, {"tfs_z": 0.9}, {**dry, "xtc_probability": 0.3, "xtc_threshold": 0.05})
+    texts = ("dry;top_n_sigma;xtc;min_p;temperature", "tfs;temperature", "min_p;dry;xtc;top_p;temperature")
     base, vocabulary, rows = (0.7, 1.0, 500.0, 0.01), 500, 6
     logits = some_logits(rows, vocabulary, 5)
     device, here = logits.device, torch.arange(rows)

@@ -20,7 +20,7 @@ TYPES = {
     **dict.fromkeys(("top_k", "samples", "forced", "tokens", "enough", "found"), LONGS),
     "sampled": "*i1",
     **dict.fromkeys(("ids", "stages", "lowered"), "*i32"),
-    **dict.fromkeys(("split", "count"), "i32"),
+    **dict.fromkeys(("split", "count", "apart", "others_stride", "number_of_penalties"), "i32"),
     "numbers": "*fp64",
 }
 ROW = {"BLOCK": 4096, "LIMIT": candidates.LIMIT}

@@ -267,7 +267,7 @@ def samplers() -> Iterator[Check]:
     known = chains.stages_of("triton")
     beside = [stage for stage in chains.stages_of("numba") if stage not in known]
     told = (
-        f"a kernel runs those of {', '.join(known)} (on a GPU most, if the server's sampler is a chain), on a CPU also of "
+        f"a kernel runs those of {', '.join(known)} (on a GPU if the server's sampler is a chain), on a CPU also of "
         f"{', '.join(beside)}, and PyTorch all others"
     )
     yield Check("samplers of chains", "ok", f"{', '.join(chain.names())}; {told}")

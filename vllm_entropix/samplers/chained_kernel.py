@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 # Nanoseconds per token of a vocabulary, roughly.
 _COST = 8
-# A GPU's rows are not copied: what moves single logits comes first, and what drops more than the smallest ones not behind XTC.
-_BEHIND_XTC = frozenset({"min_p", "temperature", "dynatemp"})
 # After these a CPU's rows are no longer logits but for a constant, which penalties divide and multiply.
 _SHIFTING = frozenset({"temperature", "dynatemp", "edt", "quadratic"})
 
@@ -58,6 +56,7 @@ class KernelPart:
         if not self._on_gpu:
             state = self._numbers.new_zeros(len(logits), 1) if self._followed is None else self._state.double()
             self._numbers = torch.cat((self._numbers, state), dim=-1)
+        self._left = _left_before_xtc(running, rows)
         self._shares = logits.new_empty(0) if self._on_gpu else logits.new_zeros(len(logits))
         self._places, self._penalties = _penalties(running, rows, tokens)
         self._tokens = self._places[:, :0]
@@ -83,7 +82,7 @@ class KernelPart:
 
     @staticmethod
     def runs(running: Sequence[Stage], backend: str, alone: bool = True) -> bool:
-        """Does this backend's kernel know these stages, in their order?
+        """Does this backend's kernel know these stages, and do they come in an order that it can run?
 
         Args:
             running: the stages.
@@ -97,10 +96,7 @@ class KernelPart:
         known = stages_of(backend)
         if not known or not all(name in known for name in names):
             return False
-        if backend == "numba":
-            return "penalties" not in names or _SHIFTING.isdisjoint(names[: names.index("penalties")])
-        behind = names[names.index("xtc") + 1 :] if "xtc" in names else []
-        return "dry" not in names[1:] and _BEHIND_XTC.issuperset(behind)
+        return "penalties" not in names or _SHIFTING.isdisjoint(names[: names.index("penalties")])
 
     def write(self, logits: Tensor, chosen: Tensor) -> None:
         """Overwrite those of its rows that are ``chosen``, bool ``[rows]``, of all logits."""
@@ -135,14 +131,18 @@ class KernelPart:
 
         from vllm_entropix.kernels.triton_.chain import chain_of_rows
 
-        lowered = None
-        if self._places.shape[-1]:
+        lowered, penalties, stages = None, None, self._codes
+        is_first = bool(stages) and STAGES[stages[0]] == "dry"
+        if self._places.shape[-1] and is_first:
             penalised = logits.gather(-1, self._places) - self._penalties.where(chosen.unsqueeze(-1), 0.0)
             # Of a token that followed several repetitions the longest counts.
             logits.scatter_reduce_(-1, self._places, penalised, "amin")
             lowered = (self._penalties > 0).sum(dim=-1, dtype=torch.int32)
-        stages = tuple(code for code in self._codes if STAGES[code] != "dry")
-        self._shares = chain_of_rows(logits, chosen, self._greedy, stages, self._numbers, self._maxima, lowered)
+        elif self._places.shape[-1]:
+            penalties = self._places, self._penalties
+        self._shares = chain_of_rows(
+            *(logits, chosen, self._greedy, stages[is_first:], self._numbers, self._maxima, lowered, penalties, self._left)
+        )
 
     def drawn(self, tokens: Tensor) -> Drawn:
         """What the stages tell of the drawn tokens, int64 ``[rows]``."""
@@ -166,6 +166,17 @@ class KernelPart:
     def spread(self, values: Tensor, over: Tensor) -> Tensor:
         """``over``, with ``values`` in the part's rows."""
         return values.to(over.dtype) if self.mine is None else values.to(over.dtype).where(self.mine, over)
+
+
+def _left_before_xtc(running: Sequence[Stage], rows: RowView) -> int:
+    """How many candidates any row has left at most when XTC comes, as the host knows."""
+    names = [stage.name for stage in running]
+    vocabulary = rows.logits.shape[-1]
+    if "top_k" not in names or "xtc" not in names[names.index("top_k") :]:
+        return vocabulary
+    assert rows.sequences is not None
+    k = rows.sequences.host_numbers("top_k")
+    return min(int(k.max()), vocabulary) if (k > 0).all() else vocabulary
 
 
 def _penalties(running: Sequence[Stage], rows: RowView, tokens: Tensor | None) -> tuple[Tensor, Tensor]:

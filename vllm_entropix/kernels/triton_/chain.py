@@ -2,7 +2,8 @@
 
 A row is one program's, and its candidates stay where they are: what a stage drops becomes -inf. A border by number or weight
 is found three bits at a time of the order that a float's bits have, each by another pass over the row, which is in the
-second-level cache by then. XTC's two sides share the row: they differ by the top choices, which are those above one logit.
+second-level cache by then. XTC's two sides share the row where nothing but min_p and temperatures comes behind: they differ by
+the top choices, which are those above one logit. Behind other stages the second side is a copy.
 
 As soon as a stage has left few candidates they are gathered beside the row, by ascending id, and the other stages work on them;
 where top_k, min_p or top_p comes first, they are gathered in one pass, by a logit that all they keep is sure to reach.
@@ -29,10 +30,14 @@ _BLOCK = 4096
 NUMBERS = numbers_of("triton")
 # Each is compared with all borders of a digit.
 _SEARCHED = 1024
+# Penalised tokens that are looked up at a time: one by each thread, or registers run short.
+_LOOKED_UP = tl.constexpr(512)
 # Borders that a pass compares with: a digit of three bits.
 _DIGIT = 8
 # Candidates that are worked on beside the row.
 _CAPACITY = 4096
+# Behind these a side of XTC is what lies above one logit, times a factor.
+_BEHIND_XTC = frozenset(map(STAGES.index, ("min_p", "temperature", "dynatemp")))
 _TEMPERATURE = tl.constexpr(STAGES.index("temperature"))
 _DYNATEMP = tl.constexpr(STAGES.index("dynatemp"))
 _TOP_K = tl.constexpr(STAGES.index("top_k"))
@@ -40,6 +45,7 @@ _TOP_P = tl.constexpr(STAGES.index("top_p"))
 _MIN_P = tl.constexpr(STAGES.index("min_p"))
 _TOP_N_SIGMA = tl.constexpr(STAGES.index("top_n_sigma"))
 _TYP_P = tl.constexpr(STAGES.index("typ_p"))
+_DRY = tl.constexpr(STAGES.index("dry"))
 _T = tl.constexpr(NUMBERS.index("temperature"))
 _RANGE = tl.constexpr(NUMBERS.index("dynatemp_range"))
 _EXPONENT = tl.constexpr(NUMBERS.index("dynatemp_exponent"))
@@ -238,15 +244,71 @@ def _keep_first(
 
 
 @triton.jit
+def _places_of(ids, count, token, CAPACITY: tl.constexpr):  # noqa: N803
+    """Where each ``token`` stands among ``count`` gathered ones, whose ids ascend; -1: it isn't there."""
+    first, end = tl.zeros_like(token), tl.zeros_like(token) + count
+    size = tl.full((), 2 * CAPACITY, tl.int32)
+    while size > 1:
+        size = size // 2
+        middle = (first + end) // 2
+        is_behind = (first < end) & (tl.load(ids + middle, mask=first < end, other=0) < token)
+        end = tl.where((first < end) & (is_behind == 0), middle, end)
+        first = tl.where(is_behind, middle + 1, first)
+    found = tl.load(ids + first, mask=first < count, other=-1)
+    return tl.where(found == token, first, -1)
+
+
+@triton.jit
+def _penalise(
+    line,
+    vocabulary,
+    ids,
+    gathered,
+    tokens,
+    penalties,
+    values,
+    number,
+    CAPACITY: tl.constexpr,  # noqa: N803
+    LOOKED_UP: tl.constexpr = _LOOKED_UP,  # noqa: N803
+):
+    """Take DRY's penalties off candidates' logits; of a token that has several, the largest.
+
+    ``values`` is room for ``number`` logits: all are read before any is lower.
+    """
+    tl.debug_barrier()
+    for turn in tl.range(2):
+        for start in tl.range(0, number, LOOKED_UP):
+            place = start + tl.arange(0, LOOKED_UP)
+            penalty = tl.load(penalties + place, mask=place < number, other=0.0)
+            index = tl.load(tokens + place, mask=place < number, other=0).to(tl.int32)
+            if gathered > 0:
+                index = _places_of(ids, vocabulary, index, CAPACITY)
+            concerned = (penalty > 0) & (index >= 0)
+            if turn == 0:
+                tl.store(values + place, tl.load(line + index, mask=concerned, other=0.0) - penalty, mask=concerned)
+            else:
+                tl.atomic_min(line + index, tl.load(values + place, mask=concerned, other=0.0), mask=concerned)
+        tl.debug_barrier()
+
+
+@triton.jit
 def _apply(
     line,
     vocabulary,
     code,
     own,
     weight,
+    row,
+    ids,
+    gathered,
+    tokens,
+    penalties,
+    values,
+    number_of_penalties,
     BLOCK: tl.constexpr,  # noqa: N803
     SEARCHED: tl.constexpr,  # noqa: N803
     DIGIT: tl.constexpr,  # noqa: N803
+    CAPACITY: tl.constexpr,  # noqa: N803
 ):
     """Let a stage drop and move a row's candidates where they stand.
 
@@ -270,6 +332,20 @@ def _apply(
         elif sigmas > 0:
             distance = -sigmas * _spread(line, vocabulary, highest, number, BLOCK) * (1 + _SLACK)
             _keep_within(line, vocabulary, highest, distance, BLOCK)
+    elif code == _DRY:
+        # Only here is it known where the row's begin: other stages have their registers for themselves.
+        first = row * number_of_penalties
+        _penalise(
+            line,
+            vocabulary,
+            ids + row * CAPACITY,
+            gathered,
+            tokens + first,
+            penalties + first,
+            values + first,
+            number_of_penalties,
+            CAPACITY,
+        )
     else:
         by_number, typical = (code == _TOP_K).to(tl.int32), (code == _TYP_P).to(tl.int32)
         k, p, mass = tl.load(own + _K), tl.load(own + _P), tl.load(own + _TYPICAL)
@@ -370,23 +446,56 @@ def _write_mixture(
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     """Replace candidates by their log-probabilities on both sides of the coin, or the best one's by 0."""
+    tl.debug_barrier()
+    for start in tl.range(0, vocabulary, BLOCK):
+        token, x = _tile(line, start, vocabulary, BLOCK)
+        p = _mixture(x, token, low, highest, scale, share, only, its_low, its_scale, its_share, least, keeper)
+        _store_logarithm(line, vocabulary, token, p, greedy)
+    _keep_best(line, vocabulary, greedy, BLOCK)
+
+
+@triton.jit
+def _store_logarithm(line, vocabulary, token, p, greedy):
+    """Of a probability; itself where only the best is asked for, of which rounding makes no equals."""
+    log_p = tl.where(p > 0, tl.log(tl.where(p > 0, p, 1.0)), -float("inf"))
+    tl.store(line + token, tl.where(greedy, p, log_p), mask=token < vocabulary)
+
+
+@triton.jit
+def _keep_best(line, vocabulary, greedy, BLOCK: tl.constexpr):  # noqa: N803
+    """Where ``greedy``, of probabilities."""
+    tl.debug_barrier()
     if greedy:
-        best, most = tl.full((), 0, tl.int32), tl.full((), -1.0, tl.float32)
-        for start in tl.range(0, vocabulary, BLOCK):
-            token, x = _tile(line, start, vocabulary, BLOCK)
-            p = _mixture(x, token, low, highest, scale, share, only, its_low, its_scale, its_share, least, keeper)
-            here = tl.max(p, axis=0)
-            first = tl.min(tl.where(p == here, token, 2**31 - 1), axis=0)
-            best = tl.where(here > most, first, best)
-            most = tl.maximum(most, here)
+        _highest, best = survey(line, vocabulary, BLOCK)
         _alone(line, vocabulary, best, BLOCK)
-    else:
-        tl.debug_barrier()
-        for start in tl.range(0, vocabulary, BLOCK):
-            token, x = _tile(line, start, vocabulary, BLOCK)
-            p = _mixture(x, token, low, highest, scale, share, only, its_low, its_scale, its_share, least, keeper)
-            log_p = tl.where(p > 0, tl.log(tl.where(p > 0, p, 1.0)), -float("inf"))
-            tl.store(line + token, log_p, mask=token < vocabulary)
+
+
+@triton.jit
+def _copy_other_side(line, other, vocabulary, least, keeper, BLOCK: tl.constexpr):  # noqa: N803
+    """The row without the top choices, which are those above ``least`` and its equals but for ``keeper``."""
+    tl.debug_barrier()
+    for start in tl.range(0, vocabulary, BLOCK):
+        token, x = _tile(line, start, vocabulary, BLOCK)
+        is_left = _is_of_side(x, token, -float("inf"), least, 1, least, keeper)
+        tl.store(other + token, tl.where(is_left, x, -float("inf")), mask=token < vocabulary)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _write_both(line, other, vocabulary, probability, greedy, BLOCK: tl.constexpr):  # noqa: N803
+    """Replace candidates by their log-probabilities on both sides of the coin, of which the second is a copy."""
+    highest, _best = survey(line, vocabulary, BLOCK)
+    _number, total, _product = _sums(line, vocabulary, highest, BLOCK)
+    its_highest, _best = survey(other, vocabulary, BLOCK)
+    _number, its_total, _product = _sums(other, vocabulary, its_highest, BLOCK)
+    share, its_share = ((1 - probability) / total).to(tl.float32), (probability / its_total).to(tl.float32)
+    tl.debug_barrier()
+    for start in tl.range(0, vocabulary, BLOCK):
+        token, x = _tile(line, start, vocabulary, BLOCK)
+        _token, its_x = _tile(other, start, vocabulary, BLOCK)
+        p = share * tl.exp(x - highest) + its_share * tl.exp(its_x - its_highest)
+        _store_logarithm(line, vocabulary, token, p, greedy)
+    _keep_best(line, vocabulary, greedy, BLOCK)
 
 
 @triton.jit
@@ -463,7 +572,7 @@ def _put_back(line, vocabulary, values, ids, count, BLOCK: tl.constexpr):  # noq
         tl.store(line + token, tl.load(values + index, mask=inside, other=0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["split", "count"])
+@triton.jit(do_not_specialize=["split", "count", "others_stride", "apart", "number_of_penalties"])
 def _chain(
     logits,
     row_stride,
@@ -480,6 +589,13 @@ def _chain(
     lowered,
     values,
     ids,
+    others,
+    others_stride,
+    apart,
+    tokens,
+    penalties,
+    penalised,
+    number_of_penalties,
     COLUMNS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     SEARCHED: tl.constexpr,  # noqa: N803
@@ -487,12 +603,14 @@ def _chain(
     GROUPS: tl.constexpr,  # noqa: N803
     CAPACITY: tl.constexpr,  # noqa: N803
 ):
-    """A row through the stages 0 to ``count - 1``, of which ``split`` is XTC; ``count`` if there is none."""
+    """A row through the stages 0 to ``count - 1``, of which ``split`` is XTC; ``count`` if there is none.
+
+    Where ``apart``, the second side of XTC's coin is a copy.
+    """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(chosen + row) == 0:
         return
     whole, own = logits + row * row_stride, numbers + row * COLUMNS
-    few, ids = values + row * CAPACITY, ids + row * CAPACITY
     # What the stages work on: the row, or what was gathered of it.
     line, size = whole, tl.full((), 0, tl.int32) + vocabulary
     gathered, weight = tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float64)
@@ -517,16 +635,33 @@ def _chain(
             GROUPS,
         )
         if sure > _LOWEST:
-            number = _gather(whole, vocabulary, sure, few, ids, BLOCK, CAPACITY)
+            number = _gather(whole, vocabulary, sure, values + row * CAPACITY, ids + row * CAPACITY, BLOCK, CAPACITY)
             if number <= CAPACITY:
-                line, size, gathered = few, number, gathered + 1
+                line, size, gathered = values + row * CAPACITY, number, gathered + 1
     for place in tl.range(0, split):
         code = tl.load(stages + place)
-        _apply(line, size, code, own, tl.where(place == 0, weight, 0.0), BLOCK, SEARCHED, DIGIT)
-        if (gathered == 0) & (code != _TEMPERATURE) & (code != _DYNATEMP):
-            number = _gather(whole, vocabulary, _LOWEST, few, ids, BLOCK, CAPACITY)
+        _apply(
+            line,
+            size,
+            code,
+            own,
+            tl.where(place == 0, weight, 0.0),
+            row,
+            ids,
+            gathered,
+            tokens,
+            penalties,
+            penalised,
+            number_of_penalties,
+            BLOCK,
+            SEARCHED,
+            DIGIT,
+            CAPACITY,
+        )
+        if (gathered == 0) & (code != _TEMPERATURE) & (code != _DYNATEMP) & (code != _DRY):
+            number = _gather(whole, vocabulary, _LOWEST, values + row * CAPACITY, ids + row * CAPACITY, BLOCK, CAPACITY)
             if number <= CAPACITY:
-                line, size, gathered = few, number, gathered + 1
+                line, size, gathered = values + row * CAPACITY, number, gathered + 1
     probability, threshold = tl.load(own + _PI), tl.load(own + _THRESHOLD)
     coin = (split < count) & (probability > 0) & (threshold <= 0.5)
     least, keeper, tops = tl.full((), 0.0, tl.float32), tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
@@ -538,6 +673,7 @@ def _chain(
         least, keeper, tops = _least_of_top_choices(line, size, highest, border, BLOCK)
     if tops > 1:
         tl.store(shares + row, probability.to(tl.float32))
+    if (tops > 1) & (apart == 0):
         low, scale, cold = _later(line, size, stages, split + 1, count, own, highest, 0, least, keeper, BLOCK)
         _number, total, _product = _sums_of_side(line, size, low, highest, scale, 0, least, keeper, BLOCK)
         # Of equal largest logits the first stays where it is so cold.
@@ -563,11 +699,40 @@ def _chain(
             BLOCK,
         )
     else:
-        for place in tl.range(split + 1, count):
-            _apply(line, size, tl.load(stages + place), own, 0.0, BLOCK, SEARCHED, DIGIT)
-        _write(line, size, is_greedy, BLOCK)
+        behind, sides = tl.maximum(count - split - 1, 0), 1 + (tops > 1).to(tl.int32)
+        if tops > 1:
+            _copy_other_side(line, others + row * others_stride, size, least, keeper, BLOCK)
+        for turn in tl.range(0, sides * behind):
+            side, place = line, split + 1 + turn
+            if turn >= behind:
+                side, place = others + row * others_stride, place - behind
+            code = tl.load(stages + place)
+            _apply(
+                side,
+                size,
+                code,
+                own,
+                0.0,
+                row,
+                ids,
+                gathered,
+                tokens,
+                penalties,
+                penalised,
+                number_of_penalties,
+                BLOCK,
+                SEARCHED,
+                DIGIT,
+                CAPACITY,
+            )
+        if tops > 1:
+            # Loaded again, so that no register keeps it while stages run.
+            probability = tl.load(own + _PI)
+            _write_both(line, others + row * others_stride, size, probability, is_greedy, BLOCK)
+        else:
+            _write(line, size, is_greedy, BLOCK)
     if gathered > 0:
-        _put_back(whole, vocabulary, few, ids, size, BLOCK)
+        _put_back(whole, vocabulary, values + row * CAPACITY, ids + row * CAPACITY, size, BLOCK)
 
 
 @cache
@@ -590,6 +755,8 @@ def chain_of_rows(
     numbers: Tensor,
     maxima: Tensor | None = None,
     lowered: Tensor | None = None,
+    penalties: tuple[Tensor, Tensor] | None = None,
+    left: int | None = None,
 ) -> Tensor:
     """Overwrite the chosen rows with the log-probabilities they are drawn from.
 
@@ -597,10 +764,14 @@ def chain_of_rows(
         logits: float32 ``[rows, vocab]``, last dimension contiguous, changed in place.
         chosen: bool ``[rows]``; other rows are left alone.
         greedy: bool ``[rows]``: the most probable token of what is left, alone.
-        stages: the chain's, as indices of STAGES; none is DRY, and after XTC come min_p and temperatures alone.
+        stages: the chain's, as indices of STAGES.
         numbers: float64 ``[rows, len(NUMBERS)]``.
         maxima: of the logits' groups, as ``logits_metrics`` gives them; None: what is kept first is found without them.
         lowered: int32 ``[rows]``, how many logits at most are smaller since the maxima were taken; None: none.
+        penalties: where one of the stages is DRY, tokens as int64 ``[rows, any]``, and what is taken off them, float32; a
+            token may come several times, and the largest counts.
+        left: candidates that a row has at most when XTC comes; None: all. Where they are more than 4096, a chain with other
+            stages than min_p and temperatures behind XTC takes room for the logits a second time.
 
     Returns:
         float32 ``[rows]``, of chosen rows: the share of the distribution in which XTC excluded top choices.
@@ -612,10 +783,16 @@ def chain_of_rows(
     values, ids = (torch.empty(rows, _CAPACITY, dtype=one, device=logits.device) for one in (torch.float32, torch.int32))
     xtc = STAGES.index("xtc")
     split = stages.index(xtc) if xtc in stages else len(stages)
+    apart = not _BEHIND_XTC.issuperset(stages[split + 1 :])
+    few = left is not None and left <= _CAPACITY
+    others = torch.empty(rows, (_CAPACITY if few else vocabulary) if apart else 0, device=logits.device)
+    tokens, taken_off = penalties or (others.new_empty(rows, 0, dtype=torch.int64), others.new_empty(rows, 0))
     if rows:
         _chain[(rows,)](
             *(logits, logits.stride(0), vocabulary, chosen, greedy, _on(stages, logits.device), split, len(stages)),
             *(numbers.contiguous(), shares, maxima, maxima.shape[1], lowered, values, ids),
+            *(others, others.stride(0), int(apart)),
+            *(tokens.contiguous(), taken_off.contiguous(), torch.empty_like(taken_off), taken_off.shape[1]),
             COLUMNS=len(NUMBERS),
             BLOCK=_BLOCK,
             SEARCHED=_SEARCHED,

@@ -103,7 +103,7 @@ def chains_equal_pytorch():
         logits = some_logits(rows, vocabulary, vocabulary)
         numbers = torch.tensor([SETTINGS[row // 2 % len(SETTINGS)] for row in range(rows)], dtype=torch.float64)
         penalties = some_penalties(rows, vocabulary, vocabulary)
-        for names in CHAINS if vocabulary == 1000 else CHAINS[-9:]:
+        for names in CHAINS if vocabulary == 1000 else CHAINS[-6:]:
             want = by_pytorch(names, logits, numbers, penalties)
             got, shares = by_kernel(names, logits, numbers, penalties=penalties)
             torch.testing.assert_close(got.exp(), want, rtol=2e-4, atol=1e-6, msg=lambda told, names=names: f"{names}: {told}")

@@ -3,11 +3,15 @@
 from unittest import mock
 
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
+from tests.kernels.reads import Reads
 from vllm_entropix.distribution import backend
 from vllm_entropix.kernels.chains import STAGES, stages_of
-from vllm_entropix.kernels.triton_ import chain as triton_chain
-from vllm_entropix.kernels.triton_.chain import _CAPACITY, NUMBERS, chain_of_rows
+from vllm_entropix.kernels.triton_.chain import launch
+from vllm_entropix.kernels.triton_.chain.codes import NUMBERS
+from vllm_entropix.kernels.triton_.chain.launch import _CAPACITY, chain_of_rows
 from vllm_entropix.kernels.triton_.logits_metrics import logits_metrics
 from vllm_entropix.rows.batch import BatchSampler
 from vllm_entropix.rows.rows import Rows
@@ -52,8 +56,7 @@ def some_logits(rows, vocabulary, seed):
 
 
 def by_kernel(names, logits, numbers, chosen=None, greedy=None, maxima=None, lowered=None, penalties=None, left=None):
-    rows = torch.arange(len(logits))
-    written = logits.clone()
+    rows, written = torch.arange(len(logits)), logits.clone()
     shares = chain_of_rows(
         written,
         rows >= 0 if chosen is None else chosen,
@@ -131,7 +134,7 @@ def what_is_gathered_first_is_enough():
     ):
         want = by_pytorch(names, logits, numbers, penalties)
         for capacity in (_CAPACITY, 16):
-            with mock.patch.object(triton_chain, "_CAPACITY", capacity):
+            with mock.patch.object(launch, "_CAPACITY", capacity):
                 got, _shares = by_kernel(names, logits, numbers, None, None, maxima, of_row, penalties, left=700)
             torch.testing.assert_close(got.exp(), want, rtol=2e-4, atol=1e-6, msg=lambda told, names=names: f"{names}: {told}")
 
@@ -185,4 +188,77 @@ def chains_of_a_batch_equal_pytorch():
     torch.testing.assert_close(written[1].exp(), written[0].exp(), rtol=2e-4, atol=1e-6)
 
 
-CHECKS = (chains_equal_pytorch, what_is_gathered_first_is_enough, rows_of_chains_are_alone, chains_of_a_batch_equal_pytorch)
+def any_settings():
+    """Of a row, in the order of NUMBERS; each may be off."""
+    ranges = (
+        (0.3, 2.0),
+        (0.0, 1.0),
+        (0.0, 3.0),
+        (0, 60),
+        (0.05, 1.0),
+        (0.0, 0.4),
+        (-0.5, 2.5),
+        (0.05, 1.0),
+        (0.0, 1.0),
+        (0.0, 0.5),
+    )
+    return st.tuples(
+        *(
+            st.integers(*one) if isinstance(one[0], int) else st.floats(*one).map(lambda value: round(value, 3))
+            for one in ranges
+        )
+    )
+
+
+@settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(
+    st.permutations(stages_of("triton")),
+    st.integers(1, len(stages_of("triton"))),
+    st.lists(any_settings(), min_size=3, max_size=3),
+    st.sampled_from((2, 700, 4200)),
+    st.integers(0, 2**31),
+)
+def random_chains_equal_pytorch(names, length, rows_settings, vocabulary, seed):
+    """Any stages in any order, with any settings."""
+    names, rows = tuple(names[:length]), len(rows_settings)
+    logits, penalties = some_logits(rows, vocabulary, seed), some_penalties(rows, vocabulary, seed)
+    numbers = torch.tensor(rows_settings, dtype=torch.float64)
+    *_metrics, maxima = logits_metrics(logits)
+    got, _shares = by_kernel(names, logits, numbers, maxima=maxima, penalties=penalties)
+    want = by_pytorch(names, logits, numbers, penalties)
+    torch.testing.assert_close(got.exp(), want, rtol=2e-4, atol=1e-6, msg=lambda told: f"{names}: {told}")
+
+
+def chains_read_rows_twice():
+    """What a chain reads of a row of few likely tokens, in whole rows, without the pass that measures it."""
+    vocabulary = 2 * 4096 + 5
+    logits = 3 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(3))
+    numbers = torch.tensor([SETTINGS[0]], dtype=torch.float64)
+    penalties = some_penalties(1, vocabulary, 4)
+    beginnings = ("top_k", "top_p", "min_p", "top_n_sigma", "typ_p")
+    cases = [
+        *((names, 2) for names in ((), ("temperature",), *((one,) for one in beginnings))),
+        *((("temperature", one, "dry", "xtc", "top_p"), 2) for one in beginnings),
+        (("top_n_sigma", "typ_p", "min_p", "xtc", "temperature"), 2),
+        # Its temperature is known when the row's entropy is.
+        (("dynatemp",), 3),
+        (("dynatemp", "min_p", "xtc"), 3),
+    ]
+    for names, most in cases:
+        row = logits.clone()
+        *_metrics, maxima = logits_metrics(row)
+        with mock.patch.object(row, "clone", return_value=row), Reads(row) as reads:
+            got, _shares = by_kernel(names, row, numbers, maxima=maxima, penalties=penalties, left=40)
+        assert reads.count == most * vocabulary, (names, reads.count / vocabulary)
+        want = by_pytorch(names, logits, numbers, penalties)
+        torch.testing.assert_close(got.exp(), want, rtol=2e-4, atol=1e-6, msg=lambda told, names=names: f"{names}: {told}")
+
+
+CHECKS = (
+    chains_equal_pytorch,
+    random_chains_equal_pytorch,
+    chains_read_rows_twice,
+    what_is_gathered_first_is_enough,
+    rows_of_chains_are_alone,
+    chains_of_a_batch_equal_pytorch,
+)

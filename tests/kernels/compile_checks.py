@@ -10,7 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_entropix.kernels.triton_ import candidates, chain, logits_metrics, repetitions
+from vllm_entropix.kernels.triton_ import candidates, logits_metrics, repetitions
+from vllm_entropix.kernels.triton_.chain import launch
 
 FLOATS, LONGS = "*fp32", "*i64"
 # Types of arguments by name, of all kernels; what isn't named here is float32 in memory, or a constant.
@@ -21,16 +22,16 @@ TYPES = {
     "sampled": "*i1",
     **dict.fromkeys(("ids", "stages", "lowered"), "*i32"),
     **dict.fromkeys(("split", "count", "apart", "others_stride", "number_of_penalties"), "i32"),
-    "numbers": "*fp64",
+    **dict.fromkeys(("numbers", "sums"), "*fp64"),
 }
 ROW = {"BLOCK": 4096, "LIMIT": candidates.LIMIT}
 CHAIN = {
-    "COLUMNS": len(chain.NUMBERS),
-    "BLOCK": chain._BLOCK,
-    "SEARCHED": chain._SEARCHED,
-    "DIGIT": chain._DIGIT,
+    "COLUMNS": len(launch.NUMBERS),
+    "BLOCK": launch._BLOCK,
+    "SEARCHED": launch._SEARCHED,
+    "DIGIT": launch._DIGIT,
     "GROUPS": 2048,
-    "CAPACITY": chain._CAPACITY,
+    "CAPACITY": launch._CAPACITY,
 }
 GROUPS = {"COLLECT": 2048, "GROUP": 64, "GROUPS": 2048}
 
@@ -42,7 +43,7 @@ VARIANTS = (
     (logits_metrics._merge_tiles, {"TILES": 1, "tiles": 1}, {}, 1),
     (candidates._distribute, {**ROW, **GROUPS, "CAPACITY": 256, "STEP": 32}, {"chosen": "*i32"}, 8),
     (repetitions._repetitions, {"BLOCK": 128}, {}, 4),
-    (chain._chain, CHAIN, dict.fromkeys(("chosen", "greedy"), "*i1"), 16),
+    (launch._chain, CHAIN, dict.fromkeys(("chosen", "greedy"), "*i1"), 16),
 )
 
 

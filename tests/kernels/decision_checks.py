@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
+from tests.kernels.reads import Reads
 from tests.samplers.test_two_copies import KINDS, NAMES, some_attention, some_metrics, values
 from vllm_entropix import EntropixConfig
 from vllm_entropix.attention import AttentionObserver, LayerAttention, launches
@@ -353,29 +354,6 @@ def parts_of_a_step_are_alone():
             found.append((torch.cat(lines), torch.cat(records)))
     for whole, in_parts in zip(*found, strict=True):
         torch.testing.assert_close(in_parts, whole, rtol=0, atol=0, equal_nan=True)
-
-
-class Reads:
-    """Counts how many numbers of a tensor the kernels load while it is open."""
-
-    def __init__(self, tensor):
-        self.begin, self.end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        self.count = 0
-
-    def __enter__(self):
-        load = interpreter.InterpreterBuilder.create_masked_load
-
-        def counted(builder, pointers, mask, *rest):
-            inside = (pointers.data >= self.begin) & (pointers.data < self.end) & mask.data
-            self.count += int(inside.sum())
-            return load(builder, pointers, mask, *rest)
-
-        self.patch = mock.patch.object(interpreter.InterpreterBuilder, "create_masked_load", counted)
-        self.patch.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.patch.__exit__(*error)
 
 
 def rows_are_read_seldom():

@@ -7,7 +7,8 @@ import pytest
 
 from tests.kernels.test_triton import result_of
 from tests.support.machine_code import SHARED
-from vllm_entropix.kernels.triton_ import candidates, chain, logits_metrics, wide_filters
+from vllm_entropix.kernels.triton_ import candidates, logits_metrics, wide_filters
+from vllm_entropix.kernels.triton_.chain import launch
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 # An H100's bytes a second, multiprocessors, schedulers of each, cycles a second.
@@ -81,7 +82,7 @@ def test_the_page_says_what_steps_cost():
         ("a `top_p`, no `top_k`", 4 * logits, logits, sought + 2 * maxima, ["_tally", "_tally", "_count_values", "_write"]),
         ("neither", 2 * logits, logits, 3 * tallies + maxima, ["_tally", "_write"]),
         # The largest logit, and what is gathered, which is written and read; then the row is excluded.
-        ("llama.cpp's default chain", 2 * logits, logits, maxima + 2 * ROWS * chain._CAPACITY * (4 + 4), []),
+        ("llama.cpp's default chain", 2 * logits, logits, maxima + 2 * ROWS * launch._CAPACITY * (4 + 4), []),
     ):
         seconds = (read + written + beside) / BANDWIDTH
         want = [read / 1e6, written / 1e6, beside / 1e6, seconds * 1e3]

@@ -58,6 +58,8 @@ CHECKS = (
     "samplers_write_with_a_rule_and_without",
     "repetitions_equal_pytorch",
     "chains_equal_pytorch",
+    "random_chains_equal_pytorch",
+    "chains_read_rows_twice",
     "what_is_gathered_first_is_enough",
     "rows_of_chains_are_alone",
     "chains_of_a_batch_equal_pytorch",

@@ -129,7 +129,7 @@ class KernelPart:
     def _write_on_gpu(self, logits: Tensor, chosen: Tensor) -> None:
         import torch
 
-        from vllm_entropix.kernels.triton_.chain import chain_of_rows
+        from vllm_entropix.kernels.triton_.chain.launch import chain_of_rows
 
         lowered, penalties, stages = None, None, self._codes
         is_first = bool(stages) and STAGES[stages[0]] == "dry"

@@ -162,8 +162,8 @@ def chains_of_a_batch_equal_pytorch():
     config = registry.load_server({"sampler": "dry;min_p", "trace": {"alternatives": 0}})
     dry = {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_sequence_breakers": [1]}
     said = ({**dry, "xtc_probability": 0.5}, {"tfs_z": 0.9}, {**dry, "xtc_probability": 0.3, "xtc_threshold": 0.05})
-    texts = ("dry;top_n_sigma;xtc;min_p;temperature", "tfs;temperature", "min_p;dry;xtc;top_p;temperature")
-    base, vocabulary, rows = (0.7, 1.0, 500.0, 0.01), 500, 6
+    texts = ("dry;top_n_sigma;xtc;min_p;temperature", "tfs;temperature", "top_k;min_p;dry;xtc;top_p;temperature")
+    base, vocabulary, rows = (0.7, 1.0, 40.0, 0.01), 500, 6
     logits = some_logits(rows, vocabulary, 5)
     device, here = logits.device, torch.arange(rows)
     tokens = torch.tensor([2, 3, 4, 2, 3, 4, 2, 3], dtype=torch.int32).repeat(rows, 1)

@@ -104,7 +104,7 @@ PAIRS = [
     *(("typ_p", "dynatemp"), ("temperature", "top_p"), ("dry", "top_p"), ("top_p", "dry"), ("min_p", "typ_p")),
     *(("top_p", "eta"), ("epsilon", "p_less"), ("quadratic", "typ_p"), ("typ_p", "penalties"), ("penalties", "edt")),
     *(("typ_p", "top_h"), ("top_h", "top_p"), ("top_p", "mirostat"), ("top_h", "mirostat_v2"), ("xtc", "top_h")),
-    ("top_p", "adaptive_p"),
+    *(("top_p", "adaptive_p"), ("typ_p", "tfs"), ("tfs", "top_p"), ("xtc", "tfs")),
 ]
 
 
@@ -118,6 +118,7 @@ def test_rows_of_a_wide_vocabulary(names, seed, by_kernel):
     said = {**random_settings(rng), "top_p": 0.9, "typ_p": 0.8, "min_p": 0.02, "top_k": 700, "temperature": 0.7}
     said |= {"top_n_sigma": 1.5, "dynatemp_range": 0.4, "xtc_threshold": 1e-5, "xtc_probability": 0.5}
     said |= {"epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4, "edt_theta": 0.5, "top_a": 0.2, "smoothing_factor": 0.2, "top_h": 0.6}
+    said |= {"tfs_z": 0.9}
     names = [*names, "temperature"] if names in (("min_p",), ("top_n_sigma",)) else list(names)
     batch = Batch([(*request_of(names, said), base_of(said, 50000))] * 2, server="dry;min_p")
     text = rng.integers(0, 50, size=60).tolist()
@@ -126,6 +127,17 @@ def test_rows_of_a_wide_vocabulary(names, seed, by_kernel):
     chain = Chain.parse(names, parameters_of(names, said)).begin(2)
     expected = chain.distribution(logits, [text] * 2).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("z", [0.0, 0.3, 1 - 1e-6])
+def test_differences_count_the_same_where_nothing_bends(z, by_kernel):
+    """Of candidates that are equal, or all but: the first by their ids, or the most probable."""
+    logits = torch.stack([torch.zeros(5000), torch.arange(5000) * 1e-7])
+    batch = Batch([(*request_of(["tfs", "dry"], {"tfs_z": z}), base_of({}, 5000))] * 2, server="dry;min_p")
+    found = batch.distributions(logits, [[[1]]] * 2)
+    assert by_kernel
+    kept = max(1, int(z * 4998)) if z < 0.9 else 5000
+    assert [row.nonzero().flatten().tolist() for row in found] == [list(range(kept)), list(range(5000 - kept, 5000))]
 
 
 def test_a_band_ends_between_float32_of_which_none_lies_between(by_kernel):

@@ -26,6 +26,7 @@ _KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mirostat": ((), _CPU),
     "mirostat_v2": ((), _CPU),
     "adaptive_p": (("adaptive_target",), _CPU),
+    "tfs": (("tfs_z",), _CPU),
 }
 # As the kernels number them.
 STAGES = tuple(_KNOWN)

@@ -1,4 +1,4 @@
-"""A chain's filters and temperatures, row by row: what ``samplers.chain.outcome`` does, without putting a vocabulary in order.
+"""A chain's filters and temperatures, row by row: what ``samplers.chain.outcome`` does, with no vocabulary in order but tfs's.
 
 What is known of a row's candidates goes from stage to stage, so that none asks the whole vocabulary for it again:
 
@@ -26,6 +26,7 @@ from vllm_entropix.kernels.numba_.candidates import (
     token_of,
 )
 from vllm_entropix.kernels.numba_.compiled import compiled
+from vllm_entropix.kernels.numba_.curvature import band_of_curvature
 from vllm_entropix.kernels.numba_.distribute import largest_beside_nan, largest_tokens
 from vllm_entropix.kernels.numba_.elementary import exponential, extremes, largest, rounded_up
 from vllm_entropix.kernels.numba_.entropies import band_of_entropy
@@ -46,6 +47,7 @@ _MIN_P, _TOP_N_SIGMA, _EPSILON, _ETA = (STAGES.index(name) for name in ("min_p",
 _GREEDY_THRESHOLD, _P_LESS, _TOP_A = (STAGES.index(name) for name in ("greedy_threshold", "p_less", "top_a"))
 _XTC, _DRY, _PENALTIES, _QUADRATIC = (STAGES.index(name) for name in ("xtc", "dry", "penalties", "quadratic"))
 _TOP_H, _MIROSTAT, _MIROSTAT_V2, _ADAPTIVE_P = map(STAGES.index, ("top_h", "mirostat", "mirostat_v2", "adaptive_p"))
+_TFS = STAGES.index("tfs")
 _NUMBERS = numbers_of("numba")
 _T, _RANGE, _EXPONENT, _THETA = map(_NUMBERS.index, ("temperature", "dynatemp_range", "dynatemp_exponent", "edt_theta"))
 _K, _P, _TYPICAL = map(_NUMBERS.index, ("top_k", "top_p", "typ_p"))
@@ -55,7 +57,7 @@ _PI, _THRESHOLD = map(_NUMBERS.index, ("xtc_probability", "xtc_threshold"))
 _LAST_N, _REPEAT = map(_NUMBERS.index, ("repeat_last_n", "repeat_penalty"))
 _FREQUENCY, _PRESENCE = map(_NUMBERS.index, ("frequency_penalty", "presence_penalty"))
 _FACTOR, _CURVE = map(_NUMBERS.index, ("smoothing_factor", "smoothing_curve"))
-_H, _TARGET = map(_NUMBERS.index, ("top_h", "adaptive_target"))
+_H, _TARGET, _Z = map(_NUMBERS.index, ("top_h", "adaptive_target", "tfs_z"))
 # Behind them stands the number that a stage follows the draws by.
 _STATE = len(_NUMBERS)
 # Of sums and ratios, as of float32: see ``distribution.survivors``.
@@ -107,6 +109,9 @@ def chain_of_rows(
     """
     vocabulary = logits.shape[1]
     ids, spare = np.empty(vocabulary, dtype=np.int32), np.empty(vocabulary, dtype=np.int32)
+    # What is put in order; pages that are asked for anew with each row cost more than its sort.
+    ordered = vocabulary if (stages == _TFS).any() else 0
+    room = np.empty(ordered, dtype=np.float32), np.empty(ordered, dtype=np.float64)
     split = len(stages)
     for index in range(len(stages)):
         if stages[index] == _XTC:
@@ -129,7 +134,7 @@ def chain_of_rows(
         low, high = extremes(line)
         state = vocabulary, low, high, max(low, _LOWEST), high, 0.0
         text = places[row], penalties[row], tokens[row], handed[row]
-        state = _through(before, own, text, line, ids, spare, state)
+        state = _through(before, own, text, line, ids, spare, room, state)
         tops, which = 0, 0
         if split < len(stages) and own[_PI] > 0 and own[_THRESHOLD] <= 0.5:
             count, low, high, total = _settled(line, ids, state)
@@ -137,7 +142,7 @@ def chain_of_rows(
             state = count, low, high, low, high, total
             tops, which = _top_choices(line, count, high, own[_THRESHOLD] * (1 - _SLACK) * total, spare)
         if tops < 2:
-            state = _through(behind, own, text, line, ids, spare, state)
+            state = _through(behind, own, text, line, ids, spare, room, state)
             _write(line, ids, state, greedy[row])
             continue
         shares[row] = own[_PI]
@@ -157,8 +162,8 @@ def chain_of_rows(
             left += 1
         low_left, high_left = extremes(rest[:left])
         other = left, low_left, high_left, low_left, high_left, 0.0
-        state = _through(behind, own, text, line, ids, spare, state)
-        other = _through(behind, own, text, rest, rest_ids, spare, other)
+        state = _through(behind, own, text, line, ids, spare, room, state)
+        other = _through(behind, own, text, rest, rest_ids, spare, room, other)
         _write_mixture(line, ids, state, rest, rest_ids, other, own[_PI], greedy[row])
 
 
@@ -186,7 +191,7 @@ def _settled(line: Any, ids: Any, state: Any) -> Any:
 
 
 @compiled()
-def _through(stages: Any, own: Any, text: Any, line: Any, ids: Any, spare: Any, state: Any) -> Any:
+def _through(stages: Any, own: Any, text: Any, line: Any, ids: Any, spare: Any, room: Any, state: Any) -> Any:
     """Run candidates through stages; what is known of those that are left."""
     for stage in stages:
         count, low, high, total = _settled(line, ids, state)
@@ -222,6 +227,10 @@ def _through(stages: Any, own: Any, text: Any, line: Any, ids: Any, spare: Any, 
         elif stage == _TOP_H:
             if own[_H] < 1:
                 least, total, dropped = band_of_entropy(line, count, low, high, own[_H], _SLACK, spare)
+                low = np.float32(-np.inf) if dropped else low
+        elif stage == _TFS:
+            if own[_Z] < 1 and count > 2:
+                least, total, dropped = band_of_curvature(line, count, high, own[_Z], _SLACK, room, spare)
                 low = np.float32(-np.inf) if dropped else low
         elif stage in (_EPSILON, _ETA, _GREEDY_THRESHOLD, _P_LESS, _TOP_A, _MIROSTAT_V2):
             distance, total = _distance_of(stage, own, line, count, high, total)

@@ -200,6 +200,10 @@ def test_what_does_harm_ends_and_is_wrong(source, problem):
     assert len(ended.problem) <= 200
 
 
+def test_a_process_that_used_up_its_own_time_took_too_long():
+    assert run_python("while True: pass", seconds=60) == Ended(False, "took longer than 5 s")
+
+
 def test_harmless_source_runs():
     source = (
         "import math, random, itertools, collections, re, json, datetime, functools\nassert math.gcd(4, 6) == 2\nprint('x')"

@@ -7,6 +7,7 @@ what a language model writes without being asked. They are no jail: somebody who
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ _ENDED = 42
 _ARGUMENTS = ("-I", "-S", "-X", "utf8", "-c")
 _GUARD = f"""
 import os, resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
+resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS + 1}))
 resource.setrlimit(resource.RLIMIT_AS, ({MEMORY_BYTES}, {MEMORY_BYTES}))
 resource.setrlimit(resource.RLIMIT_FSIZE, ({FILE_BYTES}, {FILE_BYTES}))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -84,6 +85,8 @@ def run_python(source: str, seconds: float = SECONDS) -> Ended:
                 process.wait()
         if process.returncode == _ENDED:
             return Ended(True)
+        if process.returncode == -signal.SIGXCPU:  # before the clock's limit, where this process was late to look at it
+            return Ended(False, f"took longer than {SECONDS:g} s")
         told.seek(max(0, told.seek(0, os.SEEK_END) - 2000))
         lines = told.read().decode("utf-8", "replace").strip().splitlines()
         return Ended(False, lines[-1][:200] if lines else f"ended with status {process.returncode}")

@@ -287,7 +287,7 @@ def chain_of_rows(
     split = stages.index(xtc) if xtc in stages else len(stages)
     apart = not _BEHIND_XTC.issuperset(stages[split + 1 :])
     few = left is not None and left <= _CAPACITY
-    others = torch.empty(rows, (_CAPACITY if few else vocabulary) if apart else 0, device=logits.device)
+    others = values.new_empty(rows, (_CAPACITY if few else vocabulary) if apart else 0)
     tokens, taken_off = penalties or (others.new_empty(rows, 0, dtype=torch.int64), others.new_empty(rows, 0))
     if rows:
         _chain[(rows,)](

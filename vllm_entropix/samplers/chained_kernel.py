@@ -56,7 +56,7 @@ class KernelPart:
         if not self._on_gpu:
             state = self._numbers.new_zeros(len(logits), 1) if self._followed is None else self._state.double()
             self._numbers = torch.cat((self._numbers, state), dim=-1)
-        self._left = _left_before_xtc(running, rows)
+        self._left = _left_before_xtc(running, rows) if self._on_gpu else None
         self._shares = logits.new_empty(0) if self._on_gpu else logits.new_zeros(len(logits))
         self._places, self._penalties = _penalties(running, rows, tokens)
         self._tokens = self._places[:, :0]

@@ -70,6 +70,13 @@ def compile_packages(python: Path) -> None:
     subprocess.run([str(python), "-m", "compileall", "-qq", "-j", "0", packages], check=False)
 
 
+def is_for_cuda(python: Path) -> bool:
+    """Was the environment's torch built for CUDA? It can't be imported yet: what it needs itself isn't there."""
+    version = "pathlib.Path(importlib.util.find_spec('torch').origin).with_name('version.py')"
+    run = f"import importlib.util, pathlib, runpy; print(runpy.run_path(str({version}))['cuda'])"
+    return subprocess.run([str(python), "-c", run], check=True, capture_output=True, text=True).stdout.strip() != "None"
+
+
 def install_cpu(python: Path, torch_index: str) -> None:
     """torch's CPU build, vLLM's and what both and the project need at fixed versions and by their hashes, then the project."""
     source = []
@@ -79,8 +86,7 @@ def install_cpu(python: Path, torch_index: str) -> None:
         say("PyTorch's CPU index isn't reached; torch comes from pip's own sources")
     # What torch itself needs is in the lock. Pip would compile one file after the other.
     pip(python, "install", "--no-compile", "--no-deps", f"torch=={TORCH}", *source)
-    check = "import sys, torch.version; sys.exit(torch.version.cuda is not None)"
-    if subprocess.run([str(python), "-c", check], check=False, stderr=subprocess.DEVNULL).returncode:
+    if is_for_cuda(python):
         say("warning: this torch was built for CUDA; set TORCH_CPU_INDEX to an index with CPU builds to save gigabytes")
     lock = str(ROOT / "requirements" / "cpu.lock")
     pip(python, "install", "--no-compile", "--no-deps", "--require-hashes", "-r", lock)

@@ -50,6 +50,16 @@ def test_a_failing_pip_ends_in_one_line(set_up, tmp_path):
         set_up.pip(Path(failing), "install", "torch")
 
 
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_a_torch_that_cannot_be_imported_yet_tells_what_it_was_built_for(set_up, tmp_path, cuda):
+    venv.create(tmp_path, symlinks=True)
+    [packages] = tmp_path.glob("lib/*/site-packages")
+    (packages / "torch").mkdir()
+    (packages / "torch" / "__init__.py").write_text("import what_the_lock_installs_later\n")
+    (packages / "torch" / "version.py").write_text(f"cuda = {cuda!r}\n")
+    assert set_up.is_for_cuda(tmp_path / "bin" / "python") == (cuda is not None)
+
+
 def test_what_is_installed_is_compiled_as_far_as_it_can_be(set_up, tmp_path):
     venv.create(tmp_path, symlinks=True)
     [packages] = tmp_path.glob("lib/*/site-packages")

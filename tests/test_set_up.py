@@ -50,6 +50,25 @@ def test_a_failing_pip_ends_in_one_line(set_up, tmp_path):
         set_up.pip(Path(failing), "install", "torch")
 
 
+@pytest.mark.parametrize("status", [0, 2])
+def test_what_uv_cannot_get_pip_does(set_up, tmp_path, monkeypatch, capsys, status):
+    venv.create(tmp_path / "venv", symlinks=True)
+    [packages] = tmp_path.glob("venv/lib/*/site-packages")
+    (packages / "uv.py").write_text(
+        f"import pathlib, sys; pathlib.Path({str(tmp_path / 'told')!r}).write_text(' '.join(sys.argv))\n"
+    )
+    with (packages / "uv.py").open("a") as uv:
+        uv.write(f"sys.exit({status})\n")
+    installed = []
+    monkeypatch.setattr(set_up, "pip", lambda python, *arguments: installed.append(Path(arguments[-1]).read_text()))
+    (tmp_path / "lock").write_text("a==1 \\\n    --hash=sha256:1\nuv==2 \\\n    --hash=sha256:2\n    # via a\nuvloop==3\n")
+    set_up.install_locked(tmp_path / "venv" / "bin" / "python", tmp_path / "lock")
+    assert installed[0] == "uv==2 \\\n    --hash=sha256:2\n    # via a\n"
+    assert (tmp_path / "told").read_text().endswith(f"--no-deps --require-hashes -r {tmp_path / 'lock'}")
+    assert installed[1:] == ([(tmp_path / "lock").read_text()] if status else [])
+    assert ("pip takes over" in capsys.readouterr().out) == bool(status)
+
+
 @pytest.mark.parametrize("cuda", [None, "13.0"])
 def test_a_torch_that_cannot_be_imported_yet_tells_what_it_was_built_for(set_up, tmp_path, cuda):
     venv.create(tmp_path, symlinks=True)

@@ -16,6 +16,9 @@ def repair(interpreter):
     patch_language_once(interpreter)
     leave_arguments_where_they_are(interpreter)
     skip_unused_work(interpreter)
+    call_builtins_at_once(interpreter)
+    describe_shapes_once(interpreter)
+    combine_equal_types_at_once(interpreter)
 
 
 def repair_comparisons(interpreter):
@@ -144,3 +147,101 @@ def skip_unused_work(interpreter):
         return known[scalar.name]
 
     interpreter._get_np_dtype = numpy_type
+
+
+def call_builtins_at_once(interpreter):
+    """Symptom: before each operation of a kernel a dict is made without what is put into the next one.
+
+    Triton's functions are given their semantic by name, and the interpreter leaves out the one that a caller gave.
+    """
+    semantic = interpreter.interpreter_semantic
+
+    def patch_attribute(owner, name, member, builder, scope):
+        del builder
+
+        def called(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return member(*args, **kwargs)
+
+        scope.set_attr(owner, name, called)
+
+    interpreter._patch_attr = patch_attribute
+
+
+def describe_shapes_once(interpreter):
+    """Symptom: a quarter of a kernel's time goes into tuples of the same few shapes, and of their sizes as constants.
+
+    Each result of an operation makes its shape anew, with the type of the tuple, and the name of its own type as a text.
+    """
+    core = interpreter.tl.core
+    block_type, tensor = core.block_type, core.tensor
+    described, scalar = {}, (core.tuple([]), core.constexpr(1))
+    # By the identity of what tensors are given for a shape, which stays.
+    kept = {}
+
+    def make_block_type(self, element_ty, shape):
+        known = kept.get(id(shape))
+        if known is None:
+            sizes = tuple(core._unwrap_shape(shape))
+            if sizes not in described:
+                make(self, element_ty, shape)
+                constants = core.tuple([core.constexpr(size) for size in sizes])
+                described[sizes] = kept[id(constants)] = self.shape, self.numel, constants
+            known = described[sizes]
+        self.element_ty, (self.shape, self.numel, self.constants) = element_ty, known
+
+    def with_element_type(self, scalar_ty):
+        other = block_type.__new__(block_type)
+        other.element_ty, other.shape, other.numel, other.constants = scalar_ty, self.shape, self.numel, self.constants
+        return other
+
+    def make_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = (type.constants, core.constexpr(type.numel)) if type.is_block() else scalar
+
+    def set_name(self, name):
+        """It is a text of what is known."""
+
+    make = block_type.__init__
+    block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", set_name)
+    block_type.__init__, block_type.with_element_ty, tensor.__init__ = make_block_type, with_element_type, make_tensor
+
+
+def combine_equal_types_at_once(interpreter):
+    """Symptom: most of the time goes into what two numbers of one type become, which is that type.
+
+    Blocks of one shape are compared size by size, in objects that are made for it; a number written in a kernel is made a
+    constant each time, and the constant a block.
+    """
+    core, semantic = interpreter.tl.core, type(interpreter.interpreter_semantic)
+    tensor, check, broadcast = core.tensor, semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+    numbers = {id(dtype) for dtype in (core.int32, core.int64, core.uint32, core.uint64, core.float32)}
+    offsets, constants = {id(core.int32), id(core.int64)}, {}
+
+    def is_one_shape(left, right):
+        if left.is_block():
+            return right.is_block() and left.shape is right.shape
+        return not right.is_block()
+
+    def broadcast_unequal(self, lhs, rhs):
+        return (lhs, rhs) if is_one_shape(lhs.type, rhs.type) else broadcast(self, lhs, rhs)
+
+    def check_unequal(self, lhs, rhs, *arguments, **named):
+        if type(lhs) is not tensor:
+            return check(self, lhs, rhs, *arguments, **named)
+        is_number = id(lhs.dtype) in numbers
+        if type(rhs) is tensor:
+            # Offsets of pointers, which alone are added to something else.
+            is_place = lhs.dtype.is_ptr() and arguments[:1] == (True,) and id(rhs.dtype) in offsets
+            if is_place or (is_number and rhs.dtype is lhs.dtype):
+                return broadcast_unequal(self, lhs, rhs)
+        elif type(rhs) is int and is_number:
+            # Of an integer the types' rules are the same for each block, and so is what they make of it.
+            key = rhs, id(lhs.dtype), lhs.type.is_block() and id(lhs.type.shape), arguments, *named.items()
+            if key not in constants:
+                _, constants[key] = check(self, lhs, rhs, *arguments, **named)
+                constants[key].handle.data.flags.writeable = False
+            return lhs, constants[key]
+        return check(self, lhs, rhs, *arguments, **named)
+
+    semantic.broadcast_impl_value, semantic.binary_op_type_checking_impl = broadcast_unequal, check_unequal

@@ -65,7 +65,7 @@ def pip(python: Path, *arguments: str) -> None:
 
 
 def install_locked(python: Path, lock: Path) -> None:
-    """What a lock names, by uv, which it names too and which takes a quarter of pip's time; by pip where uv can't get it.
+    """Install what a lock names: with uv, which is much faster and is in the lock itself, or with pip where uv fails.
 
     uv doesn't read pip's settings, and so may not know where a machine gets its packages from.
     """

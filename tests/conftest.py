@@ -37,8 +37,13 @@ hypothesis.settings.load_profile("beside_others")
 
 # Begun late they would keep one core busy when the others have nothing left to do.
 LONGEST = (
-    *("test_speculation.py", "test_serve.py", "test_smollm2.py", "test_gemma.py"),
-    *("test_triton.py", "test_routes.py", "test_gpu_benchmark.py"),
+    "test_speculation.py",
+    "test_serve.py",
+    "test_smollm2.py",
+    "test_gemma.py",
+    "test_triton.py",
+    "test_routes.py",
+    "test_gpu_benchmark.py",
 )
 
 # Marks that a pass of `make test` or `make test-fast` selects, each in the file of its tests as pytest.mark.NAME.

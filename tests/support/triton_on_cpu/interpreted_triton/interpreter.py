@@ -150,9 +150,9 @@ def skip_unused_work(interpreter):
 
 
 def call_builtins_at_once(interpreter):
-    """Symptom: before each operation of a kernel a dict is made without what is put into the next one.
+    """Symptom: each operation of a kernel copies its named arguments.
 
-    Triton's functions are given their semantic by name, and the interpreter leaves out the one that a caller gave.
+    The interpreter leaves the caller's semantic out of the copy and hands in its own. Putting its own in their place does.
     """
     semantic = interpreter.interpreter_semantic
 
@@ -169,7 +169,7 @@ def call_builtins_at_once(interpreter):
 
 
 def describe_shapes_once(interpreter):
-    """Symptom: a quarter of a kernel's time goes into tuples of the same few shapes, and of their sizes as constants.
+    """Symptom: much of a kernel's time goes into tuples of the same few shapes, and of their sizes as constants.
 
     Each result of an operation makes its shape anew, with the type of the tuple, and the name of its own type as a text.
     """
@@ -208,7 +208,7 @@ def describe_shapes_once(interpreter):
 
 
 def combine_equal_types_at_once(interpreter):
-    """Symptom: most of the time goes into what two numbers of one type become, which is that type.
+    """Symptom: much of a kernel's time goes into finding out what two numbers of one type become, which is that type.
 
     Blocks of one shape are compared size by size, in objects that are made for it; a number written in a kernel is made a
     constant each time, and the constant a block.
